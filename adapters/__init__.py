@@ -1,0 +1,1 @@
+"""Where the stages lie in each model family."""

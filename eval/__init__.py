@@ -1,0 +1,1 @@
+"""Tasks, scoring and statistics: what a recipe costs in answers."""

@@ -1,0 +1,1 @@
+"""Fast twins of the operators that cost real time."""

@@ -1,0 +1,1 @@
+"""Joins a recipe and an adapter on a stock Hugging Face model, with public hooks only."""

@@ -1,0 +1,1 @@
+"""Operators that fold the dropped tokens into the kept ones."""

@@ -1,0 +1,1 @@
+"""Operators that give every visual token a score."""

@@ -1,0 +1,1 @@
+"""Operators that choose which visual tokens are kept."""

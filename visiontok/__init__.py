@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from visiontok.api import Compression, compress
     from visiontok.budget import Budget
     from visiontok.context import Context
-    from visiontok.method import Card, Method, Needs, Selection
-    from visiontok.recipe import Recipe, Stage, recipe
+    from visiontok.method import Card, Method, Needs, Selection, Stage
+    from visiontok.recipe import Recipe, recipe
     from visiontok.recipes import methods
 
     __version__: str
@@ -50,7 +50,7 @@ _SOURCES = {
     "Needs": "visiontok.method",
     "Recipe": "visiontok.recipe",
     "Selection": "visiontok.method",
-    "Stage": "visiontok.recipe",
+    "Stage": "visiontok.method",
     "compress": "visiontok.api",
     "methods": "visiontok.recipes",
     "recipe": "visiontok.recipe",

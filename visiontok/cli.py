@@ -1,0 +1,197 @@
+"""The command line: `visiontok run`, `visiontok methods`, `visiontok doctor`.
+
+Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from visiontok.errors import ConfigError, VisiontokError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from visiontok.method import Card
+
+app = typer.Typer(
+    help="Visual-token pruning and merging for stock Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help and plain one-line errors, which read the same in a terminal, a log and a pipe.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def main() -> None:
+    """Entry point. Exit code 2 and one line on standard error for what the user can cure; 1 for anything else."""
+    try:
+        app()
+    except VisiontokError as error:
+        message = " ".join(str(error).split())
+        print(f"visiontok: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import visiontok
+
+        print(visiontok.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Image. Default: a scene of the embedded model.")
+    ] = None,
+    ask: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Question. Default: one that suits the scene.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Method; `visiontok methods` lists them.")] = "divprune",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: the method's."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Hugging Face id, folder, or `tiny`, the embedded model.")] = "tiny",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    overlay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the image with the dropped patches dimmed.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about an image with and without compression, and compare."""
+    options = _parse_options(option or [])
+    from visiontok.run import run_job
+
+    result = run_job(
+        image=image,
+        ask=ask,
+        method=method,
+        keep=keep,
+        model=model,
+        device=device,
+        overlay=overlay,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        options=options,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        result.render(_console())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Print this method's card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or print the card of one."""
+    import visiontok
+
+    cards = visiontok.methods()
+    if name is not None:
+        card = _find(cards, name)
+        if as_json:
+            _print_json(_plain(card))
+        else:
+            _print_card(card, _console())
+    elif as_json:
+        _print_json([_plain(card) for card in cards])
+    else:
+        _print_table(cards, _console())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine has: versions, devices, kernels."""
+    from visiontok.doctor import inspect, render
+
+    findings = inspect()
+    if as_json:
+        _print_json(findings)
+    else:
+        render(findings, _console())
+
+
+def _parse_options(pairs: list[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name.strip():
+            raise ConfigError(f"--option {pair!r}: write it as name=value, for example --option layer=2")
+        if name.strip() in options:
+            raise ConfigError(f"--option {name.strip()!r} is given twice; give it once")
+        options[name.strip()] = value.strip()
+    return options
+
+
+def _find(cards: list[Card], name: str) -> Card:
+    by_name = {card.name: card for card in cards}
+    if name in by_name:
+        return by_name[name]
+    close = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(close)}?" if close else "`visiontok methods` lists them"
+    raise ConfigError(f"there is no method {name!r}; {advice}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Away from a terminal rich assumes 80 columns and wraps, which breaks what a script would read.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _print_json(data: Any) -> None:
+    json.dump(data, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    print()
+
+
+def _plain(card: Card) -> dict[str, Any]:
+    return dataclasses.asdict(card)
+
+
+def _print_table(cards: list[Card], console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True, style="bold")
+    for heading in ("stage", "needs", "paper"):
+        table.add_column(heading, overflow="fold")
+    for card in cards:
+        paper = card.paper if card.venue in ("", "-") else f"{card.paper} ({card.venue})"
+        table.add_row(*map(escape, (card.name, card.stage, card.needs, paper)))
+    console.print(table)
+
+
+def _print_card(card: Card, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    rows = _plain(card)
+    contract = rows.pop("contract")
+    for name, value in (rows | contract).items():
+        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        table.add_row(name.replace("_", " "), escape(text))
+    console.print(table)

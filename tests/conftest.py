@@ -9,4 +9,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with a thread pool each would fight over the same cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import visiontok._torchvision  # noqa: E402, F401
+import visiontok._torchvision  # noqa: F401

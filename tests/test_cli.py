@@ -1,0 +1,196 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from visiontok import cli, doctor
+from visiontok.errors import ConfigError, UnsupportedError
+
+Call = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `visiontok ARGUMENTS` in this process; gives code, out and err."""
+
+    def run(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["visiontok", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        streams = capsys.readouterr()
+        return SimpleNamespace(code=stop.value.code, out=streams.out, err=streams.err)
+
+    return run
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for `visiontok.run`: notes what it was called with."""
+    note = SimpleNamespace(arguments=None, error=None)
+
+    def run_job(**arguments: object) -> SimpleNamespace:
+        note.arguments = arguments
+        if note.error:
+            raise note.error
+        return SimpleNamespace(to_dict=lambda: {"answer": "a cat"}, render=lambda console: console.print("a cat"))
+
+    module = ModuleType("visiontok.run")
+    module.run_job = run_job  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "visiontok.run", module)
+    return note
+
+
+def test_help_is_light(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from visiontok import cli\n"
+        "sys.argv = ['visiontok', '--help']\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich.console'}\n"
+        "try: cli.main()\n"
+        "finally: print(*heavy & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert all(command in done.stdout for command in ("run", "methods", "doctor"))
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("visiontok")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0.1.0\n", "")
+
+
+def test_run_hands_over_its_arguments(call: Call, job: SimpleNamespace) -> None:
+    done = call(
+        *("run", "--image", "cat.png", "--ask", "What is it?", "--method", "fastv", "--keep", "0.5", "--model", "m"),
+        *("--device", "cpu", "--overlay", "out.png", "--seed", "3", "--max-new-tokens", "7"),
+        *("--option", "layer=2", "--option", "note = a=b"),
+    )
+    assert (done.code, done.out, done.err) == (0, "a cat\n", "")
+    assert job.arguments == {
+        "image": "cat.png",
+        "ask": "What is it?",
+        "method": "fastv",
+        "keep": "0.5",
+        "model": "m",
+        "device": "cpu",
+        "overlay": "out.png",
+        "seed": 3,
+        "max_new_tokens": 7,
+        "options": {"layer": "2", "note": "a=b"},
+    }
+
+
+def test_run_needs_no_argument(call: Call, job: SimpleNamespace) -> None:
+    assert call("run").code == 0
+    assert job.arguments["image"] is job.arguments["ask"] is job.arguments["keep"] is job.arguments["overlay"] is None
+    assert (job.arguments["model"], job.arguments["device"], job.arguments["options"]) == ("tiny", "auto", {})
+
+
+def test_run_json(call: Call, job: SimpleNamespace) -> None:
+    assert json.loads(call("run", "--json").out) == {"answer": "a cat"}
+
+
+@pytest.mark.parametrize("error", [ConfigError("keep=7:\n  too much; give less"), UnsupportedError("no way; use that")])
+def test_user_errors_are_one_line(call: Call, job: SimpleNamespace, error: Exception) -> None:
+    job.error = error
+    done = call("run")
+    assert (done.code, done.out, done.err) == (2, "", f"visiontok: {' '.join(str(error).split())}\n")
+
+
+def test_other_errors_keep_their_traceback(call: Call, job: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.error = RuntimeError("a bug")
+    monkeypatch.setattr(sys, "argv", ["visiontok", "run"])
+    # Python itself turns it into a traceback and exit code 1.
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--option", "layer"], "--option 'layer': write it as name=value"),
+        (["run", "--option", "=3"], "--option '=3': write it as name=value"),
+        (["run", "--option", "a=1", "--option", "a=2"], "--option 'a' is given twice"),
+        (["methods", "divprun"], "there is no method 'divprun'; did you mean divprune"),
+        (["methods", "xyzzy"], "there is no method 'xyzzy'; `visiontok methods` lists them"),
+    ],
+)
+def test_wrong_arguments(call: Call, job: SimpleNamespace, arguments: list[str], message: str) -> None:
+    done = call(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"visiontok: {message}")
+    assert done.err.count("\n") == 1
+    assert job.arguments is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--bogus"], ["run", "--seed", "x"], ["bogus"], ["run", "--max-new-tokens", "0"]]
+)
+def test_usage_errors(call: Call, arguments: list[str]) -> None:
+    done = call(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "Error: " in done.err
+    assert "Traceback" not in done.err
+
+
+def test_methods_lists_every_method(call: Call) -> None:
+    import visiontok
+
+    done = call("methods")
+    names = [card.name for card in visiontok.methods()]
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.splitlines() if not line.startswith(" ")] == ["method", *names]
+    assert [card["name"] for card in json.loads(call("methods", "--json").out)] == names
+
+
+def test_every_card_can_be_printed(call: Call) -> None:
+    import visiontok
+
+    for card in visiontok.methods():
+        done = call("methods", card.name)
+        assert done.code == 0
+        assert done.out.startswith("name")
+        assert json.loads(call("methods", card.name, "--json").out)["name"] == card.name
+
+
+def test_doctor(call: Call) -> None:
+    done = call("doctor")
+    assert done.code == 0
+    assert "sdpa" in done.out
+    findings = json.loads(call("doctor", "--json").out)
+    assert findings["devices"][0]["device"] == "cpu"
+    assert findings["versions"]["visiontok"] == "0.1.0"
+
+
+def test_doctor_where_everything_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    def no_version(name: str) -> str:
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", missing)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", no_version)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    findings = json.loads(call("doctor", "--json").out)
+    assert findings["torch"] == findings["torchvision"] == findings["embedded model"] == "not installed"
+    assert findings["devices"] == []
+    assert call("doctor").code == 0
+
+
+def test_doctor_tells_why_a_package_does_not_import(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libcuda.so: cannot open\nmore")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    findings = json.loads(call("doctor", "--json").out)
+    assert findings["torch"] == "cannot be imported: OSError: libcuda.so: cannot open"

@@ -1,0 +1,302 @@
+"""The loops that cost real time, in plain PyTorch: always available, and what the fast twins are tested against.
+
+Everything here is batched, ``(B, N, …)`` with no optional dimensions, computes in float32 or better, and follows one
+rule: rank by (score descending, index ascending), NaN is -inf.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Two unit vectors whose float32 cosine comes this close to 1 count as equal: rounding must not tell duplicates apart.
+SAME = 1e-6
+# Elements of the largest temporary an operator may build, 64 MiB of float32.
+TILE = 1 << 24
+
+
+class Picks(NamedTuple):
+    """Result of a greedy selection.
+
+    Attributes:
+        keep: (B, N) bool.
+        order: (B, K) long, picks in selection order; -1 past a row's own budget.
+        gain: (B, K) float, gain of each pick when it was made; -inf past a row's own budget.
+    """
+
+    keep: Tensor
+    order: Tensor
+    gain: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- similarity
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1 in float32; rows that hold NaN or infinity become 0."""
+    x = x.float()
+    finite = x.isfinite().all(-1, keepdim=True)
+    return torch.nn.functional.normalize(torch.where(finite, x, 0.0), dim=-1, eps=1e-8)
+
+
+def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Cosine of every row of x (B, M, D) with every row of y (B, N, D), or of x, as (B, M, N) float32.
+
+    Duplicates have cosine exactly 1, and so have two zero rows: neither has anything the other lacks.
+    """
+    a = unit(x)
+    b = a if y is None else unit(y)
+    with torch.autocast(x.device.type, enabled=False):  # 16-bit products would create thousands of ties
+        similarity = a @ b.mT
+    empty = ~a.any(-1)[..., :, None] & ~b.any(-1)[..., None, :]
+    return torch.where((similarity > 1 - SAME) | empty, 1.0, similarity)
+
+
+# -------------------------------------------------------------------------------------------------------- greedy
+
+
+class State(Protocol):
+    """What a greedy selection remembers of the set chosen so far."""
+
+    def gain(self) -> Tensor:
+        """(B, N) gain of adding each candidate now."""
+        ...
+
+    def add(self, pick: Tensor) -> None:
+        """Add candidate ``pick`` (B,) to the set of each row."""
+        ...
+
+
+def _rows(table: Tensor, pick: Tensor) -> Tensor:
+    """(B, N): row ``pick[b]`` of table[b], for table (B, M, N)."""
+    return table[torch.arange(len(pick), device=pick.device), pick]
+
+
+class RunningMax:
+    """gain_i = offset_i - slope_i · max_{j in S} sim_ij, and ``start`` for the first pick.
+
+    offset, slope = 1, 1 is max-min; λs, 1-λ is maximal marginal relevance; s, s is the product s·(1 - max).
+    """
+
+    def __init__(self, similarity: Tensor, offset: Tensor, slope: Tensor, start: Tensor) -> None:
+        """similarity (B, N, N); offset, slope, start broadcastable to (B, N)."""
+        self.similarity, self.offset, self.slope, self.start = similarity, offset, slope, start
+        self.nearest: Tensor | None = None
+
+    def gain(self) -> Tensor:
+        return self.start if self.nearest is None else self.offset - self.slope * self.nearest
+
+    def add(self, pick: Tensor) -> None:
+        row = _rows(self.similarity, pick)
+        self.nearest = row if self.nearest is None else torch.maximum(self.nearest, row)
+
+
+class RunningSum:
+    """gain_i = -Σ_{j in S} cos_ij, as one product with the running sum of the chosen unit vectors; no Gram matrix."""
+
+    def __init__(self, features: Tensor, start: Tensor) -> None:
+        """features (B, N, D); start (B, N), the gain of the first pick."""
+        self.unit, self.start = unit(features), start
+        self.sum: Tensor | None = None
+
+    def gain(self) -> Tensor:
+        return self.start if self.sum is None else -(self.unit @ self.sum[..., None])[..., 0]
+
+    def add(self, pick: Tensor) -> None:
+        row = _rows(self.unit, pick)
+        self.sum = row if self.sum is None else self.sum + row
+
+
+class Coverage:
+    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - max_{j in S} table_rj) + bonus_i, the maximum starting at 0.
+
+    The sum is kept up to date from the rows a pick changes, which is exact but for float64 rounding; sums that small
+    against their start are 0.
+    """
+
+    def __init__(self, table: Tensor, weight: Tensor | None, scale: Tensor | None, bonus: Tensor | None) -> None:
+        """table (B, R, N), how well candidate i covers row r; weight (B, R); scale and bonus (B, N)."""
+        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min(0)
+        self.weight = None if weight is None else weight.double()[..., None]
+        self.scale, self.bonus = scale, bonus
+        self.best = self.table.new_zeros(self.table.shape[:2])
+        self.total = self._sum(self.table, self.weight)
+        self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
+
+    @staticmethod
+    def _sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+        return rows.sum(1, dtype=torch.float64) if weight is None else (rows.double() * weight).sum(1)
+
+    def gain(self) -> Tensor:
+        gain = torch.where(self.total > self.noise, self.total, 0.0)
+        if self.scale is not None:
+            gain = gain * self.scale
+        return gain if self.bonus is None else gain + self.bonus
+
+    def add(self, pick: Tensor) -> None:
+        best = torch.maximum(self.best, _rows(self.table.mT, pick))
+        changed = (best > self.best).any(0).nonzero()[:, 0]
+        old, new = self.best[:, changed, None], best[:, changed, None]
+        # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old
+        lost = torch.minimum(torch.maximum(self.table[:, changed], old), new) - old
+        self.total = self.total - self._sum(lost, None if self.weight is None else self.weight[:, changed])
+        self.best = best
+
+
+class Determinant:
+    """gain_i = conditional variance of i given S under L = r_i·sim_ij·r_j, by a growing Cholesky factor.
+
+    A candidate whose variance has fallen to rounding level adds nothing to the determinant. Such candidates come after
+    all others, ranked by relevance, and leave the factor as it is.
+    """
+
+    def __init__(self, similarity: Tensor, relevance: Tensor) -> None:
+        """similarity (B, N, N) with unit diagonal; relevance r (B, N), non-negative."""
+        self.similarity, self.relevance = similarity, torch.nan_to_num(relevance.float(), nan=0.0)
+        self.variance = self.relevance.square()
+        self.floor = 1e-5 * self.variance
+        self.factor = similarity.new_zeros(*relevance.shape, 0)  # (B, N, picks)
+
+    def gain(self) -> Tensor:
+        behind = self.relevance - self.relevance.amax(-1, keepdim=True) - 1
+        return torch.where(self.variance > self.floor, self.variance, behind)
+
+    def add(self, pick: Tensor) -> None:
+        at = pick[:, None]
+        row = _rows(self.similarity, pick) * self.relevance * self.relevance.gather(1, at)
+        known = (self.factor @ _rows(self.factor, pick)[..., None])[..., 0]
+        variance, floor = self.variance.gather(1, at), self.floor.gather(1, at)
+        column = torch.where(variance > floor, (row - known) / variance.clamp_min(1e-30).sqrt(), 0.0)
+        self.factor = torch.cat([self.factor, column[..., None]], -1)
+        self.variance = self.variance - column.square()
+
+
+def greedy(state: State, k: Tensor, valid: Tensor, usable: Tensor | None = None, per_round: int = 1) -> Picks:
+    """Pick the candidate of largest gain, tell the state, repeat.
+
+    Args:
+        state: gains and how a pick changes them; used up by the call.
+        k: (B,) long, picks of each row, at most its number of valid candidates.
+        valid: (B, N) bool, what may be picked.
+        usable: (B, N) bool; valid candidates that are not usable come last.
+        per_round: picks made on the same gains after the first pick; 1 is the exact greedy selection.
+    """
+    (rows, n), most = valid.shape, int(k.max())
+    index = torch.arange(n, device=valid.device)
+    free = valid.clone()
+    order = torch.full((rows, most), -1, dtype=torch.long, device=valid.device)
+    gains = torch.full((rows, most), -torch.inf, device=valid.device)
+    gain = state.gain()
+    for step in range(most):
+        gain = torch.where(gain.isnan() | ~free, -torch.inf, gain)
+        if usable is not None:
+            gain = torch.where(usable, gain, -torch.inf)
+        best = gain.amax(-1, keepdim=True)
+        pick = torch.where((gain == best) & free, index, n).amin(-1).clamp_max(n - 1)
+        active = step < k
+        order[:, step] = torch.where(active, pick, -1)
+        gains[:, step] = torch.where(active, best[:, 0].float(), -torch.inf)
+        free.scatter_(1, pick[:, None], False)
+        state.add(pick)
+        if step % per_round == 0:
+            gain = state.gain()
+    keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
+    keep.scatter_(1, torch.where(order < 0, n, order), True)
+    return Picks(keep[:, :n], order, gains)
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def attention_columns(
+    q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
+) -> Tensor:
+    """Mean attention every key receives, over heads and query rows; the H × N × N map is never built.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d) with H a multiple of G.
+        scale: factor on the logits, 1/√d by default.
+        causal: query i sees the keys up to i + N - M.
+        valid: (B, N) bool, keys that exist; with M = N, also the query rows that count.
+
+    Returns:
+        (B, N) float32; sums to 1 over keys where every counted row sees a key.
+    """
+    (b, heads, m, d), (_, groups, n, _) = q.shape, k.shape
+    scale = d**-0.5 if scale is None else scale
+    counted = valid if valid is not None and m == n else torch.ones(b, m, dtype=torch.bool, device=q.device)
+    keys = k.float().mT[:, :, None]  # (B, G, 1, d, N)
+    total = torch.zeros(b, n, device=q.device)
+    step = max(1, TILE // (b * heads * n))
+    with torch.autocast(q.device.type, enabled=False):
+        for begin in range(0, m, step):
+            rows = slice(begin, min(begin + step, m))
+            query = q[:, :, rows].float().unflatten(1, (groups, heads // groups))
+            logits = query @ keys * scale  # (B, G, H/G, rows, N)
+            if valid is not None:
+                logits = logits.masked_fill(~valid[:, None, None, None], -torch.inf)
+            if causal:
+                last = torch.arange(begin, rows.stop, device=q.device)[:, None] + n - m
+                logits = logits.masked_fill(torch.arange(n, device=q.device) > last, -torch.inf)
+            weights = logits.softmax(-1).masked_fill(~counted[:, None, None, rows, None], 0.0)
+            total += weights.sum((1, 2, 3))
+    return total / (heads * counted.sum(-1, keepdim=True).clamp_min(1))
+
+
+# ------------------------------------------------------------------------------------------- matching and merging
+
+
+def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Most similar row of y (B, N, D) for each row of x (B, M, D), by cosine, without the whole M × N matrix.
+
+    Args:
+        x: (B, M, D).
+        y: (B, N, D).
+        valid: (B, M, N) or (B, 1, N) bool, pairs that may match.
+
+    Returns:
+        cosine (B, M) float32, -inf where nothing may match, and index (B, M) long, the lowest of equal ones.
+    """
+    b, m, n = x.shape[0], x.shape[1], y.shape[1]
+    index = torch.arange(n, device=x.device)
+    best, where = [], []
+    step = max(1, TILE // (b * n))
+    for begin in range(0, m, step):
+        similarity = cosine(x[:, begin : begin + step], y)
+        if valid is not None:
+            allowed = valid if valid.shape[1] == 1 else valid[:, begin : begin + step]
+            similarity = torch.where(allowed, similarity, -torch.inf)
+        top = similarity.amax(-1, keepdim=True)
+        best.append(top[..., 0])
+        where.append(torch.where(similarity == top, index, n).amin(-1))
+    return torch.cat(best, 1), torch.cat(where, 1)
+
+
+def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the rows of each group, summed in ascending order of index, so that runs agree bit by bit.
+
+    Args:
+        x: (B, N, D).
+        group: (B, N) long in 0 … count-1; -1 leaves a row out.
+        count: number of groups M.
+        weight: (B, N).
+
+    Returns:
+        means (B, M, D) float32, 0 for an empty group, and the summed weights (B, M) float32.
+    """
+    b, n, d = x.shape
+    inside = group >= 0
+    weight = torch.where(inside, weight.float(), 0.0)
+    # One spare group per row takes what is left out.
+    flat = torch.where(inside, group, count) + torch.arange(b, device=x.device)[:, None] * (count + 1)
+    order = flat.flatten().sort(dim=0, stable=True).indices
+    lengths = torch.zeros(b * (count + 1), dtype=torch.long, device=x.device)
+    lengths.scatter_add_(0, flat.flatten(), torch.ones_like(order))
+    rows = torch.cat([torch.where(inside[..., None], x.float(), 0.0) * weight[..., None], weight[..., None]], -1)
+    sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
+    sums = sums.reshape(b, count + 1, d + 1)[:, :count]
+    size = sums[..., d]
+    return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size

@@ -1,0 +1,50 @@
+"""The operators: pure functions of tensors that know nothing of models.
+
+Tensors are ``(N, …)`` or ``(B, N, …)``. Everything is computed in float32 and deterministic: tokens rank by (score
+descending, index ascending), NaN is -inf, a budget of at least the number of candidates keeps them all, and tokens
+outside ``valid`` are never kept.
+"""
+
+from .allocators import apportion, layer_average
+from .kernels import Picks
+from .mergers.bipartite import bipartite
+from .mergers.merge import merge, unmerge
+from .mergers.nearest import nearest_kept
+from .scorers.attention import attention_columns, attention_rows
+from .scorers.minmax import minmax
+from .scorers.norm import norm
+from .selectors.anchors import anchors
+from .selectors.coverage import coverage
+from .selectors.dpp import dpp
+from .selectors.facility import facility
+from .selectors.maxmin import maxmin
+from .selectors.maxsum import maxsum
+from .selectors.mmr import mmr
+from .selectors.product import product
+from .selectors.topk import rank, topk
+from .selectors.uniform import uniform
+
+__all__ = [
+    "Picks",
+    "anchors",
+    "apportion",
+    "attention_columns",
+    "attention_rows",
+    "bipartite",
+    "coverage",
+    "dpp",
+    "facility",
+    "layer_average",
+    "maxmin",
+    "maxsum",
+    "merge",
+    "minmax",
+    "mmr",
+    "nearest_kept",
+    "norm",
+    "product",
+    "rank",
+    "topk",
+    "uniform",
+    "unmerge",
+]

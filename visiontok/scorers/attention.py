@@ -1,0 +1,62 @@
+"""Attention as a score: what tokens receive, and what chosen queries look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .._batching import rows, unrow
+
+
+def attention_columns(
+    q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
+) -> Tensor:
+    """Received attention: mean over heads and query rows of the softmax, per key. The N × N map is never built.
+
+    Args:
+        q: (H, M, d) or (B, H, M, d) queries, rotary positions applied.
+        k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G.
+        scale: factor on the logits; 1/√d by default.
+        causal: query i sees the keys up to i + N - M.
+        valid: (N,) or (B, N) bool, keys that exist; with M = N, also the rows that count.
+
+    Returns:
+        (N,) or (B, N) float32.
+
+    Reference:
+        HiPrune, arXiv 2508.00553; VisionZip, arXiv 2412.04467, for towers without CLS.
+    """
+    ok = None if valid is None else rows(valid, 1, "valid")
+    received = kernels.attention_columns(rows(q, 3, "q"), rows(k, 3, "k"), scale=scale, causal=causal, valid=ok)
+    return unrow(received, q, 3)
+
+
+def attention_rows(q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None) -> Tensor:
+    """Attention of chosen query rows, mean over heads, softmax over all keys given.
+
+    Args:
+        q: (H, R, d) or (B, H, R, d), the queries of the chosen rows only: CLS, last prompt token, question tokens.
+        k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G. Give every key the row sees, text too: the
+            denominator needs them.
+        scale: factor on the logits; 1/√d by default.
+        visible: (R, N) or (B, R, N) bool, what each row may see; a row that sees nothing gets 0.
+
+    Returns:
+        (R, N) or (B, R, N) float32.
+
+    Reference:
+        FastV, arXiv 2403.06764 (last row); FasterVLM, arXiv 2412.01818 (CLS row).
+    """
+    qs, ks = rows(q, 3, "q").float(), rows(k, 3, "k").float()
+    groups = ks.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        logits = qs.unflatten(1, (groups, qs.shape[1] // groups)) @ ks.mT[:, :, None]
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if visible is not None:
+        hidden = ~rows(visible, 2, "visible")[:, None, None]
+        logits = logits.masked_fill(hidden, -torch.inf)
+        weights = logits.softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    else:
+        weights = logits.softmax(-1)
+    return unrow(weights.mean((1, 2)), q, 3)

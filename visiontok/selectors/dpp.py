@@ -1,0 +1,36 @@
+"""Determinantal point process: a set that is relevant and diverse at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._batching import budget, mask, rows, unrow_picks
+from ..kernels import Determinant, Picks, cosine, greedy
+
+
+def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
+    """Greedy maximum a posteriori set of the DPP with kernel r_i · cos_ij · r_j.
+
+    Where the kernel's rank is smaller than ``k``, the tokens that add nothing follow by relevance, so that always
+    exactly ``k`` are kept.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        relevance: (N,) or (B, N), r >= 0.
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool; other tokens are not kept.
+
+    Returns:
+        Picks; the gain is the conditional variance, negative for tokens that add nothing.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+
+    Reference:
+        Chen, Zhang and Zhou, NeurIPS 2018, fast greedy MAP; CDPruner, arXiv 2506.10967.
+    """
+    x, r = rows(features, 2, "features"), rows(relevance, 1, "relevance").float().clamp_min(0)
+    ok = mask(valid, x)
+    counts = budget(k, ok)
+    usable = x.isfinite().all(-1) & ~r.isnan()
+    return unrow_picks(greedy(Determinant(cosine(x), r), counts, ok, usable), features, 2)

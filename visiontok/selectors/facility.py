@@ -1,0 +1,48 @@
+"""Facility location: kept tokens that stand in for all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._batching import budget, mask, rows, unrow_picks
+from ..kernels import Coverage, Picks, cosine, greedy
+
+
+def facility(
+    features: Tensor,
+    k: int | Tensor,
+    *,
+    scale: Tensor | None = None,
+    bonus: Tensor | None = None,
+    weight: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Picks:
+    """Greedily keep the token i of largest scale_i · Σ_j weight_j · max(0, cos_ij - c_j) + bonus_i.
+
+    c_j is the largest cosine of token j to a kept token, at least 0.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        k: tokens to keep, int or (B,) long.
+        scale: (N,) or (B, N), importance of a token as a representative; 1 by default.
+        bonus: (N,) or (B, N), importance added to the gain; 0 by default.
+        weight: (N,) or (B, N), importance of being represented; 1 by default.
+        valid: (N,) or (B, N) bool; other tokens are neither kept nor represented.
+
+    Returns:
+        Picks with the gain above.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+
+    Reference:
+        SCOPE, arXiv 2510.24214 (scale or bonus: attention); EADP (weight: text relevance).
+    """
+    x = rows(features, 2, "features")
+    ok = mask(valid, x)
+    counts = budget(k, ok)
+    usable = x.isfinite().all(-1)
+    table = torch.where((ok & usable)[..., None], cosine(x), 0.0)  # (B, represented, candidate)
+    factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
+    return unrow_picks(greedy(Coverage(table, *factors), counts, ok, usable), features, 2)

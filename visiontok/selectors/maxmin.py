@@ -1,0 +1,39 @@
+"""Max-min diversity (farthest-point selection) in cosine distance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._batching import budget, mask, rows, unrow_picks
+from ..kernels import Picks, RunningMax, cosine, greedy
+
+
+def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
+    """Greedily keep the token farthest from those already kept.
+
+    The first is the token whose nearest neighbour is farthest away. Tokens with non-finite features come last.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool; other tokens are neither kept nor anybody's neighbour.
+
+    Returns:
+        Picks; the gain is the distance 1 - cos to the nearest token kept before.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+
+    Reference:
+        DivPrune, arXiv 2503.02175, the max-min diversity problem (MMDP) and its greedy solution.
+    """
+    x = rows(features, 2, "features")
+    ok = mask(valid, x)
+    counts = budget(k, ok)
+    similarity = cosine(x)
+    others = ok[:, None, :] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    start = 1 - torch.where(others, similarity, -1.0).amax(-1)
+    one = similarity.new_ones(1)
+    picks = greedy(RunningMax(similarity, one, one, start), counts, ok, usable=x.isfinite().all(-1))
+    return unrow_picks(picks, features, 2)

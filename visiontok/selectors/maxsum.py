@@ -1,0 +1,32 @@
+"""Max-sum diversity: least similar to all kept tokens together."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._batching import budget, mask, rows, unrow_picks
+from ..kernels import Picks, RunningSum, greedy
+
+
+def maxsum(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
+    """Greedily keep the token with the smallest sum of cosines to those kept; the first has the highest score.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        scores: (N,) or (B, N), used for the first pick only.
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool; other tokens are not kept.
+
+    Returns:
+        Picks; the gain is minus the sum of cosines.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+
+    Reference:
+        ToDRE stage 1, arXiv 2505.18757 v2.
+    """
+    x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
+    ok = mask(valid, x)
+    counts = budget(k, ok)
+    return unrow_picks(greedy(RunningSum(x, s), counts, ok, x.isfinite().all(-1)), features, 2)

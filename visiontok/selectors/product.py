@@ -1,0 +1,33 @@
+"""Importance times novelty."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._batching import budget, mask, rows, unrow_picks
+from ..kernels import Picks, RunningMax, cosine, greedy
+
+
+def product(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
+    """Greedily keep the token of largest score·(1 - largest cosine to those kept); the first by score alone.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        scores: (N,) or (B, N), non-negative; see :func:`visiontok.functional.minmax`.
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool; other tokens are not kept.
+
+    Returns:
+        Picks with the gain above.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+
+    Reference:
+        ZOO-Prune, arXiv 2509.24837, product fusion of sensitivity and diversity.
+    """
+    x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
+    ok = mask(valid, x)
+    counts = budget(k, ok)
+    state = RunningMax(cosine(x), offset=s, slope=s, start=s)
+    return unrow_picks(greedy(state, counts, ok, x.isfinite().all(-1)), features, 2)

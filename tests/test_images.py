@@ -147,6 +147,12 @@ def test_deep_grey_arrays(mode: str, values: list[float], expected: list[int]) -
     assert greys(load_image(image)) == pytest.approx(expected, abs=1)
 
 
+def test_float_file() -> None:
+    image = Image.new("F", (2, 1), 255.0)
+    image.putpixel((0, 0), 128.0)
+    assert greys(load_image(encode(image, "TIFF"))) == [128, 255]
+
+
 def test_cmyk() -> None:
     image = load_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
     red, green, blue = image.getpixel((4, 4))

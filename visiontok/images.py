@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -102,19 +103,19 @@ def _eight_bits(image: Image.Image, from_file: bool) -> Image.Image:
     0…1 (floats), 0…255 or 0…65535 that range is meant; anything else is stretched from its least to its greatest value.
     Integers read from a file are never 8-bit: Pillow would have given mode "L".
     """
-    low, high = image.convert("I").getextrema() if image.mode.startswith("I;") else image.getextrema()
+    grey = image if image.mode == "F" else image.convert("I")
+    low, high = cast("tuple[float, float]", grey.getextrema())
     if image.mode.startswith("I;"):
         start, end = 0.0, 65535.0
     elif low < 0 or high > 65535:
-        start, end = float(low), float(high)
+        start, end = low, high
     elif image.mode == "F" and high <= 1:
         start, end = 0.0, 1.0
-    elif high <= 255 and not from_file:
+    elif high <= 255 and (image.mode == "F" or not from_file):
         start, end = 0.0, 255.0
     else:
         start, end = 0.0, 65535.0
     scale = 255.0 / (end - start) if end > start else 0.0
     offset = 0.5 - start * scale
-    grey = image if image.mode == "F" else image.convert("I")
     # For these modes `point` takes only a linear function, and truncates: hence the half.
     return grey.point(lambda value: value * scale + offset).convert("L")

@@ -181,7 +181,7 @@ def greedy(state: State, k: Tensor, valid: Tensor, usable: Tensor | None = None,
         k: (B,) long, picks of each row, at most its number of valid candidates.
         valid: (B, N) bool, what may be picked.
         usable: (B, N) bool; valid candidates that are not usable come last.
-        per_round: picks made on the same gains after the first pick; 1 is the exact greedy selection.
+        per_round: picks made on the same gains; 1 is the exact greedy selection.
     """
     (rows, n), most = valid.shape, int(k.max())
     index = torch.arange(n, device=valid.device)
@@ -200,7 +200,7 @@ def greedy(state: State, k: Tensor, valid: Tensor, usable: Tensor | None = None,
         gains[:, step] = torch.where(active, best[:, 0].float(), -torch.inf)
         free.scatter_(1, pick[:, None], False)
         state.add(pick)
-        if step % per_round == 0:
+        if (step + 1) % per_round == 0:
             gain = state.gain()
     keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
     keep.scatter_(1, torch.where(order < 0, n, order), True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import mask, rows, unrow
 from ..kernels import nearest
+from ..kernels.batching import mask, rows, unrow
 from ..selectors.topk import rank
 
 

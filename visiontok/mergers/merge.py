@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import rows, unrow
 from ..errors import ConfigError
 from ..kernels import segment_mean
+from ..kernels.batching import rows, unrow
 
 
 def merge(tokens: Tensor, group: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:

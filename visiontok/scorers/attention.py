@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .._batching import rows, unrow
+from ..kernels.batching import rows, unrow
 
 
 def attention_columns(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import mask, rows, unrow
+from ..kernels.batching import mask, rows, unrow
 from .topk import rank
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow_picks
 from ..kernels import Coverage, Picks, greedy
+from ..kernels.batching import budget, mask, rows, unrow_picks
 
 
 def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, valid: Tensor | None = None) -> Picks:

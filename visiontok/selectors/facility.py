@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow_picks
 from ..kernels import Coverage, Picks, cosine, greedy
+from ..kernels.batching import budget, mask, rows, unrow_picks
 
 
 def facility(

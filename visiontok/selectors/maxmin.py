@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow_picks
 from ..kernels import Picks, RunningMax, cosine, greedy
+from ..kernels.batching import budget, mask, rows, unrow_picks
 
 
 def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow_picks
 from ..kernels import Picks, RunningMax, cosine, greedy
+from ..kernels.batching import budget, mask, rows, unrow_picks
 
 
 def mmr(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow
+from ..kernels.batching import budget, mask, rows, unrow
 
 
 def rank(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._batching import budget, mask, rows, unrow
 from ..allocators import apportion
+from ..kernels.batching import budget, mask, rows, unrow
 
 
 def stride(n: int, k: int) -> list[int]:

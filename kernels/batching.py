@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
-from .kernels import Picks
+from visiontok.errors import ConfigError
+
+from .reference import Picks
 
 
 def rows(x: Tensor, dims: int, name: str) -> Tensor:

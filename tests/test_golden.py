@@ -1,0 +1,318 @@
+"""Golden vectors: what the published implementations computed, on small tensors.
+
+One table leads from the manifest's `call` to code; no test knows a case by name. Another folder of the same format is
+tested with VISIONTOK_GOLDEN=folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import visiontok
+import visiontok.functional as F
+from visiontok.errors import ConfigError
+from visiontok.recipes.divprune import divprune
+from visiontok.recipes.fastv import fastv
+from visiontok.recipes.hiprune import hiprune, hiprune_official
+from visiontok.recipes.idpruner import idpruner
+
+HERE = Path(__file__).parent / "golden"
+FOLDERS = {"repo": HERE, "extra": Path(os.environ.get("VISIONTOK_GOLDEN", HERE))}
+Outputs = dict[str, Any]
+
+
+# ------------------------------------------------------------------------- from `call` to code: name → outputs by name
+
+
+def kept(mask: Tensor) -> Tensor:
+    """Kept indices in raster order, of one row."""
+    return mask.reshape(-1, mask.shape[-1])[0].nonzero()[:, 0]
+
+
+def call_divprune(features: Tensor, ratio: float) -> Outputs:
+    k = round(ratio * len(features))
+    picks = divprune(features, k)
+    official = divprune(features, k, official=True)
+    return {
+        "order": picks.order,
+        "kept_sorted": kept(picks.keep),
+        "k": int(picks.keep.sum()),
+        "n_distinct_rows": len(features[picks.order][: int(official.keep.sum())].unique(dim=0)),
+        "official_num_unique": int(official.keep.sum()),
+    }
+
+
+def call_idpruner(
+    features: Tensor, scores: Tensor, drop_ratio: float, mmr_lambda: float = 0.5, parallel_k: int = 1
+) -> Outputs:
+    k = max(1, round(len(features) * (1 - drop_ratio)))
+    return {"kept_sorted": kept(idpruner(features, scores, k, balance=mmr_lambda, per_round=parallel_k).keep)}
+
+
+def raster(height: int, width: int) -> Tensor:
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
+
+
+def call_hiprune_llava(
+    q_obj: Tensor, k_obj: Tensor, q_deep: Tensor, k_deep: Tensor, retention: int, alpha: float
+) -> Outputs:
+    middle = F.attention_columns(q_obj, k_obj)[:, 1:]
+    deep = F.attention_columns(q_deep, k_deep)[:, 1:]
+    side = round(middle.shape[1] ** 0.5)
+    grid = raster(side, side).expand(len(middle), -1, -1)
+    k = retention // len(middle)
+    mask = hiprune(middle, deep, grid, k, alpha=alpha)
+    budgets = torch.full((len(middle),), k)
+    official = hiprune_official(middle, deep, grid, budgets, alpha=alpha, valid=torch.ones_like(mask))
+    anchor, _ = F.anchors(middle, round(k * alpha / 5), grid)
+    inside = ((grid[..., 1:] > 0) & (grid[..., 1:] < side - 1)).all(-1)
+    # The two rules differ only where an anchor lies on the border.
+    assert bool((anchor & ~inside).any()) or torch.equal(mask, official)
+    return {
+        "score_obj": middle,
+        "score_deep": deep,
+        "mask": official,
+        "kept_sorted": kept(official),
+        "right_kept_sorted": kept(mask),
+        "anchors": kept(anchor),
+    }
+
+
+def call_hiprune_qwen25vl(
+    q_obj: Tensor,
+    k_obj: Tensor,
+    q_deep: Tensor,
+    k_deep: Tensor,
+    reverse_indices: Tensor,
+    grid_h: int,
+    grid_w: int,
+    retain: float,
+    alpha: float,
+) -> Outputs:
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        summed = F.attention_columns(q[0], k[0]) * q.shape[2]
+        return summed.view(-1, 4).mean(-1)[reverse_indices]
+
+    middle, deep = scores(q_obj, k_obj), scores(q_deep, k_deep)
+    grid = raster(grid_h // 2, grid_w // 2)
+    k = round(len(middle) * retain)
+    mask = hiprune(middle, deep, grid, k, alpha=alpha)
+    rows = middle[None], deep[None], grid[None], torch.tensor([k])
+    official = hiprune_official(*rows, alpha=alpha, valid=torch.ones_like(mask)[None])
+    return {
+        "score_obj": middle,
+        "score_deep": deep,
+        "kept_sorted": kept(official),
+        "right_kept_sorted": kept(mask),
+        "k": int(mask.sum()),
+        "official_num_kept": int(official.sum()),
+    }
+
+
+def call_fastv(attn_last_row: Tensor, start: int, n_vis: int, r: float) -> Outputs:
+    score = attn_last_row[:, start : start + n_vis].mean(0)
+    keep = torch.ones(attn_last_row.shape[1], dtype=torch.bool)
+    keep[start : start + n_vis] = fastv(score, round(n_vis * (1 - r)))
+    return {"score": score, "keep_indices": kept(keep)}
+
+
+def call_cdpruner(features: Tensor, image_embeds: Tensor, text_embeds: Tensor, k: int) -> Outputs:
+    unit = torch.nn.functional.normalize
+    similarity = -(unit(image_embeds, dim=-1) @ unit(text_embeds, dim=-1).mT).mean(-1)
+    # The published code normalises over the whole batch of crops.
+    relevance = (similarity - similarity.min() + 1e-6) / (similarity.max() - similarity.min())
+    picks = F.dpp(features, relevance, k)
+    useful = picks.gain[0] > 0
+    rest = relevance[0, picks.order[0, ~useful]]
+    assert bool((rest.diff() <= 0).all())
+    return {
+        "mask": picks.keep,
+        "kept_sorted": kept(picks.keep),
+        "k": int(picks.keep[0].sum()),
+        "rank_upper_bound": int(useful.sum()) if not bool(useful.all()) else None,
+    }
+
+
+def call_scope(features: Tensor, cls_attn: Tensor, k: int, alpha: float, combined: str) -> Outputs:
+    power = cls_attn**alpha
+    picks = F.facility(features, k, **{{"multi": "scale", "add": "bonus"}[combined]: power})
+    return {"order": picks.order, "kept_sorted": kept(picks.keep)}
+
+
+def call_mmtok(
+    text: Tensor,
+    vision: Tensor,
+    vision_enc: Tensor,
+    k: int,
+    alpha: float,
+    tv_temp: float,
+    vv_temp: float,
+    exclude: list[int] | None = None,
+) -> Outputs:
+    unit = torch.nn.functional.normalize
+    words = (unit(text, dim=-1) @ unit(vision, dim=-1).T / tv_temp).softmax(-1) / len(text)
+    patches = (unit(vision_enc, dim=-1) @ unit(vision_enc, dim=-1).T / vv_temp).softmax(-1) / len(vision)
+    valid = torch.ones(len(vision), dtype=torch.bool)
+    valid[exclude or []] = False
+    return {"kept_sorted": kept(F.coverage(torch.cat([words, alpha * patches]), k, valid=valid).keep)}
+
+
+def one_hot(group: Tensor, count: int) -> Tensor:
+    return (group == torch.arange(count)[:, None]).int()
+
+
+def call_tome(
+    x: Tensor,
+    metric: Tensor,
+    r: list[int],
+    class_token: bool,
+    size: Tensor | None = None,
+    metric_is_x: bool = False,
+) -> Outputs:
+    sizes = torch.ones(len(x)) if size is None else size[:, 0]
+    source = torch.arange(len(x))
+    for merged_away in r:
+        group = F.bipartite(x if metric_is_x else metric, merged_away, class_token=class_token)
+        count = int(group.max()) + 1
+        x, sizes = F.merge(x, group, count, sizes)
+        source = group[source]
+    return {"x": x, "size": sizes[:, None], "source": one_hot(source, len(x))}
+
+
+def call_aim_merge(frames: Tensor, rounds: list[int]) -> Outputs:
+    before = frames
+    for merged_away in rounds:
+        group = F.bipartite(frames, merged_away)
+        frames, _ = F.merge(frames, group, int(group.max()) + 1)
+    # The published code returns None where there is nothing to merge; the right output is the input.
+    return {"tokens": frames, "official_returns_none": rounds == [0] and torch.equal(frames, before)}
+
+
+def call_v2drop(cur: Tensor, prev: Tensor, layer: int, start: int, n_vis: int) -> Outputs:
+    score = F.norm(cur - prev)[0, start : start + n_vis]
+    k = max(1, int(n_vis * {3: 0.25, 16: 0.05, 22: 0.0}[layer]))
+    return {"score": score, "kept_sorted": kept(F.topk(score, k))}
+
+
+def call_entropyprune_budget(rows: list[list[int]]) -> Outputs:
+    def keep(depth: int, average: int, cut: int, n: int) -> int:
+        try:
+            return F.layer_average(n, average, depth=depth, cuts=[cut])[0]
+        except ConfigError:  # the published formula then yields a number below one token
+            return min(0, int((depth * average - cut * n) / (depth - cut)))
+
+    return {"keep": [keep(*row) for row in rows]}
+
+
+TABLE: dict[str, Callable[..., Outputs]] = {
+    name.removeprefix("call_"): function for name, function in list(globals().items()) if name.startswith("call_")
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- the test
+
+
+@functools.cache
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def cases() -> list[Any]:
+    found = []
+    for label, folder in FOLDERS.items():
+        if label == "extra" and folder == HERE:
+            continue
+        for method in manifest(folder)["methods"]:
+            for case in method["cases"]:
+                if "call" in case:  # tables of metrics have no tensors
+                    path = folder / method["file"]
+                    found.append(pytest.param(path, case, id=f"{label}-{method['method']}-{case['case']}"))
+    return found
+
+
+def value(entry: dict[str, Any], data: dict[str, Tensor]) -> Any:
+    """A tensor, integers as long and floats as float32, or a plain value."""
+    if "tensor" not in entry:
+        return entry["value"]
+    tensor = data[entry["tensor"]]
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+
+def check(name: str, mine: Any, entry: dict[str, Any], data: dict[str, Tensor], bounds: dict[str, Any]) -> None:
+    theirs = value(entry, data)
+    if entry["compare"] == "exact":
+        mine, theirs = torch.as_tensor(mine).long(), torch.as_tensor(theirs).long()
+        assert mine.shape == theirs.shape, f"{name}: {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
+        assert torch.equal(mine, theirs), f"{name}: {int((mine != theirs).sum())} entries differ"
+    elif entry["compare"] == "close":
+        tol = entry["tol"]
+        torch.testing.assert_close(mine.float(), theirs, rtol=tol, atol=tol, msg=lambda text: f"{name}: {text}")
+    elif entry["compare"] == "jaccard":
+        a, b = set(mine.tolist()), set(theirs.tolist())
+        assert len(a & b) / len(a | b) >= min(v for v in bounds.values()), f"{name}: overlap too small"
+    else:
+        raise AssertionError(f"{name}: unknown comparison {entry['compare']!r}")
+
+
+@pytest.mark.parametrize(("path", "case"), cases())
+def test_golden(path: Path, case: dict[str, Any]) -> None:
+    if case["call"] not in TABLE:
+        pytest.skip(f"no operation {case['call']!r} here yet")
+    data = tensors(path)
+    function = TABLE[case["call"]]
+    arguments = {name: value(entry, data) for name, entry in case["args"].items()}
+    inspect.signature(function).bind(**arguments)
+    mine = function(**arguments)
+    bounds = {name: e["value"] for name, e in case["outputs"].items() if "jaccard" in name}
+    compared = 0
+    for name, entry in case["outputs"].items():
+        if entry["compare"] != "info":
+            check(name, mine[name], entry, data, bounds)
+            compared += 1
+        elif "value" in entry and mine.get(name) is not None:
+            # Counts that describe the right result of a case, or what the published code did.
+            compared += 1
+            assert mine[name] <= entry["value"] if name.endswith("bound") else mine[name] == entry["value"], name
+    assert compared, "nothing compared"
+
+
+def test_every_listed_method_is_covered() -> None:
+    calls = {case.values[1]["call"] for case in cases()}
+    listed = {card.name for card in visiontok.methods()}
+    golden = {call for call in calls if any(call == name or call.startswith(f"{name}_") for name in listed)}
+    assert golden <= set(TABLE), f"golden data without code: {sorted(golden - set(TABLE))}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def summary(request: pytest.FixtureRequest) -> None:
+    """Count the cases at the end of the run, so that nobody takes skipped for checked."""
+
+    class Summary:
+        def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+            def count(outcome: str) -> int:
+                return sum("test_golden[" in report.nodeid for report in terminalreporter.stats.get(outcome, ()))
+
+            skipped = sorted({case.values[1]["call"] for case in cases()} - set(TABLE))
+            terminalreporter.write_line(
+                f"golden: {count('passed')} cases checked, {count('failed')} failed, {count('skipped')} skipped "
+                f"(no code yet: {', '.join(skipped) or 'none'})"
+            )
+
+    if not request.config.pluginmanager.has_plugin("golden"):
+        request.config.pluginmanager.register(Summary(), "golden")

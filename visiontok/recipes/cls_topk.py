@@ -1,0 +1,64 @@
+"""CLS top-k: keep what the vision tower's CLS token looks at (FasterVLM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ..functional import topk
+from ..method import Card, Layer, Method, Needs
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+
+def cls_topk(scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """The ``k`` tokens with the most attention.
+
+    Args:
+        scores: (N,) or (B, N), attention of the CLS token, mean over heads.
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool.
+
+    Returns:
+        bool keep mask of the shape of ``scores``.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+    """
+    return topk(scores, k, valid)
+
+
+@dataclass(frozen=True)
+class ClsTopK(Method):
+    """Attention of the CLS token; on towers that have none, the mean attention a token receives.
+
+    Attributes:
+        layer: tower layer, the one the features come from.
+    """
+
+    layer: Layer = -2
+
+    card: ClassVar[Card] = Card(
+        name="cls_topk",
+        title="top-k by attention of the vision tower's CLS token",
+        paper="arXiv 2412.01818 (FasterVLM)",
+        venue="-",
+        stage="prompt",
+        needs="CLS attention of one tower layer; received attention on towers without CLS",
+        official="Attention inside the feature layer, mean over heads, the CLS key in the denominator; a fixed budget "
+        "per crop, image_newline tokens disabled.",
+        departures="One budget per image. Towers without CLS (SigLIP, Qwen) are scored by received attention, a "
+        "substitute that is not in the paper.",
+        defaults="layer=-2 for CLIP towers in LLaVA; layer=-1 where the features come from the last layer.",
+        cost="O(HNd) for one attention row, O(N log N) to select; O(HN²d) on towers without CLS",
+    )
+
+    def needs(self) -> Needs:
+        return Needs(vision_cls=(self.layer,), vision_received=(self.layer,))
+
+    def select(self, ctx: Context) -> Tensor:
+        read = ctx.attention.cls if ctx.has_cls else ctx.attention.received
+        return cls_topk(read(self.layer), ctx.count, valid=ctx.valid)

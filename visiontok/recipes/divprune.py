@@ -1,0 +1,63 @@
+"""DivPrune: keep the most diverse tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional import Picks, maxmin
+from ..method import Card, Method
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+
+def divprune(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None, official: bool = False) -> Picks:
+    """Max-min selection on the projector's outputs.
+
+    Args:
+        features: (N, D) or (B, N, D), in the language model's input space.
+        k: tokens to keep, int or (B,) long.
+        valid: (N,) or (B, N) bool.
+        official: keep duplicates of kept tokens out, so that fewer than ``k`` remain, as the published code does.
+
+    Returns:
+        Picks, the kept set and its order.
+
+    Raises:
+        ConfigError: if ``k`` < 1.
+    """
+    picks = maxmin(features, k, valid)
+    if not official:
+        return picks
+    order = torch.where(picks.gain > 0, picks.order, -1)
+    order[..., 0] = picks.order[..., 0]  # the first pick's gain is 0 too where every token has a duplicate
+    keep = torch.zeros_like(picks.keep).scatter(-1, order.clamp_min(0), True)
+    keep[..., 0] = (order == 0).any(-1)
+    return Picks(keep, order, picks.gain)
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Greedy max-min diversity; no attention, no question."""
+
+    card: ClassVar[Card] = Card(
+        name="divprune",
+        title="greedy max-min diversity in cosine distance",
+        paper="arXiv 2503.02175",
+        venue="CVPR 2025",
+        stage="prompt",
+        needs="features",
+        official="Selects in the model's dtype, image_newline tokens included. Bug: picks are not masked, so once only "
+        "duplicates are left it picks kept tokens again and fewer than K remain.",
+        departures="Selects in float32, and always exactly K: duplicates follow the distinct tokens, lowest index "
+        "first. fidelity='official' keeps only tokens that differ from all kept before.",
+        defaults="The paper's ratio is 0.098 for LLaVA-1.5 and -NeXT, 0.1 for video.",
+        cost="O(N²D) once, O(N) per pick",
+    )
+
+    def select(self, ctx: Context) -> Tensor:
+        return divprune(ctx.features, ctx.count, valid=ctx.valid, official=ctx.fidelity == "official").keep

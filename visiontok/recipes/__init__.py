@@ -1,1 +1,49 @@
-"""The published methods, one file each."""
+"""The methods, one file each. Other packages add theirs through the entry-point group ``visiontok.methods``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+
+from ..errors import ConfigError
+from ..method import Card, Method
+
+_BUILT_IN = ("random", "grid", "cls_topk", "divprune", "idpruner", "hiprune", "fastv", "vtw")
+
+
+def names() -> list[str]:
+    """Names of all methods, built in and from other packages."""
+    return [*_BUILT_IN, *sorted(set(_third_party()) - set(_BUILT_IN))]
+
+
+def methods() -> list[Card]:
+    """The cards of all methods."""
+    return [find(name).card for name in names()]
+
+
+def find(name: str) -> type[Method]:
+    """The method class of a name.
+
+    Raises:
+        ConfigError: for an unknown name; lists the close ones.
+    """
+    if name in _BUILT_IN:
+        module = importlib.import_module(f".{name}", __name__)
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and getattr(value, "card", None) is not None:
+                if value.card.name == name:
+                    return value
+    entry = _third_party().get(name)
+    if entry is not None:
+        cls = entry.load()
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise ConfigError(f"method={name!r}: entry point {entry.value} is no Method subclass")
+        return cls
+    close = difflib.get_close_matches(str(name), names(), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known methods: {', '.join(names())}"
+    raise ConfigError(f"method={name!r}: unknown; {hint}")
+
+
+def _third_party() -> dict[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group="visiontok.methods")}

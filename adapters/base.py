@@ -1,0 +1,197 @@
+"""What visiontok must know about a model family: where its parts are and how pictures become tokens.
+
+Most of it is the same everywhere, so a family says only what differs. Families live in one file each; other packages
+add theirs through the entry-point group ``visiontok.adapters`` (a name → an :class:`Adapter` subclass).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from visiontok.errors import ConfigError, UnsupportedError
+
+# model_type → module that defines its adapter
+_FAMILIES = {
+    "llava": "llava",
+    "vipllava": "llava",
+    "llava_next": "llava_next",
+    "llava_onevision": "llava_next",
+    "internvl": "internvl",
+    "idefics3": "idefics3",
+    "smolvlm": "idefics3",
+    "mistral3": "mistral3",
+    "qwen2_vl": "qwen_vl",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen3_vl": "qwen_vl",
+    "qwen3_vl_moe": "qwen_vl",
+    "glm4v": "qwen_vl",
+    "gemma3": "gemma3",
+    "paligemma": "paligemma",
+}
+
+
+class Record(Protocol):
+    """One run of the vision tower, as the engine recorded it."""
+
+    modality: Any
+    inputs: dict[str, Any]
+    output: Any
+
+
+class Adapter:
+    """The contract between a model family and the engine; every default is the common case.
+
+    Attributes:
+        model_types: values of ``config.model_type`` this adapter serves.
+        text: attribute of the base model that holds the language model.
+        tower: attribute of the base model that holds the vision tower.
+        projector: dotted path from the base model to the module that maps tower features to language-model tokens.
+        own_mask: the base model builds non-causal masks itself and hands them to the language model.
+        deepstack: keywords of the language model for (visual mask, per-level features), or None.
+        cls_token: the tower's first token of every crop is a CLS token.
+        join_adjacent: items whose placeholders touch are tiles of one image.
+        notes: what a user should know about budgets on this family.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    text: ClassVar[str] = "language_model"
+    tower: ClassVar[str] = "vision_tower"
+    projector: ClassVar[str | None] = "multi_modal_projector"
+    own_mask: ClassVar[bool] = False
+    deepstack: ClassVar[tuple[str, str] | None] = None
+    cls_token: ClassVar[bool] = False
+    join_adjacent: ClassVar[bool] = False
+    notes: ClassVar[str] = ""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base: Any = base
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        """Per encoded item a (n, 3) long tensor: (t, row, col) of each of its language-model tokens, -1 for none."""
+        pooled = record.output.pooler_output
+        return [torch.full((len(item), 3), -1) for item in pooled]
+
+    def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Bring values of tower patches to the language-model tokens they become.
+
+        Args:
+            record: the tower run the values come from.
+            patches: (batch, patches, C) tensors in call order, as the tower or the projector sees them, without CLS.
+
+        Returns:
+            one (n, m, C) tensor per encoded item, aligned with :meth:`grids`: the m patches of each token; NaN where a
+            token has no patch (newlines).
+
+        Raises:
+            UnsupportedError: where the family has no such mapping.
+        """
+        raise UnsupportedError(
+            f"{self.base.config.model_type}: no mapping from vision-tower patches to language-model tokens is known; "
+            "use a method that reads features only, or write an adapter (visiontok.adapters.base.Adapter)"
+        )
+
+
+def square(n: int, t: int = 0) -> torch.Tensor:
+    """(n, 3) grid of a square image of n tokens in raster order; unknown (-1) if n is no square."""
+    side = round(n**0.5)
+    return raster(1, side, side) + torch.tensor([t, 0, 0]) if side * side == n else torch.full((n, 3), -1)
+
+
+def raster(frames: int, height: int, width: int) -> torch.Tensor:
+    """(frames·height·width, 3) grid in raster order."""
+    return torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).view(-1, 3)
+
+
+def is_supported(model_type: str) -> bool:
+    """Whether a family has an adapter of its own, here or in another installed package."""
+    return model_type in _FAMILIES or model_type in _third_party()
+
+
+def find(base: nn.Module) -> Adapter:
+    """The adapter of a base model (the module that holds tower and language model).
+
+    Families without an adapter of their own get the default one if they pass its structural check.
+
+    Raises:
+        UnsupportedError: if the model's structure does not fit; says what is missing.
+    """
+    model_type = getattr(base.config, "model_type", type(base).__name__)
+    third_party = _third_party().get(model_type)
+    if third_party is not None:
+        cls = third_party.load()
+        if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+            raise ConfigError(f"entry point {third_party.name} = {third_party.value}: not an Adapter subclass")
+        return cls(base)
+    if model_type in _FAMILIES:
+        module = importlib.import_module(f"visiontok.adapters.{_FAMILIES[model_type]}")
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Adapter) and model_type in cls.model_types:
+                return cls(base)
+    return check(Adapter(base))
+
+
+def check(adapter: Adapter) -> Adapter:
+    """The structural self-check of the contract; cheap, no forward.
+
+    Raises:
+        UnsupportedError: naming the model, the first thing that is missing, and what to do.
+    """
+    base = adapter.base
+    model_type = getattr(base.config, "model_type", type(base).__name__)
+    text = getattr(base, adapter.text, None)
+    layers = getattr(text, "layers", None)
+    kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ["full_attention"])
+    parameters = text.forward.__code__.co_varnames if text is not None else ()
+    missing = (
+        f"a language model at .{adapter.text}"
+        if text is None
+        else "a list of decoder layers at .layers of its language model"
+        if not isinstance(layers, nn.ModuleList)
+        else "get_image_features"
+        if not hasattr(type(base), "get_image_features")
+        else "image_token_id in its config"
+        if not placeholder_ids(base.config)
+        else f"plain attention layers (it has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))})"
+        if kinds - {"full_attention", "sliding_attention"}
+        else "a language model without per-layer side inputs"
+        if any(name in parameters for name in ("per_layer_inputs", "deepstack_visual_embeds", "visual_pos_masks"))
+        else "a causal mask built in the language model"
+        if not adapter.own_mask and _builds_masks(base)
+        else None
+    )
+    if missing is not None:
+        raise UnsupportedError(
+            f"{model_type}: visiontok needs {missing}; register an adapter for it (entry-point group "
+            "visiontok.adapters, contract in visiontok.adapters.base.Adapter)"
+        )
+    return adapter
+
+
+def placeholder_ids(config: Any) -> dict[str, int]:
+    """Modality → placeholder token id, as far as the config names them."""
+    found: dict[str, int] = {}
+    for modality in ("image", "video"):
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value not in found.values():
+                found.setdefault(modality, value)
+    return found
+
+
+def _builds_masks(base: nn.Module) -> bool:
+    names = type(base).forward.__code__.co_names
+    wrapped = getattr(type(base).forward, "__wrapped__", None)
+    while wrapped is not None:
+        names += wrapped.__code__.co_names
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    return any("mask" in n and ("create" in n or "update" in n) for n in names)
+
+
+def _third_party() -> Mapping[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group="visiontok.adapters")}

@@ -1,0 +1,34 @@
+"""Idefics3 and SmolVLM: an image is cut into tiles whose tokens are separated by text; pixel shuffle merges patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .base import Adapter, Record, square
+
+
+class Idefics3Adapter(Adapter):
+    """Idefics3, SmolVLM, SmolVLM 2."""
+
+    model_types = ("idefics3", "smolvlm")
+    text = "text_model"
+    tower = "vision_model"
+    projector = "connector"
+    notes = "a tile counts as an image: the model's inputs do not say which tiles belong together"
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        # up to 5.17 one entry per tile, later one per prompt row
+        total = sum(item.shape[:-1].numel() for item in record.output.pooler_output)
+        per_tile = self._tokens_per_tile()
+        return [square(per_tile) for _ in range(total // per_tile)]
+
+    def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        x, connector = torch.cat(list(patches)), self.base.connector
+        channels = x.shape[2]
+        return list(connector.pixel_shuffle(x, connector.scale_factor).unflatten(-1, (-1, channels)))
+
+    def _tokens_per_tile(self) -> int:
+        config = self.base.config
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2

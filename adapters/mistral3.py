@@ -1,0 +1,34 @@
+"""Mistral 3: Pixtral tower over all images packed in one sequence, then a spatial merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .base import Adapter, Record, raster
+
+
+class Mistral3Adapter(Adapter):
+    """Mistral Small 3.1 and later, native resolution; image rows are separated by break tokens, which are text."""
+
+    model_types = ("mistral3",)
+
+    def _sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Rows and columns of language-model tokens per image."""
+        config = self.base.config
+        unit = config.vision_config.patch_size * config.spatial_merge_size
+        return [(int(h) // unit, int(w) // unit) for h, w in record.inputs["image_sizes"]]
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        return [raster(1, h, w) for h, w in self._sizes(record)]
+
+    def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        merge = self.base.config.spatial_merge_size
+        x = torch.cat([p.flatten(0, 1) for p in patches])
+        sizes = self._sizes(record)
+        images = x.split([h * w * merge * merge for h, w in sizes])
+        return [
+            image.view(h, merge, w, merge, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            for image, (h, w) in zip(images, sizes, strict=True)
+        ]

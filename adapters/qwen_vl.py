@@ -1,0 +1,63 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL (and MoE), GLM-4V: native resolution, 2 × 2 patch merger, M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .base import Adapter, Record, raster
+
+
+class QwenVLAdapter(Adapter):
+    """Qwen2-VL and GLM-4V: full attention in every tower block."""
+
+    model_types: tuple[str, ...] = ("qwen2_vl", "glm4v")
+    tower = "visual"
+    projector = "visual.merger"
+
+    def _thw(self, record: Record) -> Any:
+        return record.inputs[f"{record.modality}_grid_thw"]
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        merge = self.base.visual.spatial_merge_size
+        return [raster(t, h // merge, w // merge) for t, h, w in self._thw(record).tolist()]
+
+    def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [len(g) for g in self.grids(record)]
+        x = torch.cat([p.flatten(0, 1) for p in patches])
+        x = x.view(sum(sizes), -1, x.shape[-1])  # patches of one merge unit are neighbours
+        order = self._unit_order(record)
+        if order is not None:
+            x = torch.empty_like(x).index_copy_(0, order.to(x.device), x)
+        return list(x.split(sizes))
+
+    def _unit_order(self, record: Record) -> torch.Tensor | None:
+        """(units,) long: raster index of each merge unit in the order the tower processes them; None if in order."""
+        return None
+
+
+class Qwen25VLAdapter(QwenVLAdapter):
+    """Qwen2.5-VL: the tower works window by window, so its tokens are permuted until after the merger."""
+
+    model_types = ("qwen2_5_vl",)
+
+    def _unit_order(self, record: Record) -> torch.Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        visual = self.base.visual
+        order, _ = get_vision_window_index(
+            self._thw(record),
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        return order
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """Qwen3-VL: features of intermediate tower levels are added after the first decoder layers (DeepStack)."""
+
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    deepstack = ("visual_pos_masks", "deepstack_visual_embeds")

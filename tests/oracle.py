@@ -1,0 +1,88 @@
+"""The dense masked oracle: the stock model at full length, where a token that is not alive in a layer is neither seen
+(its column is masked) nor processed (its state is restored behind the layer). No cache, no removal, no layouts: exact
+reference for every schedule, and independent of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+OWN_MASK = {"gemma3", "paligemma"}
+
+
+class DenseMasked:
+    """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive."""
+
+    def __init__(self, model: Any, alive: Sequence[torch.Tensor]) -> None:
+        base = model.model
+        text = base.text_model if hasattr(base, "text_model") else base.language_model
+        self.alive, self.own_mask = alive, model.config.model_type in OWN_MASK
+        self.handles = [base.register_forward_pre_hook(self._base_pre, with_kwargs=True)]
+        for index, layer in enumerate(text.layers):
+            self.handles += [
+                layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
+                layer.register_forward_hook(lambda m, a, k, o, i=index: self._post(i, o), with_kwargs=True),
+            ]
+
+    def __enter__(self) -> DenseMasked:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _base_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.mask_2d = kwargs.get("attention_mask")
+
+    def _alive(self, index: int, length: int) -> torch.Tensor:
+        known = self.alive[index]
+        return torch.cat([known, known.new_ones(known.shape[0], length - known.shape[1])], 1)
+
+    def _pre(self, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.before = args[0] if args else kwargs["hidden_states"]
+        length = self.before.shape[1]
+        given = kwargs.get("attention_mask")
+        if self.own_mask and given is not None:
+            seen = given if given.dtype == torch.bool else given > -1
+        else:
+            seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+            if self.mask_2d is not None:
+                seen = seen & self.mask_2d.bool()[:, None, None]
+        seen = (seen & self._alive(index, length)[:, None, None]) | torch.eye(length, dtype=torch.bool)
+        lowest = torch.finfo(self.before.dtype).min
+        kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
+        return args, kwargs
+
+    def _post(self, index: int, output: Any) -> Any:
+        hidden = output if torch.is_tensor(output) else output[0]
+        hidden = torch.where(self._alive(index, hidden.shape[1])[..., None], hidden, self.before)
+        return hidden if torch.is_tensor(output) else (hidden, *output[1:])
+
+
+def greedy(model: Any, inputs: dict[str, Any], alive: Sequence[torch.Tensor], steps: int, banned: Sequence[int]) -> Any:
+    """Greedy decoding under the oracle, recomputing everything at every step.
+
+    Returns:
+        sequences (B, N + steps) and the logits of each step (B, steps, V).
+    """
+    inputs, logits = dict(inputs), []
+    paligemma = model.config.model_type == "paligemma"
+    with torch.no_grad(), DenseMasked(model, alive):
+        for _ in range(steps):
+            ids = inputs["input_ids"]
+            rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+            positions = model._prepare_position_ids_for_generation(ids, rest) + int(paligemma)
+            step = model(**inputs, position_ids=positions, use_cache=False).logits[:, -1]
+            logits.append(step.clone())
+            step[:, list(banned)] = -1e9
+            chosen = step.argmax(-1, keepdim=True)
+            inputs["input_ids"] = torch.cat([ids, chosen], 1)
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(chosen)], 1)
+            for name in ("mm_token_type_ids", "token_type_ids"):
+                if name in inputs:
+                    kind = torch.full_like(chosen, int(paligemma)).to(inputs[name].dtype)
+                    inputs[name] = torch.cat([inputs[name], kind], 1)
+    return inputs["input_ids"], torch.stack(logits, 1)

@@ -1,0 +1,225 @@
+"""``compress``: attach a recipe to a model, and take it off again."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from . import _torchvision as _torchvision
+from .budget import Budget
+from .context import Context
+from .engine.attach import Attachment
+from .engine.policy import StagePolicy
+from .errors import ConfigError, UnsupportedError
+from .ledger import TokenLedger
+from .method import Card, Method, Needs, Selection, Stage
+from .recipe import Recipe, recipe
+from .report import Report
+
+_MARK = "_visiontok_compression"
+
+
+class Compression:
+    """A recipe attached to a model; a context manager.
+
+    Attributes:
+        model: the model as it was given.
+        recipe: what is attached.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, *, force: bool = False) -> None:
+        from visiontok.adapters.base import find
+
+        self.model, self.recipe = model, recipe
+        base = base_model(model)
+        if _MARK in base.__dict__:
+            raise ConfigError(
+                f"model={type(base).__name__}: it is already compressed with {base.__dict__[_MARK].recipe.label}; "
+                "call .remove() on that Compression (or leave its with-block) first"
+            )
+        adapter = find(base)
+        depth = len(getattr(base, adapter.text).layers)
+        policy = StagePolicy(
+            recipe.stages, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity
+        )
+        self._base = base
+        self._attachment = Attachment(adapter, policy, force=force)
+        try:
+            policy.attach(self._attachment)
+        except Exception:
+            self._attachment.remove()
+            raise
+        base.__dict__[_MARK] = self
+
+    def remove(self) -> None:
+        """Detach; the model is stock again, bit for bit. Does nothing the second time."""
+        self._attachment.remove()
+        if self._base.__dict__.get(_MARK) is self:
+            del self._base.__dict__[_MARK]
+
+    def __enter__(self) -> Compression:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Compression({self.recipe.label!r} on {type(self._base).__name__})"
+
+    @property
+    def ledger(self) -> TokenLedger:
+        """Which token was alive where in the latest call with an image.
+
+        Raises:
+            ConfigError: before any such call.
+        """
+        trace = self._attachment.trace
+        if trace is None or trace.ledger is None:
+            raise ConfigError("ledger: no image has gone through this model since compress(); run the model first")
+        return trace.ledger
+
+    @property
+    def report(self) -> Report:
+        """Requested and realised budget, per-layer counts, KV bytes, FLOPs and times of the latest call with an image.
+
+        Raises:
+            ConfigError: before any such call.
+        """
+        ledger = self.ledger
+        trace = self._attachment.trace
+        return Report.of(self.recipe, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The module that holds vision tower and language model, inside whatever wraps it (heads, PEFT).
+
+    Raises:
+        UnsupportedError: if there is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
+    core: Any = model
+    if hasattr(core, "get_base_model"):  # PEFT
+        core = core.get_base_model()
+    base = getattr(core, "model", core)
+    if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
+        return base
+    raise UnsupportedError(
+        f"{type(model).__name__}: no vision-language model with get_image_features() found in it; load it with "
+        "AutoModelForImageTextToText"
+    )
+
+
+@dataclass(frozen=True)
+class Callback(Method):
+    """A plain function as a method; see :func:`compress`."""
+
+    card: ClassVar[Card] = Card(
+        name="callable", title="a function of the context", paper="-", venue="-", stage="prompt", needs="any"
+    )
+    function: Callable[[Context], torch.Tensor | Selection] = field(repr=False)
+    needed: Needs = field(default_factory=Needs)
+
+    @property
+    def label(self) -> str:
+        """Name of the function."""
+        return getattr(self.function, "__name__", "callable")
+
+    def needs(self) -> Needs:
+        """What the function declared in its attribute ``needs``."""
+        return self.needed
+
+    def select(self, ctx: Context) -> torch.Tensor | Selection:
+        """Call the function."""
+        return self.function(ctx)
+
+
+def compress(
+    model: nn.Module,
+    recipe: str | Path | Recipe | Method | Callable[[Context], torch.Tensor | Selection],
+    *,
+    keep: Budget | int | float | str | None = None,
+    seed: int | None = None,
+    fidelity: Literal["fixed", "official"] | None = None,
+    **options: Any,
+) -> Compression:
+    """Attach ``recipe`` to ``model`` in place, reversibly.
+
+    Args:
+        model: a Hugging Face vision-language model, possibly wrapped by PEFT.
+        recipe: name of a method, a :class:`Recipe`, a :class:`Method`, a path to a JSON or YAML recipe,
+            ``"file.py:name"`` of a Python file that defines one of these, or a function from a
+            :class:`~visiontok.Context` to a (U, N) bool keep mask or a :class:`~visiontok.Selection`.
+        keep: int = tokens per image, float in (0, 1] = ratio. For one selection, what survives it; for schedules, the
+            average over all decoder layers.
+        seed: of stochastic methods; the recipe's own by default.
+        fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
+        **options: options of the method; only with a name.
+
+    Returns:
+        the attached :class:`Compression`; use it in a with-statement or call ``remove()``.
+
+    Raises:
+        ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
+        UnsupportedError: for a model visiontok cannot attach to; says what is missing.
+    """
+    made = as_recipe(recipe, **options)
+    changes: dict[str, Any] = {}
+    if seed is not None:
+        changes["seed"] = seed
+    if fidelity is not None:
+        changes["fidelity"] = fidelity
+    if changes:
+        from dataclasses import replace
+
+        made = replace(made, **changes)
+    if keep is not None:
+        made = made.with_keep(Budget.parse(keep))
+    return Compression(model, made)
+
+
+def as_recipe(source: Any, **options: Any) -> Recipe:
+    """The recipe that ``source`` names or is; see :func:`compress`."""
+    if isinstance(source, str | Path) and _is_file(str(source)):
+        path, _, name = str(source).partition(".py:")
+        source = _from_python(path + ".py", name) if name else Recipe.load(source)
+    elif isinstance(source, str):
+        return recipe(source, **options)
+    if options:
+        raise ConfigError(
+            f"{next(iter(options))}={next(iter(options.values()))!r}: options go with the name of a method; set them "
+            "in the recipe itself"
+        )
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, type) and issubclass(source, Method):
+        source = source()
+    if isinstance(source, Method):
+        return Recipe(stages=source.stages(None))
+    if callable(source):
+        method = Callback(source, getattr(source, "needs", None) or Needs())
+        return Recipe(stages=(Stage(kind="prompt", method=method),))
+    raise ConfigError(f"recipe={source!r}: give a method name, a Recipe, a recipe file, file.py:name or a function")
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith((".json", ".yaml", ".yml")) or ".py:" in source
+
+
+def _from_python(path: str, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location("visiontok_user_recipe", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ConfigError(f"recipe={path}:{name}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        known = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)]
+        raise ConfigError(f"recipe={path}:{name}: the file defines no {name!r}; it has {', '.join(known)}")
+    return getattr(module, name)

@@ -1,0 +1,103 @@
+"""What a method may look at: the documented interface of every method, ours and users'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .errors import UnsupportedError
+
+
+class Attention:
+    """Attention statistics, head means in float32, as (U, N) scores of the visual tokens of each image.
+
+    Only what a method declares in :class:`visiontok.Needs` is computed.
+    """
+
+    def __init__(self, read: Callable[[str, int | float], torch.Tensor]) -> None:
+        self._read = read
+
+    def cls(self, layer: int | float) -> torch.Tensor:
+        """What the CLS token of the vision tower looks at in tower layer ``layer``; softmax over all keys, CLS too.
+
+        Raises:
+            UnsupportedError: on towers without a CLS token; use :meth:`received` there.
+        """
+        return self._read("cls", layer)
+
+    def received(self, layer: int | float) -> torch.Tensor:
+        """Mean attention each patch receives from all queries of its crop (or window) in tower layer ``layer``."""
+        return self._read("received", layer)
+
+    def last_row(self, offset: int = -1) -> torch.Tensor:
+        """What the last prompt token looks at in the decoder layer ``offset`` from the cut (-1: just before it)."""
+        return self._read("last_row", offset)
+
+    def text_rows(self, offset: int = -1) -> torch.Tensor:
+        """Mean of what the text tokens behind the last visual token look at in the decoder layer ``offset`` from the cut."""
+        return self._read("text_rows", offset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """All a method may use; U images (or videos), N visual tokens of the largest, D width of the language model.
+
+    Rows shorter than N are padded; ``valid`` tells. At a cut, ``valid`` marks the tokens still alive and ``features``
+    are hidden states on the cut layer's input; before the model they are the projected features.
+
+    Attributes:
+        stage: ``prompt`` or ``decoder``.
+        layer: decoder layer of the cut; None at the prompt stage.
+        features: (U, N, D).
+        valid: (U, N) bool, candidates.
+        count: (U,) long, how many to keep of each image.
+        size: (U,) long, how many visual tokens each image had originally.
+        grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
+        row: (U,) long, prompt row of each image.
+        image: (U,) long, which image of its row it is.
+        attention: attention statistics the method asked for.
+        has_cls: whether the vision tower has a CLS token.
+        model_type: the model family, as its config names it.
+        encoder_features: (U, N, E) projector inputs; merged patches are concatenated; None unless asked for.
+        text_ids: (B, T) token ids of the whole prompt, or None if the caller gave embeddings.
+        text_features: (B, T, D) embeddings of the whole prompt.
+        text_valid: (B, T) bool, which of them are text.
+        fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
+        generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
+            place in the batch; beams of one prompt get equal ones.
+    """
+
+    stage: Literal["prompt", "decoder"]
+    layer: int | None
+    features: torch.Tensor
+    valid: torch.Tensor
+    count: torch.Tensor
+    size: torch.Tensor
+    grid: torch.Tensor
+    row: torch.Tensor
+    image: torch.Tensor
+    attention: Attention
+    has_cls: bool
+    model_type: str
+    encoder_features: torch.Tensor | None
+    text_ids: torch.Tensor | None
+    text_features: torch.Tensor
+    text_valid: torch.Tensor
+    fidelity: Literal["fixed", "official"]
+    generator: Callable[[int], torch.Generator]
+
+    def need_grid(self) -> torch.Tensor:
+        """``grid``, if it is known.
+
+        Raises:
+            UnsupportedError: if the call did not reveal how tokens lie in their image.
+        """
+        if bool(((self.grid >= 0).all(-1) & self.valid).any()):
+            return self.grid
+        raise UnsupportedError(
+            f"{self.model_type}: where tokens lie in their image is unknown for this call (features were given "
+            "directly, or the family's adapter has no grid); pass pixels, or use a method that needs no grid"
+        )

@@ -1,0 +1,527 @@
+"""Attach to a stock model with public hooks only: base model, language model, decoder layers.
+
+A forward that carries pictures becomes a *prefill*: the policy says which visual tokens are alive in which layer, and
+for every change the hidden states are put back into a buffer that holds the latest state of every token, from which the
+next layer's tokens are taken (:class:`~visiontok.engine.layout.Layout`). The cache stores per layer what that layer saw.
+Any later forward on such a cache is a *decode*: nothing is selected, but the masks must count stored tokens.
+
+Per-call state travels in the keyword arguments of the decoder layers, so two threads, or a replay by gradient
+checkpointing, never see each other's; only the step from the base model to its language model uses a thread-local slot.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from ..cost import VisionInputs
+from ..ledger import TokenLedger
+from .cache import TwoLengthCache, adopt
+from .layout import Layout
+from .probe import CALL
+from .trace import Trace
+from .vision import Encoded, FeatureRecorder, Units, forget_records, locate, take_records
+
+if TYPE_CHECKING:
+    from visiontok.adapters.base import Adapter
+
+
+class Policy(Protocol):
+    """Who decides what is dropped; see :class:`visiontok.engine.policy.StagePolicy`."""
+
+    changes: frozenset[int]
+    """Decoder layers on whose input the set of visible visual tokens may change."""
+
+    def prompt(self, call: Call, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(B, N) keep mask over the visual positions (None: all), and the embeddings (B, N, D), merged or not."""
+        ...
+
+    def visible(self, call: Call, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """(B, N) bool: visual tokens that ``layer`` sees; ``states`` (B, E, D) is every entry token's latest state."""
+        ...
+
+    def wants_state(self, layer: int) -> bool:
+        """Whether an attention tap of ``layer`` must see the call."""
+        ...
+
+
+class Call:
+    """Everything the hooks know about one forward; B rows, N prompt positions of this forward, E of them entering.
+
+    Attributes:
+        mode: ``prefill``; ``decode`` (layers store different numbers of tokens) or ``uniform`` (all the same).
+        visual: (B, N) bool, visual positions.
+        attended: (B, N) bool, positions that are not padding.
+        units: the images of the call.
+        records: the tower runs that made their features.
+        ids: (B, N) token ids, or None if the caller gave embeddings.
+        embeds: (B, N, D) inputs of the language model before any pruning.
+        alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
+        attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
+    """
+
+    def __init__(self, mode: str, trace: Trace) -> None:
+        self.mode = mode
+        self.trace = trace
+        self.cache: TwoLengthCache | None = None
+        self.mask_2d: torch.Tensor | None = None
+        self.masks: dict[Any, Any] = {}
+
+    def begin_prefill(
+        self, visual: torch.Tensor, attended: torch.Tensor, units: Units, records: list[Encoded], ids: Any, embeds: Any
+    ) -> None:
+        """Fill in what only a prefill has."""
+        self.visual, self.attended, self.units, self.records = visual, attended, units, records
+        self.ids, self.embeds = ids, embeds
+        self.batch, self.length = visual.shape
+        self.entry: Layout | None = None
+        self.entry_valid: torch.Tensor | None = None
+        self.width = self.length
+        self.kept = visual
+        self.layouts: dict[int, Layout | None] = {-1: None}
+        self.states: dict[int, torch.Tensor | None] = {}
+        self.alive: dict[int, torch.Tensor] = {}
+        self.levels: list[torch.Tensor] = []
+        self.attention: dict[tuple[str, int], torch.Tensor] = {}
+
+    def enter(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Prompt coordinates → entry coordinates."""
+        return x if self.entry is None else self.entry.gather(x, dim)
+
+    def entry_valid_or_ones(self) -> torch.Tensor:
+        """(B, E) bool: entry slots that hold a token."""
+        if self.entry_valid is not None:
+            return self.entry_valid
+        return torch.ones(self.batch, self.width, dtype=torch.bool, device=self.visual.device)
+
+    def to_prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """(B, M, …) in the slots of ``layer`` → (B, N, …) in prompt positions; dropped positions repeat a neighbour."""
+        layout = self.layouts.get(layer)
+        for lay in (layout, self.entry):
+            if lay is not None:
+                slot = lay.slot_of().to(x.device)
+                x = x.gather(1, slot.view(*slot.shape, *[1] * (x.ndim - 2)).expand(*slot.shape, *x.shape[2:]))
+        return x
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
+        self.running: dict[int, Call] = {}  # language model pre-hook → post-hook
+        self.latest: dict[int, Trace] = {}
+
+
+_thread = _Thread()
+
+
+class Attachment:
+    """The hooks on one model.
+
+    Args:
+        adapter: where the parts of the model are.
+        policy: who decides.
+        force: run the whole machinery even where nothing is dropped (for tests of its exactness).
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy, *, force: bool = False) -> None:
+        self.adapter, self.policy, self.force = adapter, policy, force
+        self.base = adapter.base
+        self.text: Any = getattr(self.base, adapter.text)
+        self.layers: list[nn.Module] = list(self.text.layers)
+        self.config = self.text.config
+        self._latest: Trace | None = None
+        self._removables: list[Any] = [
+            self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
+            self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
+            self.text.register_forward_hook(self._text_post, with_kwargs=True),
+        ]
+        for index, layer in enumerate(self.layers):
+            pre = functools.partial(self._layer_pre, index)
+            self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
+            if adapter.deepstack:
+                post = functools.partial(self._layer_post, index)
+                self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
+        for modality in ("image", "video"):
+            if hasattr(type(self.base), f"get_{modality}_features"):
+                self._removables.append(FeatureRecorder(self.base, modality))
+
+    def add(self, removable: Any) -> None:
+        """Tie the life of a tap to this attachment."""
+        self._removables.append(removable)
+
+    def remove(self) -> None:
+        """Take every hook away; the model is stock again."""
+        for removable in self._removables:
+            removable.remove()
+        self._removables = []
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the latest prefill did: this thread's, or else any thread's."""
+        return _thread.latest.get(id(self), self._latest)
+
+    # ---- base model: where are the visual tokens, and does this call carry pictures at all?
+
+    def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids = args[0] if args else kwargs.get("input_ids")
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        pixels = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        encoded = kwargs.get("mm_encoder_outputs")
+        if pixels:
+            forget_records(self.base)
+        handover: dict[str, Any] = {"ids": ids, "encoded": None if pixels else encoded, "mask": mask}
+        _thread.handover[id(self)] = handover
+        # a placeholder id without a picture is text; embeddings without ids may hold features already
+        if pixels or encoded or ids is None:
+            masks = self._placeholders(module, ids, embeds)
+            if any(bool(m.any()) for m in masks.values()):
+                handover["masks"] = masks
+                return args, kwargs
+        cache = kwargs.get("past_key_values")
+        if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
+            x = ids if ids is not None else embeds
+            kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x) if cache.is_uniform() else None
+        return args, kwargs
+
+    def _placeholders(self, base: Any, ids: Any, embeds: Any) -> dict[str, torch.Tensor]:
+        from visiontok.adapters.base import placeholder_ids
+
+        found: dict[str, torch.Tensor] = {}
+        for modality, token in placeholder_ids(base.config).items():
+            if ids is not None:
+                found[modality] = ids == token
+            else:  # as stock does: a placeholder is recognised by its embedding
+                row = base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                found[modality] = (embeds == row).all(-1)
+        return found
+
+    # ---- language model
+
+    def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        handover = _thread.handover.pop(id(self), {})
+        _thread.running.pop(id(self), None)
+        cache, masks = kwargs.get("past_key_values"), handover.get("masks")
+        if masks is None:
+            if isinstance(cache, TwoLengthCache):
+                self._begin_decode(kwargs, handover, cache)
+            return args, kwargs
+        call = Call("prefill", Trace(len(self.layers)))
+        call.trace.clock.mark("prefill")
+        x, mask_2d = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover)
+        batch, length = x.shape[:2]
+        attended = (
+            torch.ones(batch, length, dtype=torch.bool, device=x.device)
+            if mask_2d is None
+            else mask_2d[:, -length:].bool()
+        )
+        records = take_records(self.base, handover["encoded"])
+        visual = functools.reduce(torch.logical_or, masks.values()).to(x.device)
+        units = self._units(masks, records)
+        call.begin_prefill(visual, attended, units, records, handover["ids"], x)
+        call.trace.ledger = TokenLedger(visual, attended, units, len(self.layers))
+        call.trace.encoders = [record.clock for record in records]
+        call.trace.inputs = [self._vision_inputs(record) for record in records]
+        call.trace.clock.mark("selection")
+        keep, embeds = self.policy.prompt(call, x)
+        call.trace.clock.mark("selected")
+        if (keep is None or bool(keep[visual].all())) and not self.policy.changes and not self.force and embeds is x:
+            call.trace.nothing_dropped()
+            call.mode = "stock"
+            _thread.running[id(self)] = call
+            return args, kwargs
+        self._enter(module, kwargs, call, keep, embeds, mask_2d)
+        kwargs[CALL] = _thread.running[id(self)] = call
+        return args, kwargs
+
+    def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
+        if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
+            return None
+        return VisionInputs.from_call(self.base.config, record.inputs)
+
+    def _units(self, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:
+        grids: dict[Any, Any] = {}
+        for modality in masks:
+            items = [
+                (r, i, grid)
+                for r, record in enumerate(records)
+                if record.modality == modality
+                for i, grid in enumerate(self.adapter.grids(record))
+            ]
+            grids[modality] = items if any(record.modality == modality for record in records) else None
+        return locate(
+            dict(masks),  # type: ignore[arg-type]
+            grids,
+            join_adjacent=self.adapter.join_adjacent,
+            model=self.base.config.model_type,
+        )
+
+    def _enter(
+        self, module: Any, kwargs: dict[str, Any], call: Call, keep: Any, embeds: torch.Tensor, mask_2d: Any
+    ) -> None:
+        """Drop tokens before the first layer, adopt the cache, and hand the language model consistent inputs."""
+        batch, length = call.batch, call.length
+        cache, past = self._cache(module, kwargs), 0
+        if cache is not None:
+            past = cache.get_seq_length()
+            kwargs["past_key_values"] = call.cache = cache
+        position_ids = kwargs.get("position_ids")
+        kwargs["inputs_embeds"] = embeds
+        if keep is not None:
+            call.kept = keep & call.visual
+        if keep is not None and (self.force or not bool(call.kept[call.visual].all())):
+            entry = call.entry = Layout(torch.where(call.visual, call.kept, call.attended))
+            if position_ids is None:  # what the stock language model would have numbered
+                position_ids = (torch.arange(length, device=embeds.device) + past)[None]
+            kwargs["inputs_embeds"] = entry.gather(embeds)
+            kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
+            call.width, call.entry_valid = entry.width, entry.valid
+        elif mask_2d is not None and not bool(call.attended.all()):
+            call.entry_valid = call.attended
+        mask = kwargs.get("attention_mask")
+        if self.adapter.own_mask and isinstance(mask, dict):
+            if call.entry is not None:
+                kwargs["attention_mask"] = {k: m if m is None else call.entry.gather_mask(m) for k, m in mask.items()}
+        elif self.adapter.own_mask and torch.is_tensor(mask) and mask.ndim == 4:
+            if call.entry is not None:
+                kwargs["attention_mask"] = call.entry.gather_mask(mask)
+        elif call.entry is not None or cache is not None:
+            kwargs["attention_mask"] = self._prefill_mask_2d(call, past)
+        if self.adapter.deepstack and kwargs.get(self.adapter.deepstack[0]) is not None:
+            where, levels = (kwargs.pop(name) for name in self.adapter.deepstack)
+            for level in levels:  # one dense (B, E, D) plane per level
+                dense = embeds.new_zeros(batch, length, level.shape[-1])
+                dense[where] = level.to(dense.dtype)
+                dense = call.enter(dense)
+                if call.entry is not None and call.entry.valid is not None:
+                    dense = dense * call.entry.valid[..., None]
+                call.levels.append(dense)
+        if not self.policy.changes and cache is not None:
+            for layer in cache.layers:
+                layer.note_prefill(length, call.width, call.entry_valid, batch, embeds.device)
+        if not self.policy.changes:
+            alive = torch.where(call.visual, call.kept, call.attended)
+            call.alive = dict.fromkeys(range(len(self.layers)), alive)
+
+    def _cache(self, module: Any, kwargs: dict[str, Any]) -> TwoLengthCache | None:
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True)
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if cache is None and use_cache and not checkpointing:
+            cache = DynamicCache(config=self.config)
+        return None if cache is None else adopt(cache, len(self.layers))
+
+    def _prefill_mask_2d(self, call: Call, past: int) -> torch.Tensor | None:
+        """2-D mask over stored and entering tokens; None if nothing is masked.
+
+        Without a cache it is always given: a mask builder that gets neither mask nor cache takes gaps in the position
+        ids for the borders of packed sequences.
+        """
+        first = None if call.cache is None else call.cache.layers[0]
+        if first is not None and past:
+            if call.entry_valid is None and first.valid is None:
+                return None
+            return torch.cat([first.valid_slots(call.batch, call.visual.device), call.entry_valid_or_ones()], 1)
+        if call.entry_valid is None and first is not None:
+            return None
+        return call.entry_valid_or_ones()
+
+    def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
+        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        trace = _thread.latest.get(id(self))
+        call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
+        call.cache = cache
+        call.mask_2d = self._mask_2d(kwargs, handover)
+        if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
+            kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x)
+            if call.mode == "decode":
+                call.masks[self._mask_key(cache, 0)] = None  # the language model builds this one itself
+        kwargs[CALL] = _thread.running[id(self)] = call
+
+    def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
+        mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
+        return mask if _is_2d(mask) else None
+
+    @staticmethod
+    def _stored_mask(cache: TwoLengthCache, layer: int, mask: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
+        batch, new = x.shape[:2]
+        stored = cache.layers[layer]
+        if stored.valid is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
+            return None
+        fresh = torch.ones(batch, new, dtype=torch.bool, device=x.device) if mask is None else mask[:, -new:].bool()
+        return torch.cat([stored.valid_slots(batch, x.device), fresh], 1)
+
+    def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = _thread.running.pop(id(self), None)
+        if call is None:
+            return None
+        if call.mode in ("decode", "uniform"):
+            call.trace.note_step()
+            return None
+        call.trace.clock.mark("prefilled")
+        if call.mode == "prefill":
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            for layout in (call.layouts.get(len(self.layers) - 1), call.entry):
+                if layout is not None:
+                    hidden = layout.fill(hidden)
+            if isinstance(output, tuple):
+                output = (hidden, *output[1:])
+            else:
+                output.last_hidden_state = hidden
+            call.trace.finish([call.alive[layer] for layer in range(len(self.layers))])
+        self._latest = _thread.latest[id(self)] = call.trace
+        return output
+
+    # ---- decoder layers
+
+    def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call: Call | None = kwargs.get(CALL)
+        if call is None:
+            return None
+        # It stays in the keywords only for those who read it further down: a tap in this layer, the DeepStack hook.
+        if call.mode != "prefill" or not (self.policy.wants_state(index) or self.adapter.deepstack):
+            kwargs.pop(CALL)
+        if call.mode == "uniform":
+            return args, kwargs
+        x = args[0] if args else kwargs["hidden_states"]
+        if call.mode == "decode":
+            mask = self._decode_mask(call, index, x)
+            if mask is not _UNCHANGED:
+                kwargs["attention_mask"] = mask
+            return args, kwargs
+        if self.policy.changes:
+            x = self._relayout(call, index, x, kwargs)
+        if "flash" in str(self.config._attn_implementation) and torch.is_tensor(kwargs.get("position_ids")):
+            # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
+            # rotary embeddings are already computed, so attention may get consecutive numbers.
+            kwargs["position_ids"] = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
+        if args:
+            return (x, *args[1:]), kwargs
+        kwargs["hidden_states"] = x
+        return args, kwargs
+
+    def _decode_mask(self, call: Call, index: int, x: torch.Tensor) -> Any:
+        cache: TwoLengthCache = call.cache  # type: ignore[assignment]  # a decode runs on one
+        key = self._mask_key(cache, index)
+        if key not in call.masks:
+            mask_2d = self._stored_mask(cache, index, call.mask_2d, x)
+            call.masks[key] = (self._build_mask(index, x, mask_2d, cache),)
+        built = call.masks[key]
+        return _UNCHANGED if built is None else built[0]
+
+    def _relayout(self, call: Call, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
+        before = call.layouts[index - 1]
+        states = call.states.get(index - 1)
+        if index in self.policy.changes and index not in call.layouts:
+            latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
+            visible = self.policy.visible(call, index, latest) & call.kept
+            call.alive[index] = torch.where(call.visual, visible, call.attended)
+            wanted = call.enter(call.alive[index]) & call.entry_valid_or_ones()
+            unchanged = bool((wanted | ~call.entry_valid_or_ones()).all())
+            call.layouts[index] = None if unchanged and not self.force else Layout(wanted)
+        elif index not in call.layouts:
+            call.layouts[index] = before
+            call.alive[index] = (
+                call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
+            )
+        layout = call.layouts[index]
+        if layout is not before:
+            states = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
+            x = states if layout is None else layout.gather(states)
+        call.states[index] = states
+        valid = call.entry_valid if layout is None else layout.valid
+        width = call.width if layout is None else layout.width
+        if layout is not None:
+            kwargs["attention_mask"] = self._prefill_mask(call, index, x, layout, kwargs.get("attention_mask"))
+            embeddings = kwargs.get("position_embeddings")
+            if embeddings is not None:
+                kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
+            position_ids = kwargs.get("position_ids")
+            if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
+                kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+        if call.cache is not None:
+            call.cache.layers[index].note_prefill(call.length, width, valid, call.batch, x.device)
+        return x
+
+    @staticmethod
+    def _gathered(call: Call, layout: Layout, embeddings: Any) -> Any:
+        key = ("rope", id(layout), id(embeddings[0]))
+        if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
+            call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
+        return call.masks[key][2]
+
+    def _prefill_mask(self, call: Call, index: int, x: torch.Tensor, layout: Layout, given: Any) -> Any:
+        if self.adapter.own_mask:
+            if given is None:
+                ones = torch.ones(layout.length, layout.length, dtype=torch.bool, device=x.device)
+                given = ones.tril()[None, None]
+            key: Any = ("mask", id(layout), id(given))
+            if key not in call.masks:
+                call.masks[key] = (layout, given, layout.gather_mask(given))
+            return call.masks[key][2]
+        cache = call.cache
+        stored = None if cache is None else cache.layers[index]
+        key = ("mask", id(layout), self._mask_key(cache, index))
+        if key not in call.masks:
+            mask_2d = layout.valid
+            if stored is not None and (mask_2d is not None or stored.valid is not None):
+                if mask_2d is None:
+                    mask_2d = torch.ones(call.batch, layout.width, dtype=torch.bool, device=x.device)
+                mask_2d = torch.cat([stored.valid_slots(call.batch, x.device), mask_2d], 1)
+            call.masks[key] = (layout, None, self._build_mask(index, x, mask_2d, cache))
+        return call.masks[key][2]
+
+    def _mask_key(self, cache: TwoLengthCache | None, index: int) -> tuple[Any, ...]:
+        kind = self._kind(index)
+        if cache is None:
+            return (kind,)
+        return kind, cache.layers[index].physical_length(), id(cache.layers[index].valid)
+
+    def _kind(self, index: int) -> str:
+        kinds = getattr(self.config, "layer_types", None)
+        return kinds[index] if kinds else "full_attention"
+
+    def _build_mask(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
+        build = (
+            create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
+        )
+        return build(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=mask_2d,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=index,
+        )
+
+    def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
+        call: Call | None = kwargs.get(CALL)
+        if call is None or call.mode != "prefill" or index >= len(call.levels):
+            return None
+        level, layout = call.levels[index], call.layouts.get(index)
+        added = level
+        if layout is not None:
+            added = layout.gather(level)
+            if layout.valid is not None:
+                added = added * layout.valid[..., None]
+            absent = call.enter(call.kept) & ~layout.keep
+            states = call.states[index]
+            call.states[index] = states + level * absent[..., None]  # type: ignore[operator]
+        return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
+
+
+_UNCHANGED = object()
+
+
+def _is_2d(mask: Any) -> bool:
+    return torch.is_tensor(mask) and mask.ndim == 2

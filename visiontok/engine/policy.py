@@ -1,0 +1,414 @@
+"""Run the stages of a recipe: ask each method at its place, keep the books of who is alive."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ..allocators import layer_average
+from ..budget import Budget
+from ..context import Attention, Context
+from ..errors import ConfigError, UnsupportedError
+from ..functional import attention_columns, attention_rows
+from ..method import Needs, Selection, Stage, resolve_layer
+from .probe import Tap, attention_modules
+from .vision import current_record
+
+if TYPE_CHECKING:
+    from .attach import Attachment, Call
+
+_VISION, _DECODER = ("cls", "received"), ("last_row", "text_rows")
+
+
+class StagePolicy:
+    """The stages of a recipe on a model of known depth.
+
+    Args:
+        stages: in any order; layers may be fractions.
+        depth: decoder layers of the model.
+        average: budget per image as an average over all decoder layers, or None if each stage has its own.
+        seed: of the stochastic methods.
+        fidelity: handed to the methods.
+
+    Raises:
+        ConfigError: if a layer lies outside the model or stages contradict each other.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        depth: int,
+        *,
+        average: Budget | None = None,
+        seed: int = 0,
+        fidelity: Literal["fixed", "official"] = "fixed",
+    ) -> None:
+        self.depth, self.seed, self.fidelity = depth, seed, fidelity
+        self.prompt_stages = [s for s in stages if s.kind == "prompt"]
+        self.cuts: dict[int, Stage] = {}
+        hidden = [False] * depth
+        for stage in stages:
+            if stage.kind == "cut":
+                layer = resolve_layer(_layer(stage), depth, name="layer", lowest=_earliest_cut(stage))
+                if layer in self.cuts:
+                    raise ConfigError(f"layer={layer}: two cuts at one layer; merge them or move one")
+                self.cuts[layer] = stage
+            elif stage.kind == "inject":
+                start = resolve_layer(_layer(stage), depth, name="inject layer")
+                hidden[:start] = [True] * start
+            elif stage.kind == "exit":
+                stop = resolve_layer(_layer(stage), depth, name="exit layer")
+                hidden[stop:] = [True] * (depth - stop)
+            elif stage.kind == "skip":
+                start = resolve_layer(_layer(stage), depth, name="skip layer")
+                until = depth if stage.until == depth else resolve_layer(stage.until, depth, name="until")  # type: ignore[arg-type]
+                if until <= start:
+                    raise ConfigError(f"until={stage.until}: a skip must end behind its layer {start}")
+                hidden[start:until] = [True] * (until - start)
+        for layer in self.cuts:
+            if hidden[layer]:
+                raise ConfigError(
+                    f"layer={layer}: a cut where the visual tokens are absent (injected later, skipped or gone) has "
+                    "nothing to score; move the cut"
+                )
+        if all(hidden):
+            raise ConfigError("these stages hide the visual tokens from every layer; drop the image instead")
+        self.hidden = hidden
+        self.average = average
+        self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
+        flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
+        self.changes: frozenset[int] = frozenset(flips | set(self.cuts))
+        self._taps: dict[int, set[str]] = {}
+        for layer, stage in self.cuts.items():
+            needs = _needs(stage)
+            for stat, offsets in (("last_row", needs.decoder_last_row), ("text_rows", needs.decoder_text_rows)):
+                for offset in offsets:
+                    tapped = layer + offset
+                    if not 0 <= tapped < layer or hidden[tapped]:
+                        raise ConfigError(
+                            f"layer={layer}: {_name(stage)} reads the attention of layer {tapped}, where no visual "
+                            "token is; cut later"
+                        )
+                    self._taps.setdefault(tapped, set()).add(stat)
+
+    def attach(self, attachment: Attachment) -> None:
+        """Add the attention taps the methods asked for.
+
+        Raises:
+            UnsupportedError: if the model's attention cannot be tapped.
+            ConfigError: if a tower layer lies outside the tower.
+        """
+        self.adapter = attachment.adapter
+        for layer, stats in self._taps.items():
+            module = attention_modules(attachment.layers[layer])
+            if len(module) != 1:
+                raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
+            attachment.add(Tap(module[0], functools.partial(self._decoder_sink, layer, frozenset(stats))))
+        wanted: dict[int, set[str]] = {}
+        tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
+        for stage in (*self.prompt_stages, *self.cuts.values()):
+            needs = _needs(stage)
+            for stat, layers in (("cls", needs.vision_cls), ("received", needs.vision_received)):
+                for name in layers:
+                    if stat == "cls" and not self.adapter.cls_token:
+                        continue  # the context says so when the method asks
+                    index = resolve_layer(name, len(tower), name=f"vision layer of {_name(stage)}")
+                    wanted.setdefault(index, set()).add(stat)
+            if needs.encoder_features:
+                self._tap_projector(attachment)
+        for index, stats in wanted.items():
+            attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
+        self.tower_depth = len(tower)
+
+    @property
+    def _model(self) -> str:
+        return self.adapter.base.config.model_type
+
+    def wants_state(self, layer: int) -> bool:
+        """Whether a tap of this decoder layer must see the call."""
+        return layer in self._taps
+
+    def prompt(self, call: Call, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
+        if not self.prompt_stages:
+            return None, embeds
+        alive = call.visual
+        for stage in self.prompt_stages:
+            ctx = self._context(call, stage, None, call.units.gather(embeds), alive)
+            keep, features = self._ask(stage, ctx)
+            alive = alive & call.units.scatter(keep, call.length, call.batch)
+            if features is not None:
+                embeds = embeds.clone() if embeds is call.embeds else embeds
+                rows = call.units.row[:, None].expand_as(keep)[keep]
+                embeds[rows, call.units.slots[keep]] = features[keep].to(embeds.dtype)
+        return alive, embeds
+
+    def visible(self, call: Call, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """Run the cut at this layer, if any; see :class:`visiontok.engine.attach.Policy`."""
+        stage = self.cuts.get(layer)
+        if stage is not None:
+            if call.entry is not None:
+                states = call.entry.fill(states)
+            ctx = self._context(call, stage, layer, call.units.gather(states), call.kept)
+            keep, features = self._ask(stage, ctx)
+            if features is not None:
+                raise UnsupportedError(
+                    f"{_name(stage)}: returned features at decoder layer {layer}; only prompt stages can change tokens"
+                )
+            call.kept = call.kept & call.units.scatter(keep, call.length, call.batch)
+        return torch.zeros_like(call.kept) if self.hidden[layer] else call.kept
+
+    def _ask(self, stage: Stage, ctx: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The method's answer, checked: (U, N) keep mask and (U, N, D) new features or None."""
+        answer = stage.method.select(ctx)  # type: ignore[union-attr]
+        selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
+        keep, name = selection.keep, _name(stage)
+        if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != ctx.valid.shape:
+            found = f"{tuple(keep.shape)} {keep.dtype}" if torch.is_tensor(keep) else type(keep).__name__
+            raise ConfigError(f"{name}: select() returned {found}; it must return a bool mask {tuple(ctx.valid.shape)}")
+        keep = keep.to(ctx.valid.device) & ctx.valid
+        if bool((ctx.valid.any(1) & ~keep.any(1)).any()):
+            raise ConfigError(f"{name}: select() kept no token of an image; keep at least one, or use an exit stage")
+        features = selection.features
+        if features is not None and features.shape != ctx.features.shape:
+            raise ConfigError(
+                f"{name}: Selection.features has shape {tuple(features.shape)}, expected {tuple(ctx.features.shape)}"
+            )
+        return keep, features
+
+    def _context(
+        self, call: Call, stage: Stage, layer: int | None, features: torch.Tensor, alive: torch.Tensor
+    ) -> Context:
+        units = call.units
+        if features.is_floating_point() and not bool(features.isfinite().all()):
+            where = "before the language model" if layer is None else f"on the input of decoder layer {layer}"
+            raise ConfigError(
+                f"visual features {where} contain NaN or infinity, so no score means anything; check the pixels, or "
+                "load the model in bfloat16 or float32 if it overflows in float16"
+            )
+        size = units.valid.sum(1)
+        valid = units.gather(alive[..., None])[..., 0] & units.valid
+        count = self._count(stage, call, size)
+        return Context(
+            stage="prompt" if layer is None else "decoder",
+            layer=layer,
+            features=features,
+            valid=valid,
+            count=torch.minimum(count, valid.sum(1)),
+            size=size,
+            grid=units.grid,
+            row=units.row,
+            image=torch.tensor(units.ordinal, device=units.row.device),
+            attention=Attention(functools.partial(self._read, call, layer)),
+            has_cls=self.adapter.cls_token,
+            model_type=self._model,
+            encoder_features=self._encoder_features(call) if _needs(stage).encoder_features else None,
+            text_ids=call.ids,
+            text_features=call.embeds,
+            text_valid=call.attended & ~call.visual,
+            fidelity=self.fidelity,
+            generator=functools.partial(self._generator, call),
+        )
+
+    def _count(self, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
+        if self.average is not None:
+            counts = [self._share(stage, n) for n in size.tolist()]
+            return torch.tensor(counts, dtype=torch.long, device=size.device)
+        keep = stage.keep
+        if keep is None:
+            return size
+        if keep.kind == "per_tile":
+            tiles = [max(len(set(g[g >= 0].tolist())), 1) for g in call.units.grid[..., 0]]
+            return torch.minimum(torch.tensor(tiles, device=size.device) * int(keep.value), size)
+        return keep.counts(size)
+
+    def _share(self, stage: Stage, n: int) -> int:
+        """Tokens that ``stage`` leaves of an image of ``n``, so that the average over all layers is the wanted one."""
+        budget = self.average
+        if budget is None or n == 0:
+            return n
+        average = budget.value * n if budget.kind == "ratio" else min(float(budget.value), n)
+        start, stop = self.hidden.index(False), self.depth - self.hidden[::-1].index(False)
+        cuts = [start] * len(self.prompt_stages) + sorted(self.cuts)
+        own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._selecting]
+        counts = layer_average(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
+        return counts[self._selecting.index(stage)]
+
+    def _generator(self, call: Call, unit: int) -> torch.Generator:
+        row = int(call.units.row[unit])
+        ids = b"" if call.ids is None else repr(call.ids[row][call.attended[row]].tolist()).encode()
+        text = f"{self.seed}/{call.units.ordinal[unit]}/".encode() + ids
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    # ---- taps
+
+    def _read(self, call: Call, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
+        if stat in _DECODER:
+            found = None if cut is None else call.attention.get((stat, cut + int(layer)))
+            if found is None:
+                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset")
+            return call.units.gather(found[..., None])[..., 0]
+        if stat == "cls" and not self.adapter.cls_token:
+            raise UnsupportedError(
+                f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
+            )
+        index = resolve_layer(layer, self.tower_depth, name="vision layer")
+        values: list[list[torch.Tensor]] = []
+        for record in call.records:
+            calls = record.attention.get((stat, index))
+            if calls is None:
+                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
+            values.append([g.mean(1)[:, 0] for g in self.adapter.group(record, [c[..., None] for c in calls])])
+        return self._by_unit(call, values, missing=-1.0)
+
+    def _encoder_features(self, call: Call) -> torch.Tensor:
+        values = []
+        for record in call.records:
+            x = record.encoder_features
+            if x is None:
+                raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
+            groups = self.adapter.group(record, [x if x.ndim == 3 else x[None]])
+            values.append([g.flatten(1) for g in groups])
+        return self._by_unit(call, values, missing=0.0)
+
+    def _by_unit(self, call: Call, values: list[list[torch.Tensor]], *, missing: float) -> torch.Tensor:
+        """Per record and item (n, …) values → (U, N, …), NaN (no patch) replaced by ``missing``."""
+        units = call.units
+        out: torch.Tensor | None = None
+        for u, source in enumerate(units.source):
+            if source is None:
+                raise UnsupportedError(
+                    f"{self._model}: this call carries features instead of pixels, so nothing is known of the vision "
+                    "tower; pass pixels, or use a method that reads features only"
+                )
+            record, item, number = source
+            value = torch.cat(values[record][item : item + number])
+            if out is None:
+                out = value.new_full((*units.valid.shape, *value.shape[1:]), missing)
+            out[u, : len(value)] = torch.nan_to_num(value, nan=missing)
+        if out is None:
+            raise UnsupportedError(f"{self._model}: this call has no image")
+        return out.to(units.row.device)
+
+    def _tap_projector(self, attachment: Attachment) -> None:
+        if self.adapter.projector is None:
+            raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
+        module = self.adapter.base.get_submodule(self.adapter.projector)
+        attachment.add(module.register_forward_pre_hook(_projector_hook, with_kwargs=True))
+
+    def _vision_sink(
+        self, layer: int, stats: frozenset[str], call: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, kwargs: Any
+    ) -> None:
+        record = current_record()
+        if record is None:
+            return
+        skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
+        for a, b, valid in _segments(q, k, mask, kwargs.get("cu_seq_lens_q")):
+            if "cls" in stats:
+                seen = None if valid is None else valid[:, None]
+                scores = attention_rows(a[:, :, :1], b, scale=scale, visible=seen)[:, 0]
+                record.attention.setdefault(("cls", layer), []).append(scores[:, skip:])
+            if "received" in stats:
+                scores = attention_columns(a, b, scale=scale, valid=valid)
+                record.attention.setdefault(("received", layer), []).append(scores[:, skip:])
+
+    def _decoder_sink(
+        self,
+        layer: int,
+        stats: frozenset[str],
+        call: Call | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        kwargs: Any,
+    ) -> None:
+        if call is None or call.mode != "prefill":
+            return
+        layout = call.layouts[layer]
+        valid = call.entry_valid if layout is None else layout.valid
+        visible = _visible(mask, q, k, valid)
+        for stat in stats:
+            rows = slice(-1, None) if stat == "last_row" else slice(None)
+            scores = attention_rows(q[:, :, rows], k, scale=kwargs.get("scaling"), visible=visible[:, rows])
+            scores = scores[:, :, -q.shape[2] :]  # cached tokens are not candidates
+            if stat == "last_row":
+                by_slot = scores[:, 0]
+            else:
+                asks = self._asking(call, layer)
+                weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
+                by_slot = (scores * weight[..., None]).sum(1)
+            call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
+
+    @staticmethod
+    def _asking(call: Call, layer: int) -> torch.Tensor:
+        """(B, M) float: slots of ``layer`` that hold text behind the row's last visual token."""
+        position = torch.arange(call.length, device=call.visual.device)
+        last = torch.where(call.visual, position, -1).amax(1, keepdim=True)
+        asks = call.enter(call.attended & ~call.visual & (position > last)) & call.entry_valid_or_ones()
+        layout = call.layouts[layer]
+        if layout is not None:
+            asks = layout.gather(asks)
+            if layout.valid is not None:
+                asks = asks & layout.valid
+        return asks.float()
+
+
+def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    record = current_record()
+    if record is not None:
+        record.encoder_features = args[0] if args else next(iter(kwargs.values()))
+
+
+def _segments(q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
+    """Independent pieces (q, k, (B, n) valid keys or None) of one vision attention call."""
+    n = q.shape[2]
+    if lengths is not None:  # flash attention takes all images in one call
+        borders = lengths.tolist()
+    elif not torch.is_tensor(mask) or mask.ndim != 4:
+        return [(q, k, None)]
+    else:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        allowed = allowed[:, 0].expand(q.shape[0], n, n)
+        joined = torch.cat([allowed.new_zeros(1), allowed[0].diagonal(-1)]) if len(allowed) == 1 else None
+        if joined is None or bool(joined[1:].all()):
+            return [(q, k, None if bool(allowed.all()) else allowed.any(1))]
+        borders = [*torch.nonzero(~joined).flatten().tolist(), n]
+    return [(q[:, :, a:b], k[:, :, a:b], None) for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
+    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        return allowed & mask[:, None, :columns].bool()
+    if valid is not None:
+        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
+        return allowed & seen[:, None]
+    return allowed.expand(batch, rows, columns)
+
+
+def _layer(stage: Stage) -> int | float:
+    return stage.layer if stage.layer is not None else 0
+
+
+def _needs(stage: Stage) -> Needs:
+    return stage.method.needs() if stage.method is not None else Needs()
+
+
+def _name(stage: Stage) -> str:
+    return stage.method.label if stage.method is not None else stage.kind
+
+
+def _earliest_cut(stage: Stage) -> int:
+    needs = _needs(stage)
+    return max((-offset for offset in (*needs.decoder_last_row, *needs.decoder_text_rows)), default=0)

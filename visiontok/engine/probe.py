@@ -1,0 +1,63 @@
+"""Attention taps: see the true queries and keys of one attention module while the stock kernel does the attention.
+
+The tapped module gets its own copy of the config object, which names a registered attention function; ``model.config``,
+the mask builders and every other module are untouched. The function hands q and k to a sink and calls the kernel that
+the original config asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLEMENTATION = "visiontok_tap"
+CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
+
+Sink = Callable[..., None]
+
+
+def _tapped_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    call = kwargs.pop(CALL, None)
+    config, eager, sink = module._visiontok_tap
+    sink(call, query, key, attention_mask, kwargs)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return kernel(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)
+
+
+class Tap:
+    """A removable tap on one attention module.
+
+    Args:
+        module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
+        sink: called as ``sink(call, query (B, H, Q, d), key (B, Hkv, K, d), attention_mask, kwargs)``; must be picklable.
+    """
+
+    def __init__(self, module: nn.Module, sink: Sink) -> None:
+        self.module: Any = module
+        config = module.config
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        self.module._visiontok_tap = (config, eager, sink)
+        tapped = copy.copy(config)
+        tapped.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
+        self.module.config = tapped
+
+    def remove(self) -> None:
+        """Put the original config object back."""
+        self.module.config = self.module._visiontok_tap[0]
+        del self.module._visiontok_tap
+
+
+def attention_modules(tower: nn.Module) -> list[nn.Module]:
+    """The attention modules of a stack, in layer order."""
+    return [m for m in tower.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]

@@ -1,0 +1,63 @@
+"""What one prefill, and the decoding steps behind it, did and how long it took."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..cost import VisionInputs
+from ..ledger import TokenLedger
+from .clock import Clock
+
+
+class Trace:
+    """The light remains of a call: masks and times, no hidden states.
+
+    Attributes:
+        ledger: which token is alive where; None before the first prefill.
+        clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``.
+        encoders: clocks of the tower runs.
+        inputs: what went into the tower in each run; None for a family outside the cost model.
+        dropped: whether any visual token was dropped anywhere.
+        steps: forwards on the cache since the prefill.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.ledger: TokenLedger | None = None
+        self.clock = Clock()
+        self.encoders: list[Clock] = []
+        self.inputs: list[VisionInputs | None] = []
+        self.dropped = True
+        self.steps = 0
+        self._last_step = 0.0
+        self._first_step = 0.0
+
+    def nothing_dropped(self) -> None:
+        """The recipe kept every token."""
+        self.dropped = False
+
+    def finish(self, alive: list[torch.Tensor]) -> None:
+        """The prefill is through; ``alive`` holds one (B, N) mask per layer."""
+        if self.ledger is not None:
+            self.ledger.fill(alive)
+            self.dropped = any(bool((self.ledger.visual & ~mask).any()) for mask in alive)
+        self._first_step = self._last_step = time.perf_counter()
+
+    def note_step(self) -> None:
+        """One more forward on the cache of this prefill."""
+        self.steps += 1
+        self._last_step = time.perf_counter()
+
+    def seconds(self) -> dict[str, float | None]:
+        """Measured parts: vision tower (projector included), selection before the model, prefill without it, decode."""
+        tower = [c.seconds("start", "end") for c in self.encoders]
+        prefill, selection = self.clock.seconds("prefill", "prefilled"), self.clock.seconds("selection", "selected")
+        known = prefill is not None and selection is not None
+        return {
+            "vision": sum(t for t in tower if t is not None) if tower else None,
+            "selection": selection,
+            "prefill": prefill - selection if known else None,  # type: ignore[operator]
+            "decode": self._last_step - self._first_step if self.steps else None,
+        }

@@ -1,0 +1,60 @@
+"""Which original token is alive in which decoder layer, and where it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .engine.vision import Units
+
+
+class TokenLedger:
+    """The record of one prefill; B prompt rows, N prompt positions, U images.
+
+    Args:
+        visual: (B, N) bool, positions of visual tokens.
+        attended: (B, N) bool, positions that are not padding.
+        units: the images of the call.
+        depth: number of decoder layers.
+    """
+
+    def __init__(self, visual: torch.Tensor, attended: torch.Tensor, units: Units, depth: int) -> None:
+        self.visual, self.attended, self.units, self.depth = visual, attended, units, depth
+        self._alive: list[torch.Tensor] | None = None
+
+    def fill(self, alive: list[torch.Tensor]) -> None:
+        """Set the (B, N) masks of all layers."""
+        self._alive = alive
+
+    def alive(self, layer: int) -> torch.Tensor:
+        """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
+
+        Raises:
+            ConfigError: for a layer outside the model.
+        """
+        if not 0 <= layer < self.depth:
+            raise ConfigError(f"layer={layer}: this model has decoder layers 0 … {self.depth - 1}")
+        return self.visual | self.attended if self._alive is None else self._alive[layer]
+
+    def grid(self) -> torch.Tensor:
+        """(B, N, 4) long: (image of the row, t, row, col) of each visual token; -1 for text and where unknown."""
+        out = torch.full((*self.visual.shape, 4), -1, device=self.visual.device)
+        units = self.units
+        for u, image in enumerate(units.ordinal):
+            slots = units.slots[u][units.valid[u]]
+            out[units.row[u], slots, 0] = image
+            out[units.row[u], slots, 1:] = units.grid[u][units.valid[u]]
+        return out
+
+    def kept(self) -> list[list[int]]:
+        """Tokens alive per decoder layer (outer) and image (inner)."""
+        masks = [self.units.gather(self.alive(layer)[..., None])[..., 0] for layer in range(self.depth)]
+        return [mask.sum(1).tolist() for mask in masks]
+
+    def tokens(self) -> list[int]:
+        """Slots each decoder layer computes per row (text, visual tokens and the padding of ragged rows)."""
+        return [max(int(self.alive(layer).sum(1).max()), 1) for layer in range(self.depth)]

@@ -1,0 +1,212 @@
+"""What a compression method is: a card, the attention it needs, and one function of the context.
+
+A method is a frozen dataclass whose fields are its options. It says *which* visual tokens survive; where in the model
+that happens is a :class:`Stage`, and a list of stages is a :class:`visiontok.Recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .budget import Budget
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .context import Context
+
+Layer = int | float
+StageKind = Literal["prompt", "cut", "inject", "exit", "skip"]
+
+
+def resolve_layer(layer: Layer, depth: int, *, name: str, lowest: int = 0) -> int:
+    """0-based layer index of ``layer`` in a stack of ``depth`` layers.
+
+    Args:
+        layer: an index (negative counts from the end), or a float in [0, 1): a fraction of the depth, rounded down.
+        depth: number of layers of the stack.
+        name: what the caller calls this argument; used in the error.
+        lowest: smallest index allowed; fractions are raised to it, explicit indices below it are errors.
+
+    Raises:
+        ConfigError: if an explicit index lies outside ``lowest … depth-1`` or a fraction outside [0, 1).
+    """
+    if isinstance(layer, float):
+        if not 0.0 <= layer < 1.0:
+            raise ConfigError(
+                f"{name}={layer}: a fraction of the depth must lie in [0, 1); write an int for a layer index"
+            )
+        return min(max(int(layer * depth), lowest), depth - 1)
+    index = layer + depth if layer < 0 else layer
+    if not lowest <= index < depth:
+        raise ConfigError(
+            f"{name}={layer}: this model has {depth} layers; use {lowest} … {depth - 1} or a fraction in [0, 1)"
+        )
+    return index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a server may assume of a method.
+
+    Attributes:
+        count_from_grid: the number of kept tokens follows from the image grid alone.
+        per_image: a token's fate depends on its own image only.
+        question_independent: the question does not matter, so compressed images can be cached.
+        sync_free: selection needs no host synchronisation.
+    """
+
+    count_from_grid: bool = True
+    per_image: bool = True
+    question_independent: bool = True
+    sync_free: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The machine-readable description of a method.
+
+    Attributes:
+        name: the name in the literature, which is also the name in the API and on the command line.
+        title: one line of what it does.
+        paper: reference; ``"-"`` for baselines.
+        venue: where it appeared.
+        stage: ``"prompt"`` or ``"decoder"``.
+        needs: what the method reads, in words.
+        official: what the published code does, its known bugs included.
+        departures: where this implementation differs from paper or code, and why.
+        defaults: defaults per model family.
+        cost: extra work, in O-notation.
+        budget: whether the method takes ``keep``.
+        stochastic: whether the outcome depends on ``seed``.
+        contract: the serving contract.
+    """
+
+    name: str
+    title: str
+    paper: str
+    venue: str
+    stage: Literal["prompt", "decoder"]
+    needs: str
+    official: str = "-"
+    departures: str = "-"
+    defaults: str = "-"
+    cost: str = "-"
+    budget: bool = True
+    stochastic: bool = False
+    contract: Contract = Contract()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method reads beyond the features; everything else is not computed.
+
+    Vision layers are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers
+    are offsets from the cut: ``-1`` is the layer just before it.
+    """
+
+    vision_cls: tuple[Layer, ...] = ()
+    vision_received: tuple[Layer, ...] = ()
+    decoder_last_row: tuple[int, ...] = ()
+    decoder_text_rows: tuple[int, ...] = ()
+    encoder_features: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A method's answer when it merges: which tokens stay, and what they become.
+
+    Attributes:
+        keep: (U, N) bool, tokens that stay.
+        features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage only.
+    """
+
+    keep: torch.Tensor
+    features: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One event on the way through the model.
+
+    Attributes:
+        kind: ``prompt`` selects before the language model; ``cut`` selects on the input of decoder layer ``layer``;
+            ``inject`` keeps visual tokens out of the layers below ``layer``; ``exit`` keeps them out from ``layer`` on;
+            ``skip`` keeps them out of layers ``layer … until-1``.
+        layer: decoder layer (index or fraction of the depth); None for ``prompt``.
+        until: first layer after a ``skip``.
+        method: who selects, for ``prompt`` and ``cut``.
+        keep: how many of the *original* visual tokens of an image are left afterwards, for ``prompt`` and ``cut``.
+    """
+
+    kind: StageKind
+    method: Method | None = None
+    layer: Layer | None = None
+    until: Layer | None = None
+    keep: Budget | None = None
+
+    def __post_init__(self) -> None:
+        selects = self.kind in ("prompt", "cut")
+        if self.kind not in ("prompt", "cut", "inject", "exit", "skip"):
+            raise ConfigError(f"kind={self.kind!r}: a stage is one of prompt, cut, inject, exit, skip")
+        if selects != (self.method is not None):
+            raise ConfigError(
+                f"method={self.method!r}: a {self.kind} stage " + ("needs a method" if selects else "has no method")
+            )
+        if (self.layer is None) != (self.kind == "prompt"):
+            raise ConfigError(
+                f"layer={self.layer!r}: a {self.kind} stage "
+                + ("has no layer" if self.kind == "prompt" else "needs a layer")
+            )
+        if (self.until is None) != (self.kind != "skip"):
+            raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")
+        if self.keep is not None and not selects:
+            raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
+
+    A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`.
+    """
+
+    card: ClassVar[Card]
+
+    @property
+    def label(self) -> str:
+        """The name results are reported under; names every substitute, as in ``idpruner[cls]``."""
+        return self.card.name
+
+    def needs(self) -> Needs:
+        """What :meth:`select` reads from the context beyond features, grid and budget."""
+        return Needs()
+
+    def stages(self, keep: Budget | None) -> tuple[Stage, ...]:
+        """Where in the model the method acts when it is used by name."""
+        return (Stage(kind="prompt", method=self, keep=keep),)
+
+    def select(self, ctx: Context) -> torch.Tensor | Selection:
+        """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Options that differ from their defaults, as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any]) -> Method:
+        """An instance from plain values, as read from JSON or the command line.
+
+        Raises:
+            ConfigError: for an option that the method does not have.
+        """
+        known = {f.name for f in fields(cls)}
+        for name, value in options.items():
+            if name not in known:
+                remedy = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+                raise ConfigError(f"{name}={value!r}: {cls.card.name} has no such option; {remedy}")
+        return cls(**options)

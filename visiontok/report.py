@@ -1,0 +1,168 @@
+"""What a compression asked for and what really happened, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cost import Account, VisionInputs, account
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from visiontok.adapters.base import Adapter
+
+    from .engine.trace import Trace
+    from .ledger import TokenLedger
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image (or video) of the call.
+
+    Attributes:
+        row: prompt row.
+        image: which image of its row.
+        modality: ``image`` or ``video``.
+        tokens: visual tokens of the stock model.
+        kept: visual tokens alive in each decoder layer.
+    """
+
+    row: int
+    image: int
+    modality: str
+    tokens: int
+    kept: tuple[int, ...]
+
+    @property
+    def average(self) -> float:
+        """Tokens alive, averaged over all decoder layers."""
+        return sum(self.kept) / len(self.kept)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The latest call with an image; prints as a short text.
+
+    Attributes:
+        recipe: its label.
+        recipe_hash: its canonical hash; None if it holds a plain function.
+        requested: the budget as asked for.
+        images: per image what was kept where.
+        layer_tokens: slots that each decoder layer computes per prompt row, text included.
+        account: FLOPs of vision tower and language model and KV bytes, stock and compressed.
+        seconds: measured parts: vision, selection, prefill, decode (all steps so far).
+        steps: forwards on the cache since the prefill.
+        warnings: what a reader must know before trusting the numbers.
+    """
+
+    recipe: str
+    recipe_hash: str | None
+    requested: str
+    images: tuple[ImageReport, ...]
+    layer_tokens: tuple[int, ...]
+    account: Account
+    seconds: dict[str, float | None]
+    steps: int
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, base: nn.Module, adapter: Adapter, ledger: TokenLedger, trace: Trace) -> Report:
+        """Read the books of a call."""
+        per_layer, units = ledger.kept(), ledger.units
+        rows = units.row.tolist()
+        images = tuple(
+            ImageReport(rows[u], units.ordinal[u], units.modality[u], units.sizes[u], tuple(n[u] for n in per_layer))
+            for u in range(len(units))
+        )
+        batch, length = ledger.visual.shape
+        text = int((ledger.attended & ~ledger.visual).sum(1).max())
+        config: Any = base.config
+        dtype = next(getattr(base, adapter.text).parameters()).dtype
+        grids = [i for i in trace.inputs if i is not None]
+        embedded = [i.embedded if i.embedded is not None else i.patches for i in grids]
+        costs = account(
+            config,
+            VisionInputs(tuple(g for i in grids for g in i.grids), sum(embedded) if grids else None),
+            stock=[length] * ledger.depth,
+            kept=ledger.tokens(),
+            text=text,
+            batch=batch,
+            dtype_bytes=torch.finfo(dtype).bits // 8,
+        )
+        try:
+            digest: str | None = recipe.hash()
+        except ValueError:
+            digest = None
+        warnings = [adapter.notes] if adapter.notes else []
+        if not trace.dropped:
+            warnings.append("nothing was dropped: the budget is at least the number of visual tokens")
+        if not grids:
+            warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
+        return cls(
+            recipe=recipe.label,
+            recipe_hash=digest,
+            requested=_requested(recipe),
+            images=images,
+            layer_tokens=tuple(ledger.tokens()),
+            account=costs,
+            seconds=trace.seconds(),
+            steps=trace.steps,
+            warnings=tuple(warnings),
+        )
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens per image, averaged over images and all decoder layers."""
+        return sum(i.average for i in self.images) / max(len(self.images), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        out = asdict(self)
+        for image, entry in zip(self.images, out["images"], strict=True):
+            entry["average"] = image.average
+        out["account"] = self.account.to_dict()
+        out["layer_average"] = self.layer_average
+        return out
+
+    def __str__(self) -> str:
+        tokens = sum(i.tokens for i in self.images)
+        first, last = (sum(i.kept[k] for i in self.images) for k in (0, -1))
+        share = self.layer_average * len(self.images) / max(tokens, 1)
+        lines = [
+            f"{self.recipe} (requested: {self.requested})",
+            f"visual tokens  {tokens} in {len(self.images)} image(s); first layer {first}, last layer {last}, "
+            f"layer average {self.layer_average:.1f} per image ({share:.1%})",
+        ]
+        costs = self.account
+        if costs.kv_stock is not None and costs.kv is not None:
+            lines.append(f"KV cache       {_bytes(costs.kv_stock)} -> {_bytes(costs.kv)}")
+        if costs.decoder_stock is not None and costs.decoder is not None:
+            lines.append(f"LM prefill     {sum(costs.decoder_stock):.3g} -> {sum(costs.decoder):.3g} FLOPs")
+        if costs.vision is not None:
+            lines.append(f"vision tower   {costs.vision.tower + costs.vision.projector:.3g} FLOPs, unchanged")
+        ratio = costs.speed_up()
+        if ratio is not None:
+            lines.append(f"speed-up       {ratio}")
+        times = [f"{name} {value * 1e3:.1f} ms" for name, value in self.seconds.items() if value is not None]
+        lines.append("measured       " + ", ".join(times))
+        return "\n".join(lines + [f"warning: {w}" for w in (*self.warnings, *costs.not_counted)])
+
+
+def _requested(recipe: Recipe) -> str:
+    if recipe.average is not None:
+        return f"{recipe.average} on layer average"
+    budgets = [str(s.keep) if s.keep is not None else "no budget" for s in recipe.stages if s.method is not None]
+    return ", ".join(budgets) or "no budget"
+
+
+def _bytes(n: int) -> str:
+    value = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"

@@ -172,25 +172,21 @@ def test_doctor(call: Call) -> None:
 
 
 def test_doctor_where_everything_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    def no_version(name: str) -> str:
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor.importlib, "import_module", missing)
-    monkeypatch.setattr(doctor.importlib.metadata, "version", no_version)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    for name in ("torch", "torchvision", "triton", "visiontok.demo"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED)
     findings = json.loads(call("doctor", "--json").out)
     assert findings["torch"] == findings["torchvision"] == findings["embedded model"] == "not installed"
+    assert findings["triton"].startswith("not installed")
     assert findings["devices"] == []
     assert call("doctor").code == 0
 
 
-def test_doctor_tells_why_a_package_does_not_import(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise OSError("libcuda.so: cannot open\nmore")
-
-    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+def test_doctor_tells_why_a_package_does_not_import(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "triton.py").write_text("raise OSError('libcuda.so: cannot open\\nmore')")
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
     findings = json.loads(call("doctor", "--json").out)
-    assert findings["torch"] == "cannot be imported: OSError: libcuda.so: cannot open"
+    assert findings["triton"].startswith("cannot be imported: OSError: libcuda.so: cannot open; ")

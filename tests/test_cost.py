@@ -26,7 +26,7 @@ PIXTRAL = dict(VIT, model_type="pixtral", patch_size=4)
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 IDS = {"image_token_id": IMAGE}
 IDS_V = {"image_token_id": IMAGE, "video_token_id": VIDEO}
-GRID_VIT = {"depth": 3, "num_heads": 4, "hidden_size": 48, "out_hidden_size": 32, "intermediate_size": 40, "patch_size": 4}
+GRID_VIT = {
     "depth": 3,
     "hidden_size": 48,
     "out_hidden_size": 32,

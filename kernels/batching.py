@@ -32,16 +32,19 @@ def mask(valid: Tensor | None, like: Tensor) -> Tensor:
     return rows(valid, 1, "valid").bool().expand(like.shape[:2])
 
 
-def budget(k: int | Tensor, valid: Tensor, name: str = "k") -> Tensor:
-    """``k`` as (B,) long, at most the number of valid candidates of each row.
+def budget(k: int | Tensor, valid: Tensor) -> tuple[Tensor, int]:
+    """``k`` as (B,) long, at most the number of valid candidates of each row, and an upper bound of all rows.
+
+    A ``k`` that is on the host already, int or tensor, costs no synchronisation.
 
     Raises:
         ConfigError: if any budget is below 1.
     """
     counts = torch.as_tensor(k)
     if bool((counts < 1).any()):
-        raise ConfigError(f"{name}={counts.tolist()}: keep at least one token; give {name} >= 1")
-    return torch.minimum(counts.to(valid.device, torch.long).expand(valid.shape[0]), valid.sum(-1))
+        raise ConfigError(f"k={counts.tolist()}: keep at least one token; give k >= 1")
+    most = min(int(counts.max()), valid.shape[1])
+    return torch.minimum(counts.to(valid.device, torch.long).expand(valid.shape[0]), valid.sum(-1)), most
 
 
 def unrow(result: Tensor, like: Tensor, dims: int) -> Tensor:

@@ -22,8 +22,8 @@ class Picks(NamedTuple):
 
     Attributes:
         keep: (B, N) bool.
-        order: (B, K) long, picks in selection order; -1 past a row's own budget.
-        gain: (B, K) float, gain of each pick when it was made; -inf past a row's own budget.
+        order: (B, K) long, picks in selection order; -1 where a row has no more.
+        gain: (B, K) float, gain of each pick when it was made; -inf where a row has no more.
     """
 
     keep: Tensor
@@ -139,8 +139,8 @@ class Coverage:
         best = torch.maximum(self.best, _rows(self.table.mT, pick))
         changed = (best > self.best).any(0).nonzero()[:, 0]
         old, new = self.best[:, changed, None], best[:, changed, None]
-        # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old
-        lost = torch.minimum(torch.maximum(self.table[:, changed], old), new) - old
+        # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old; float64, so that what is lost adds up
+        lost = torch.minimum(torch.maximum(self.table[:, changed], old), new).double() - old
         self.total = self.total - self._sum(lost, None if self.weight is None else self.weight[:, changed])
         self.best = best
 
@@ -173,17 +173,20 @@ class Determinant:
         self.variance = self.variance - column.square()
 
 
-def greedy(state: State, k: Tensor, valid: Tensor, usable: Tensor | None = None, per_round: int = 1) -> Picks:
+def greedy(
+    state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
+) -> Picks:
     """Pick the candidate of largest gain, tell the state, repeat.
 
     Args:
         state: gains and how a pick changes them; used up by the call.
         k: (B,) long, picks of each row, at most its number of valid candidates.
+        most: steps of the loop, at least the largest ``k``.
         valid: (B, N) bool, what may be picked.
         usable: (B, N) bool; valid candidates that are not usable come last.
         per_round: picks made on the same gains; 1 is the exact greedy selection.
     """
-    (rows, n), most = valid.shape, int(k.max())
+    rows, n = valid.shape
     index = torch.arange(n, device=valid.device)
     free = valid.clone()
     order = torch.full((rows, most), -1, dtype=torch.long, device=valid.device)

@@ -59,7 +59,7 @@ def apportion(weights: Tensor, total: int | Tensor, caps: Tensor, minimum: int |
     share = torch.minimum(torch.maximum(scale * w, low), high)
 
     whole = (share + 1e-9).floor()  # a share that is whole up to rounding is whole
-    remainder = torch.where(whole < high, share - whole, -torch.inf)
+    remainder = torch.where(whole < high, (share - whole).mul(1e9).round(), -torch.inf)  # equal up to rounding: a tie
     order = remainder.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(w.shape[-1], device=w.device).expand_as(order))
     out = (whole + (rank < goal - whole.sum(-1, keepdim=True))).long()

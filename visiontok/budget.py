@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -105,18 +106,17 @@ class Budget:
             raise ConfigError(
                 "keep='1' is ambiguous: write 'tokens:1' for one token per image, '100%' or '1.0' for all of them"
             )
-        percent = rest.endswith("%")
-        digits = rest.removesuffix("%").strip()
+        digits, percent = rest.removesuffix("%"), rest.endswith("%")
         number: int | float
         try:
-            number = float(Fraction(digits) / 100) if percent else int(digits)
-        except ValueError:
-            try:
-                number = float(digits)
-            except ValueError:
-                raise ConfigError(
-                    f"keep={text!r}: write tokens per image as '64', a ratio as '0.25' or '25%', or KIND:VALUE"
-                ) from None
+            if percent:
+                number = float(Decimal(digits) / 100)  # in decimal: float("33.4") / 100 is not 0.334
+            else:
+                number = int(digits) if digits.strip().isdecimal() else float(digits)
+        except (ValueError, ArithmeticError):
+            raise ConfigError(
+                f"keep={text!r}: write tokens per image as '64', a ratio as '0.25' or '25%', or KIND:VALUE"
+            ) from None
         if kind:
             return cls(kind, number)  # type: ignore[arg-type]  # checked above
         return cls.tokens(number) if isinstance(number, int) else cls.ratio(number)

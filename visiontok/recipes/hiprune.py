@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import anchors, rank, topk
-from ..method import Card, Layer, Method, Needs
+from ..method import Card, Contract, Layer, Method, Needs
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -114,6 +114,7 @@ class HiPrune(Method):
         "softmax over all patches in windowed layers. fidelity='official' brings wrap, clamp and double choice back.",
         defaults="LLaVA: object_layer=1/3 (index 8 of 24), deep_layer=-2. Qwen2.5-VL: object_layer=15, deep_layer=-1.",
         cost="O(HN²d) for the two attention maps, O(N log N) to select",
+        contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:

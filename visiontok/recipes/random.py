@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import topk
-from ..method import Card, Method
+from ..method import Card, Contract, Method
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -51,6 +51,7 @@ class Random(Method):
         departures="The draw depends on the seed and the image's place in its own prompt, never on its batch.",
         cost="O(N log N)",
         stochastic=True,
+        contract=Contract(sync_free=False),
     )
 
     def select(self, ctx: Context) -> Tensor:

@@ -28,6 +28,6 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     """
     t = rows(table, 2, "table")
     ok = mask(valid, t.mT)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     state = Coverage(t, None if weight is None else rows(weight, 1, "weight").float(), None, None)
-    return unrow_picks(greedy(state, counts, ok), table, 2)
+    return unrow_picks(greedy(state, counts, most, ok), table, 2)

@@ -31,6 +31,6 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     """
     x, r = rows(features, 2, "features"), rows(relevance, 1, "relevance").float().clamp_min(0)
     ok = mask(valid, x)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     usable = x.isfinite().all(-1) & ~r.isnan()
-    return unrow_picks(greedy(Determinant(cosine(x), r), counts, ok, usable), features, 2)
+    return unrow_picks(greedy(Determinant(cosine(x), r), counts, most, ok, usable), features, 2)

@@ -41,8 +41,8 @@ def facility(
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     usable = x.isfinite().all(-1)
     table = torch.where((ok & usable)[..., None], cosine(x), 0.0)  # (B, represented, candidate)
     factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
-    return unrow_picks(greedy(Coverage(table, *factors), counts, ok, usable), features, 2)
+    return unrow_picks(greedy(Coverage(table, *factors), counts, most, ok, usable), features, 2)

@@ -30,10 +30,10 @@ def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Pi
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     similarity = cosine(x)
     others = ok[:, None, :] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     start = 1 - torch.where(others, similarity, -1.0).amax(-1)
     one = similarity.new_ones(1)
-    picks = greedy(RunningMax(similarity, one, one, start), counts, ok, usable=x.isfinite().all(-1))
+    picks = greedy(RunningMax(similarity, one, one, start), counts, most, ok, usable=x.isfinite().all(-1))
     return unrow_picks(picks, features, 2)

@@ -28,5 +28,5 @@ def maxsum(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | No
     """
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
-    counts = budget(k, ok)
-    return unrow_picks(greedy(RunningSum(x, s), counts, ok, x.isfinite().all(-1)), features, 2)
+    counts, most = budget(k, ok)
+    return unrow_picks(greedy(RunningSum(x, s), counts, most, ok, x.isfinite().all(-1)), features, 2)

@@ -38,7 +38,7 @@ def mmr(
     """
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     slope = s.new_full((1,), 1 - balance)
     state = RunningMax(cosine(x), balance * s, slope, start=s)
-    return unrow_picks(greedy(state, counts, ok, x.isfinite().all(-1), per_round), features, 2)
+    return unrow_picks(greedy(state, counts, most, ok, x.isfinite().all(-1), per_round), features, 2)

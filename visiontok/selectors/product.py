@@ -28,6 +28,6 @@ def product(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | N
     """
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
-    counts = budget(k, ok)
+    counts, most = budget(k, ok)
     state = RunningMax(cosine(x), offset=s, slope=s, start=s)
-    return unrow_picks(greedy(state, counts, ok, x.isfinite().all(-1)), features, 2)
+    return unrow_picks(greedy(state, counts, most, ok, x.isfinite().all(-1)), features, 2)

@@ -33,6 +33,7 @@ LAYERS = {
     "visiontok.engine": "engine",
     "visiontok.ledger": "engine",
     "visiontok.cost": "cost",
+    "visiontok.report": "report",
     "visiontok.images": "images",
     "visiontok.api": "api",
     "visiontok.run": "run",
@@ -44,8 +45,8 @@ LAYERS = {
 
 OPERATORS = {"errors", "kernels", "operators"}
 METHOD = OPERATORS | {"values", "method"}
-ENGINE = METHOD | {"recipe", "engine", "adapters.base", "torchvision"}
-API = ENGINE | {"recipes", "adapters", "cost", "images", "api"}
+ENGINE = METHOD | {"recipe", "engine", "adapters.base", "cost", "torchvision"}
+API = ENGINE | {"recipes", "adapters", "report", "images", "api"}
 # `package` is `import visiontok`: the public names, which the outer layers use.
 MAY_IMPORT = {
     "package": API | {"demo"},
@@ -60,7 +61,8 @@ MAY_IMPORT = {
     "adapters.base": {"errors", "values", "adapters.base", "torchvision"},
     "adapters": {"errors", "values", "adapters.base", "adapters", "torchvision"},
     "engine": ENGINE,
-    "cost": METHOD | {"recipe", "cost", "adapters.base"},
+    "cost": {"errors"},
+    "report": ENGINE | {"report"},
     "images": {"errors"},
     "api": API,
     "run": API | {"package", "run", "demo"},

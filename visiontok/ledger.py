@@ -25,10 +25,11 @@ class TokenLedger:
     def __init__(self, visual: torch.Tensor, attended: torch.Tensor, units: Units, depth: int) -> None:
         self.visual, self.attended, self.units, self.depth = visual, attended, units, depth
         self._alive: list[torch.Tensor] | None = None
+        self._widths = [visual.shape[1]] * depth
 
-    def fill(self, alive: list[torch.Tensor]) -> None:
-        """Set the (B, N) masks of all layers."""
-        self._alive = alive
+    def fill(self, alive: list[torch.Tensor], widths: list[int]) -> None:
+        """Set the (B, N) masks of all layers and how many slots per row each computed."""
+        self._alive, self._widths = alive, widths
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -56,5 +57,5 @@ class TokenLedger:
         return [mask.sum(1).tolist() for mask in masks]
 
     def tokens(self) -> list[int]:
-        """Slots each decoder layer computes per row (text, visual tokens and the padding of ragged rows)."""
-        return [max(int(self.alive(layer).sum(1).max()), 1) for layer in range(self.depth)]
+        """Slots each decoder layer computed and cached per row: text, visual tokens and padding."""
+        return list(self._widths)

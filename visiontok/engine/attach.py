@@ -101,6 +101,11 @@ class Call:
             return self.entry_valid
         return torch.ones(self.batch, self.width, dtype=torch.bool, device=self.visual.device)
 
+    def slots(self, layer: int) -> int:
+        """Slots per row in a layer."""
+        layout = self.layouts.get(layer)
+        return self.width if layout is None else layout.width
+
     def to_prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """(B, M, …) in the slots of ``layer`` → (B, N, …) in prompt positions; dropped positions repeat a neighbour."""
         layout = self.layouts.get(layer)
@@ -376,7 +381,8 @@ class Attachment:
                 output = (hidden, *output[1:])
             else:
                 output.last_hidden_state = hidden
-            call.trace.finish([call.alive[layer] for layer in range(len(self.layers))])
+            depth = range(len(self.layers))
+            call.trace.finish([call.alive[i] for i in depth], [call.slots(i) for i in depth])
         self._latest = _thread.latest[id(self)] = call.trace
         return output
 
@@ -439,7 +445,6 @@ class Attachment:
             x = states if layout is None else layout.gather(states)
         call.states[index] = states
         valid = call.entry_valid if layout is None else layout.valid
-        width = call.width if layout is None else layout.width
         if layout is not None:
             kwargs["attention_mask"] = self._prefill_mask(call, index, x, layout, kwargs.get("attention_mask"))
             embeddings = kwargs.get("position_embeddings")
@@ -449,7 +454,7 @@ class Attachment:
             if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
                 kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
         if call.cache is not None:
-            call.cache.layers[index].note_prefill(call.length, width, valid, call.batch, x.device)
+            call.cache.layers[index].note_prefill(call.length, call.slots(index), valid, call.batch, x.device)
         return x
 
     @staticmethod

@@ -38,10 +38,10 @@ class Trace:
         """The recipe kept every token."""
         self.dropped = False
 
-    def finish(self, alive: list[torch.Tensor]) -> None:
-        """The prefill is through; ``alive`` holds one (B, N) mask per layer."""
+    def finish(self, alive: list[torch.Tensor], widths: list[int]) -> None:
+        """The prefill is through; per layer the (B, N) mask of living tokens and the slots per row."""
         if self.ledger is not None:
-            self.ledger.fill(alive)
+            self.ledger.fill(alive, widths)
             self.dropped = any(bool((self.ledger.visual & ~mask).any()) for mask in alive)
         self._first_step = self._last_step = time.perf_counter()
 

@@ -1,0 +1,64 @@
+"""Schedules that exercise every kind of stage, with a method whose choice is random but known afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visiontok import Card, Method, Recipe
+from visiontok.method import Stage
+
+
+@dataclass(frozen=True)
+class About(Method):
+    """Keeps about a fraction of the candidates; images differ in how many they keep."""
+
+    fraction: float = 0.5
+    draw: int = 0
+    card: ClassVar[Card] = Card(name="about", title="-", paper="-", venue="-", stage="prompt", needs="-")
+
+    def select(self, ctx):
+        keep = torch.zeros_like(ctx.valid)
+        g = torch.Generator().manual_seed(self.draw)
+        for u, valid in enumerate(ctx.valid):
+            candidates = valid.nonzero()[:, 0]
+            n = max(1, int(len(candidates) * self.fraction) - u % 2)
+            keep[u, candidates[torch.randperm(len(candidates), generator=g)[:n]]] = True
+        return keep
+
+
+def prompt(fraction=0.5, draw=1):
+    return Stage(kind="prompt", method=About(fraction, draw))
+
+
+def cut(layer, fraction=0.5, draw=1):
+    return Stage(kind="cut", layer=layer, method=About(fraction, draw))
+
+
+def inject(layer):
+    return Stage(kind="inject", layer=layer)
+
+
+def leave(layer):
+    return Stage(kind="exit", layer=layer)
+
+
+SCHEDULES = {
+    "prompt": (prompt(),),
+    "cut": (cut(2),),
+    "cut at 0": (cut(0),),
+    "pyramid": (cut(1, 0.75, 1), cut(2, 0.7, 2), cut(3, 0.5, 3)),
+    "inject": (inject(2),),
+    "inject and select": (inject(2), cut(2)),
+    "exit": (leave(3),),
+    "inject, cut, exit": (inject(1), cut(1, 0.75), leave(3)),
+    "skip": (cut(0, 0.6), Stage(kind="skip", layer=1, until=2)),
+    "prompt and cut": (prompt(), cut(2)),
+    "prompt, inject, exit": (prompt(), inject(1), leave(3)),
+}
+
+
+def recipe(name):
+    return Recipe(stages=SCHEDULES[name], name=name)

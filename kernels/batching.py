@@ -32,19 +32,24 @@ def mask(valid: Tensor | None, like: Tensor) -> Tensor:
     return rows(valid, 1, "valid").bool().expand(like.shape[:2])
 
 
-def budget(k: int | Tensor, valid: Tensor) -> tuple[Tensor, int]:
-    """``k`` as (B,) long, at most the number of valid candidates of each row, and an upper bound of all rows.
-
-    A ``k`` that is on the host already, int or tensor, costs no synchronisation.
+def budget(k: int | Tensor, valid: Tensor) -> Tensor:
+    """``k`` as (B,) long, at most the number of valid candidates of each row.
 
     Raises:
-        ConfigError: if any budget is below 1.
+        ConfigError: if a budget on the host is below 1. One on a device is raised to 1: looking would synchronise.
     """
     counts = torch.as_tensor(k)
-    if bool((counts < 1).any()):
+    if counts.device.type == "cpu" and bool((counts < 1).any()):
         raise ConfigError(f"k={counts.tolist()}: keep at least one token; give k >= 1")
-    most = min(int(counts.max()), valid.shape[1])
-    return torch.minimum(counts.to(valid.device, torch.long).expand(valid.shape[0]), valid.sum(-1)), most
+    counts = counts.to(valid.device, torch.long).clamp_min(1)
+    return torch.minimum(counts.expand(valid.shape[0]), valid.sum(-1))
+
+
+def largest(k: int | Tensor, n: int) -> int:
+    """Largest budget of any row, at most ``n``; costs a synchronisation only where ``k`` is on a device."""
+    if isinstance(k, Tensor):
+        return min(int(k.max()), n) if k.numel() else 0
+    return min(k, n)
 
 
 def unrow(result: Tensor, like: Tensor, dims: int) -> Tensor:

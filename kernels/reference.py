@@ -233,7 +233,7 @@ def attention_columns(
     counted = valid if valid is not None and m == n else torch.ones(b, m, dtype=torch.bool, device=q.device)
     keys = k.float().mT[:, :, None]  # (B, G, 1, d, N)
     total = torch.zeros(b, n, device=q.device)
-    step = max(1, TILE // (b * heads * n))
+    step = max(1, TILE // max(1, b * heads * n))
     with torch.autocast(q.device.type, enabled=False):
         for begin in range(0, m, step):
             rows = slice(begin, min(begin + step, m))
@@ -266,7 +266,7 @@ def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
     b, m, n = x.shape[0], x.shape[1], y.shape[1]
     index = torch.arange(n, device=x.device)
     best, where = [], []
-    step = max(1, TILE // (b * n))
+    step = max(1, TILE // max(1, b * n))
     for begin in range(0, m, step):
         similarity = cosine(x[:, begin : begin + step], y)
         if valid is not None:

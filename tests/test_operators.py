@@ -491,7 +491,9 @@ def test_apportion_meets_total_caps_and_minima(groups: list[tuple[float, int, in
     weights, caps, minima = zip(*groups, strict=True)
     low = [min(a, b) for a, b in zip(caps, minima, strict=True)]
     total = data.draw(st.integers(sum(low), sum(caps)))
-    got = F.apportion(torch.tensor(weights), total, torch.tensor(caps), torch.tensor(minima)).tolist()
+    got = F.apportion(
+        torch.tensor(weights, dtype=torch.float64), total, torch.tensor(caps), torch.tensor(minima)
+    ).tolist()
     assert sum(got) == total
     assert all(a <= g <= b for a, g, b in zip(low, got, caps, strict=True))
     free = [i for i in range(len(got)) if low[i] < got[i] < caps[i]]
@@ -544,6 +546,7 @@ def test_layer_average_of_one_cut_is_the_closed_form() -> None:
     assert F.layer_average(576, 192, depth=32, cuts=[2], stop=24) == [226]  # TwigVLM rounds this up, to 227
     with pytest.raises(ConfigError, match=r"average=36: .* already 36.94"):
         F.layer_average(576, 36, depth=32, cuts=[2])
+    assert F.layer_average(576, 64, depth=32, cuts=[0, 0, 16], shape=[4, 2, 1]) == [170, 85, 43]
     with pytest.raises(ConfigError, match="cuts must ascend"):
         F.layer_average(576, 64, depth=32, cuts=[8, 4])
     with pytest.raises(ConfigError, match="non-increasing"):

@@ -87,7 +87,7 @@ def layer_average(
         n: visual tokens of the image.
         average: wanted mean A, in tokens per layer.
         depth: decoder layers L.
-        cuts: layers on whose input the set shrinks, ascending.
+        cuts: layers on whose input the set shrinks, ascending; stages on the input of one layer repeat it.
         shape: relative size after each cut, non-increasing; equal by default.
         start: first layer that sees visual tokens.
         stop: first layer that sees none any more; ``depth`` by default.
@@ -104,8 +104,8 @@ def layer_average(
     end = depth if stop is None else stop
     weights = [Fraction(repr(float(s))) for s in (shape if shape is not None else [1.0] * len(cuts))]
     edges = [start, *cuts, end]
-    ascending = all(a < b for a, b in pairwise(edges[1:]))
-    if not cuts or not ascending or not 0 <= start <= cuts[0] or end > depth:
+    ascending = all(a <= b for a, b in pairwise(edges))
+    if not cuts or not ascending or start < 0 or cuts[-1] >= end or end > depth:
         raise ConfigError(
             f"cuts={list(cuts)}: cuts must ascend, from start={start} on and below stop={end} <= depth={depth}"
         )
@@ -126,6 +126,6 @@ def layer_average(
         # What rounding and clamping leave goes to the later cuts: the scale is solved again over what remains.
         rest = room - sum(c * length for c, length in zip(counts, lengths, strict=False))
         scale = rest / sum((w * length for w, length in zip(weights[i:], lengths[i:], strict=True)), Fraction(0))
-        affordable = (rest - sum(lengths[i + 1 :])) // lengths[i]
+        affordable = (rest - sum(lengths[i + 1 :])) // lengths[i] if lengths[i] else n
         counts.append(max(1, min(math.floor(scale * weight), affordable, counts[-1] if counts else n)))
     return counts

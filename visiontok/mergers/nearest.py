@@ -27,7 +27,8 @@ def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None) ->
     ok = mask(valid, x)
     here = torch.arange(x.shape[1], device=x.device).expand(ok.shape)
     # Compare with the kept rows only, gathered to the front.
-    order = (~kept).long().sort(dim=-1, stable=True).indices[:, : int(kept.sum(-1).max())]
+    most = max([1, *kept.sum(-1).tolist()])
+    order = (~kept).long().sort(dim=-1, stable=True).indices[:, :most]
     front = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
     _, index = nearest(x, front, kept.gather(1, order)[:, None])
     place = order.gather(1, index.clamp_max(order.shape[1] - 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Picks, maxmin
-from ..method import Card, Method
+from ..method import Card, Contract, Method
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -33,11 +33,12 @@ def divprune(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None, 
     picks = maxmin(features, k, valid)
     if not official:
         return picks
-    order = torch.where(picks.gain > 0, picks.order, -1)
-    order[..., 0] = picks.order[..., 0]  # the first pick's gain is 0 too where every token has a duplicate
-    keep = torch.zeros_like(picks.keep).scatter(-1, order.clamp_min(0), True)
-    keep[..., 0] = (order == 0).any(-1)
-    return Picks(keep, order, picks.gain)
+    # The first pick's own gain is 0 where every token has a duplicate; it is new all the same.
+    new = picks.gain > 0
+    new[..., :1] = True
+    repeat = picks.order[..., :1]
+    keep = torch.zeros_like(picks.keep).scatter(-1, torch.where(new, picks.order, repeat), True)
+    return Picks(keep, torch.where(new, picks.order, -1), picks.gain)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class DivPrune(Method):
         "first. fidelity='official' keeps only tokens that differ from all kept before.",
         defaults="The paper's ratio is 0.098 for LLaVA-1.5 and -NeXT, 0.1 for video.",
         cost="O(N²D) once, O(N) per pick",
+        contract=Contract(sync_free=False),
     )
 
     def select(self, ctx: Context) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, minmax, mmr, norm
-from ..method import Card, Layer, Method, Needs
+from ..method import Card, Contract, Layer, Method, Needs
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -72,6 +72,7 @@ class IDPruner(Method):
         "Every image has its own budget. One pick per round.",
         defaults="scorer=cls, layer=-2 for CLIP towers (LLaVA); scorer=received, layer=-1 for towers without CLS.",
         cost="O(N²D) once, O(N) per pick",
+        contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,9 @@ def anchors(scores: Tensor, n: int | Tensor, grid: Tensor, valid: Tensor | None 
 
     # A step to a neighbour adds ±1 to the row or to the column: look the four cells up among the cells of the anchors.
     placed = (cells >= 0).all(-1)
-    size = cells.amax((0, 1)).clamp_min(0) + 3  # one cell of margin on both sides: a row's end is nobody's neighbour
+    size = (
+        torch.cat([cells.flatten(0, 1), cells.new_zeros(1, 3)]).amax(0) + 3
+    )  # one cell of margin on both sides: a row's end is nobody's neighbour
     code = ((cells[..., 0] + 1) * size[1] + cells[..., 1] + 1) * size[2] + cells[..., 2] + 1
     touched = torch.zeros(s.shape[0], int(size.prod()), dtype=torch.bool, device=s.device)
     row, place = (anchor & placed).nonzero(as_tuple=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import Coverage, Picks, greedy
-from ..kernels.batching import budget, mask, rows, unrow_picks
+from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
 def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, valid: Tensor | None = None) -> Picks:
@@ -28,6 +28,6 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     """
     t = rows(table, 2, "table")
     ok = mask(valid, t.mT)
-    counts, most = budget(k, ok)
+    counts, most = budget(k, ok), largest(k, ok.shape[1])
     state = Coverage(t, None if weight is None else rows(weight, 1, "weight").float(), None, None)
     return unrow_picks(greedy(state, counts, most, ok), table, 2)

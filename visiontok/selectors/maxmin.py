@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Picks, RunningMax, cosine, greedy
-from ..kernels.batching import budget, mask, rows, unrow_picks
+from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
 def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
@@ -30,7 +30,7 @@ def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Pi
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)
-    counts, most = budget(k, ok)
+    counts, most = budget(k, ok), largest(k, ok.shape[1])
     similarity = cosine(x)
     others = ok[:, None, :] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     start = 1 - torch.where(others, similarity, -1.0).amax(-1)

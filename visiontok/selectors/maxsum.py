@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import Picks, RunningSum, greedy
-from ..kernels.batching import budget, mask, rows, unrow_picks
+from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
 def maxsum(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Picks:
@@ -28,5 +28,5 @@ def maxsum(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | No
     """
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
-    counts, most = budget(k, ok)
+    counts, most = budget(k, ok), largest(k, ok.shape[1])
     return unrow_picks(greedy(RunningSum(x, s), counts, most, ok, x.isfinite().all(-1)), features, 2)

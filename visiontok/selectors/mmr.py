@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import Picks, RunningMax, cosine, greedy
-from ..kernels.batching import budget, mask, rows, unrow_picks
+from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
 def mmr(
@@ -38,7 +38,7 @@ def mmr(
     """
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
-    counts, most = budget(k, ok)
+    counts, most = budget(k, ok), largest(k, ok.shape[1])
     slope = s.new_full((1,), 1 - balance)
     state = RunningMax(cosine(x), balance * s, slope, start=s)
     return unrow_picks(greedy(state, counts, most, ok, x.isfinite().all(-1), per_round), features, 2)

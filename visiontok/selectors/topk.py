@@ -45,5 +45,5 @@ def topk(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor
     """
     s = rows(scores, 1, "scores")
     ok = mask(valid, s)
-    counts, _ = budget(k, ok)
+    counts = budget(k, ok)
     return unrow(rank(s, ok) < counts[:, None], scores, 1)

@@ -50,7 +50,7 @@ def uniform(grid: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tenso
     """
     cells = rows(grid, 2, "grid")
     ok = mask(valid, cells)
-    counts = budget(k, ok)[0].tolist()
+    counts = budget(k, ok).tolist()
     keep = torch.zeros(ok.shape, dtype=torch.bool)
     for b, (cell, usable, count) in enumerate(zip(cells.tolist(), ok.tolist(), counts, strict=True)):
         planes: dict[int, dict[int, list[int]]] = {}

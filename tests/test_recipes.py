@@ -1,0 +1,207 @@
+"""The methods as classes: what they ask of the context, and what they answer, for images of different sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+import visiontok
+from visiontok import Budget, Context, Method
+from visiontok.context import Attention
+from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.recipes import find
+from visiontok.recipes.cls_topk import ClsTopK
+from visiontok.recipes.divprune import DivPrune
+from visiontok.recipes.fastv import FastV
+from visiontok.recipes.grid import Grid
+from visiontok.recipes.hiprune import HiPrune
+from visiontok.recipes.idpruner import IDPruner
+from visiontok.recipes.random import Random
+from visiontok.recipes.vtw import VTW
+
+SIZES, COUNTS = (30, 12, 1), (7, 12, 1)
+PADDED = torch.arange(30) < torch.tensor(SIZES)[:, None]
+METHODS: list[Method] = [
+    Random(),
+    Grid(),
+    ClsTopK(),
+    DivPrune(),
+    IDPruner(),
+    IDPruner(scorer="received", layer=-1, balance=0.3),
+    IDPruner(scorer="norm"),
+    HiPrune(),
+    HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
+    FastV(),
+]
+
+
+def context(
+    method: Method,
+    *,
+    has_cls: bool = True,
+    fidelity: Literal["fixed", "official"] = "fixed",
+    units: slice = slice(None),
+) -> Context:
+    """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them."""
+    g = torch.Generator().manual_seed(0)
+    needs = method.needs()
+    scores = {
+        (stat, layer): torch.rand(3, 30, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer)))
+        .div(30)
+        .masked_fill(~PADDED, 9.0)
+        for stat, layers in (
+            ("cls", needs.vision_cls),
+            ("received", needs.vision_received),
+            ("last_row", needs.decoder_last_row),
+        )
+        for layer in layers
+    }
+    rows = torch.arange(3)[units]
+    valid = PADDED[units]
+    width = int(valid.sum(1).max())
+    grid = torch.full((3, 30, 3), -1)
+    for u, (height, breadth) in enumerate(((5, 6), (3, 4), (1, 1))):
+        grid[u, : height * breadth] = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(breadth))
+    features = torch.randn(3, 30, 8, generator=g).masked_fill(~PADDED[..., None], 50.0)
+
+    def read(stat: str, layer: float) -> Tensor:
+        if stat == "cls" and not has_cls:
+            raise UnsupportedError("no CLS")
+        return scores[stat, layer][units, :width]
+
+    empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Context))
+    return Context(
+        **empty
+        | {
+            "stage": method.card.stage,
+            "features": features[units, :width],
+            "valid": valid[:, :width],
+            "count": torch.tensor(COUNTS)[units],
+            "size": torch.tensor(SIZES)[units],
+            "grid": grid[units, :width],
+            "attention": Attention(read),
+            "has_cls": has_cls,
+            "model_type": "test",
+            "fidelity": fidelity,
+            "generator": lambda u: torch.Generator().manual_seed(int(rows[u])),
+        }
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+class TestEveryMethod:
+    def test_keeps_exactly_the_count_of_valid_tokens(self, method: Method) -> None:
+        for has_cls in (True, False) if not method.needs().vision_cls or isinstance(method, ClsTopK) else (True,):
+            keep = method.select(context(method, has_cls=has_cls))
+            assert isinstance(keep, Tensor)
+            assert keep.dtype is torch.bool
+            assert not (keep & ~PADDED).any()
+            assert keep.sum(1).tolist() == list(COUNTS)
+
+    def test_an_image_does_not_depend_on_its_batch(self, method: Method) -> None:
+        batch = method.select(context(method))
+        for u in range(3):
+            single = method.select(context(method, units=slice(u, u + 1)))
+            assert isinstance(batch, Tensor)
+            assert isinstance(single, Tensor)
+            assert torch.equal(batch[u, : SIZES[u]], single[0])
+
+    def test_a_call_without_images(self, method: Method) -> None:
+        ctx = context(method)
+        none = {f.name: value[:0] for f in dataclasses.fields(ctx) if isinstance(value := getattr(ctx, f.name), Tensor)}
+        attention = Attention(lambda stat, layer: torch.zeros(0, 30))
+        # A grid that is unknown is an error; none at all is not reached, because nothing is selected then.
+        if not isinstance(method, Grid | HiPrune):
+            assert method.select(dataclasses.replace(ctx, **none, attention=attention)).shape == (0, 30)  # type: ignore[union-attr]
+
+    def test_round_trips_its_options_and_is_found_by_name(self, method: Method) -> None:
+        cls = find(method.card.name)
+        assert cls is type(method)
+        assert cls.build(method.options()) == method
+
+    def test_one_selecting_stage(self, method: Method) -> None:
+        [stage] = method.stages(Budget.tokens(4))
+        assert stage.method is method
+        assert stage.keep == Budget.tokens(4)
+        assert (stage.kind == "prompt") == (method.card.stage == "prompt")
+
+
+def test_every_card_is_complete() -> None:
+    for card in visiontok.methods():
+        method = find(card.name)
+        assert method.__doc__
+        for field in ("title", "paper", "venue", "needs", "cost"):
+            assert getattr(card, field), f"{card.name}: {field}"
+        if card.venue != "baseline":
+            assert all(getattr(card, field) != "-" for field in ("paper", "official", "departures", "defaults"))
+
+
+def test_substitutes_are_named() -> None:
+    assert IDPruner().label == "idpruner[cls]"
+    assert IDPruner(scorer="norm").label == "idpruner[norm]"
+
+
+def test_only_what_is_read_is_asked_for() -> None:
+    assert IDPruner(scorer="norm").needs() == DivPrune().needs()
+    assert IDPruner(scorer="received").needs().vision_cls == ()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
+        (IDPruner, {"balance": 2}, "balance=2"),
+        (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
+    ],
+)
+def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cls.build(options)
+
+
+def test_vtw_takes_no_budget() -> None:
+    [stage] = VTW(layer=3).stages(None)
+    assert (stage.kind, stage.layer) == ("exit", 3)
+    with pytest.raises(ConfigError, match="leave keep out"):
+        VTW().stages(Budget.tokens(4))
+
+
+def test_random_differs_between_seeds_and_is_uniform() -> None:
+    hits = torch.zeros(6)
+    for seed in range(600):
+        ctx = dataclasses.replace(
+            context(Random()),
+            valid=torch.ones(1, 6, dtype=torch.bool),
+            count=torch.tensor([3]),
+            generator=lambda u, seed=seed: torch.Generator().manual_seed(seed),
+        )
+        hits += Random().select(ctx)[0]  # type: ignore[index]
+    assert (hits / 600 - 0.5).abs().max() < 0.08
+
+
+def test_official_divprune_keeps_duplicates_out() -> None:
+    ctx = context(DivPrune(), fidelity="official")
+    features = ctx.features.clone()
+    features[0, :30] = features[0, torch.arange(30) % 5]
+    keep = DivPrune().select(dataclasses.replace(ctx, features=features))
+    assert keep.sum(1).tolist() == [5, 12, 1]
+
+
+def test_official_hiprune_wraps_around_row_ends() -> None:
+    method = HiPrune(alpha=1.0)
+    middle, deep = torch.zeros(1, 30), torch.zeros(1, 30)
+    middle[0, 12] = 1  # the first column of row 2 of a 5×6 grid
+    deep[0] = torch.linspace(0.9, 0.1, 30)
+    answers = {}
+    for fidelity in ("fixed", "official"):
+        ctx = dataclasses.replace(
+            context(method, fidelity=fidelity, units=slice(0, 1)),
+            count=torch.tensor([5]),
+            attention=Attention(lambda stat, layer: middle if layer == 1 / 3 else deep),
+        )
+        answers[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
+    assert answers == {"fixed": [0, 6, 12, 13, 18], "official": [6, 11, 12, 13, 18]}

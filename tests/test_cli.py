@@ -120,8 +120,8 @@ def test_other_errors_keep_their_traceback(call: Call, job: SimpleNamespace, mon
         (["run", "--option", "layer"], "--option 'layer': write it as name=value"),
         (["run", "--option", "=3"], "--option '=3': write it as name=value"),
         (["run", "--option", "a=1", "--option", "a=2"], "--option 'a' is given twice"),
-        (["methods", "divprun"], "there is no method 'divprun'; did you mean divprune"),
-        (["methods", "xyzzy"], "there is no method 'xyzzy'; `visiontok methods` lists them"),
+        (["methods", "divprun"], "method='divprun': unknown; did you mean divprune"),
+        (["methods", "xyzzy"], "method='xyzzy': unknown; known methods: random, "),
     ],
 )
 def test_wrong_arguments(call: Call, job: SimpleNamespace, arguments: list[str], message: str) -> None:

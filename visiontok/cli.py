@@ -6,7 +6,6 @@ Everything heavy is imported inside the commands, so that `visiontok --help` is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,16 +103,17 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods, or print the card of one."""
-    import visiontok
+    from visiontok import recipes
 
-    cards = visiontok.methods()
     if name is not None:
-        card = _find(cards, name)
+        card = recipes.find(name).card
         if as_json:
             _print_json(_plain(card))
         else:
             _print_card(card, _console())
-    elif as_json:
+        return
+    cards = recipes.methods()
+    if as_json:
         _print_json([_plain(card) for card in cards])
     else:
         _print_table(cards, _console())
@@ -141,15 +141,6 @@ def _parse_options(pairs: list[str]) -> dict[str, str]:
             raise ConfigError(f"--option {name.strip()!r} is given twice; give it once")
         options[name.strip()] = value.strip()
     return options
-
-
-def _find(cards: list[Card], name: str) -> Card:
-    by_name = {card.name: card for card in cards}
-    if name in by_name:
-        return by_name[name]
-    close = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(close)}?" if close else "`visiontok methods` lists them"
-    raise ConfigError(f"there is no method {name!r}; {advice}")
 
 
 def _console() -> Console:

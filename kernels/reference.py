@@ -36,7 +36,7 @@ class Picks(NamedTuple):
 
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length 1 in float32; rows that hold NaN or infinity become 0."""
-    x = x.float()
+    x = x.detach().float()  # similarities choose, they are not differentiated
     finite = x.isfinite().all(-1, keepdim=True)
     return torch.nn.functional.normalize(torch.where(finite, x, 0.0), dim=-1, eps=1e-8)
 
@@ -173,6 +173,7 @@ class Determinant:
         self.variance = self.variance - column.square()
 
 
+@torch.no_grad()
 def greedy(
     state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
 ) -> Picks:
@@ -213,6 +214,7 @@ def greedy(
 # ----------------------------------------------------------------------------------------------------- attention
 
 
+@torch.no_grad()
 def attention_columns(
     q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
 ) -> Tensor:

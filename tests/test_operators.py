@@ -182,6 +182,12 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
 
 
 @every_selector
+def test_selection_builds_no_graph(name: str) -> None:
+    x, s = random_case(9)
+    assert not GREEDY[name][0](x.requires_grad_(), s.requires_grad_(), 3).gain.requires_grad
+
+
+@every_selector
 def test_bad_budgets_are_refused_with_a_remedy(name: str) -> None:
     x, s = random_case(6, batch=2)
     for k in (0, -3, torch.tensor([2, 0])):

@@ -41,7 +41,7 @@ def hiprune(
     Raises:
         ConfigError: if ``k`` < 1.
     """
-    count = (torch.as_tensor(k, device=grid.device) * (alpha / 5)).round().long()  # half to even, as published
+    count = (torch.as_tensor(k, device=grid.device).double() * alpha / 5).round().long()  # half to even, as published
     anchor, neighbour = anchors(object_scores, count, grid, valid)
     # Tiers, each ranked by its own layer: anchors, neighbours, registers.
     n = object_scores.shape[-1]

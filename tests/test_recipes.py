@@ -145,6 +145,11 @@ def test_substitutes_are_named() -> None:
     assert IDPruner(scorer="norm").label == "idpruner[norm]"
 
 
+def test_a_scorer_the_tower_cannot_give_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedError, match="scorer='received'"):
+        IDPruner().select(context(IDPruner(), has_cls=False))
+
+
 def test_only_what_is_read_is_asked_for() -> None:
     assert IDPruner(scorer="norm").needs() == DivPrune().needs()
     assert IDPruner(scorer="received").needs().vision_cls == ()

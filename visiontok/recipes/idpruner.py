@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..functional import Picks, minmax, mmr, norm
 from ..method import Card, Contract, Layer, Method, Needs
 
@@ -92,6 +92,11 @@ class IDPruner(Method):
         )
 
     def select(self, ctx: Context) -> Tensor:
+        if self.scorer == "cls" and not ctx.has_cls:
+            raise UnsupportedError(
+                f"{ctx.model_type}: its vision tower has no CLS token, which idpruner[cls] scores by; "
+                "give scorer='received' (attention received) or scorer='norm'"
+            )
         if self.scorer == "norm":
             scores = norm(ctx.features)
         elif self.scorer == "cls":

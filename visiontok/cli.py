@@ -61,7 +61,7 @@ def run(
     method: Annotated[str, typer.Option(help="Method; `visiontok methods` lists them.")] = "divprune",
     keep: Annotated[
         str | None,
-        typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: the method's."),
+        typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: 0.25, if it takes one."),
     ] = None,
     model: Annotated[str, typer.Option(help="Hugging Face id, folder, or `tiny`, the embedded model.")] = "tiny",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

@@ -1,0 +1,735 @@
+"""``visiontok run``: one question about one picture, answered by the stock model and by the compressed one.
+
+Speed-ups are ratios of the whole time to first token, from the picture to the first generated token, vision tower
+included; the language model's part stands beside it, and so does the cap, which is what removing every visual token
+behind the tower could reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import transformers
+
+from visiontok.adapters.base import find as find_adapter
+from visiontok.api import Compression, as_recipe, base_model, compress
+from visiontok.budget import Budget
+from visiontok.cost import SpeedUp, time_to_first_token_cap
+from visiontok.engine.clock import Clock
+from visiontok.errors import ConfigError
+from visiontok.images import load_image
+from visiontok.overlay import overlay as draw_overlay
+from visiontok.recipes import find as find_method
+from visiontok.recipes import names as method_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+
+    from visiontok.method import Method
+    from visiontok.recipe import Recipe
+    from visiontok.report import Report
+
+TINY = "tiny"
+DEFAULT_KEEP = Budget.ratio(0.25)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of one answer went, in seconds.
+
+    Attributes:
+        preprocess: from the picture and the question to tensors on the device.
+        vision: vision tower and projector.
+        selection: scoring and selecting before the language model; inside it, it is part of ``prefill``.
+        prefill: the language model over the whole prompt.
+        rest: what else comes before the first token: merging the features into the prompt, the head, the bookkeeping of
+            ``generate()``.
+        first_token: all of it, measured as one: until the first generated token is known.
+        decode: the other tokens.
+    """
+
+    preprocess: float
+    vision: float
+    selection: float
+    prefill: float
+    rest: float
+    first_token: float
+    decode: float
+
+    @classmethod
+    def median(cls, runs: list[Seconds]) -> Seconds:
+        """The median of each part."""
+        columns = zip(*(asdict(run).values() for run in runs), strict=True)
+        return cls(*map(statistics.median, columns))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two answers.
+
+    Attributes:
+        answer: the text.
+        generated: its tokens, the end token included.
+        seconds: median times.
+    """
+
+    answer: str
+    generated: int
+    seconds: Seconds
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of decoding for each token after the first; 0 if there is none."""
+        return self.seconds.decode / (self.generated - 1) if self.generated > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The overlay that was written.
+
+    Attributes:
+        path: of the PNG.
+        caption: what it shows.
+        layer: decoder layer whose tokens it shows.
+        kept: patches drawn as kept.
+    """
+
+    path: str
+    caption: str
+    layer: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both answers and what they cost.
+
+    Attributes:
+        model: as it was asked for.
+        device: where it ran.
+        dtype: of its weights.
+        image: path of the picture, or which scene it is.
+        question: what was asked.
+        expected: the true answer, where it is known.
+        stock: the model as it is.
+        compressed: the same model with the recipe.
+        report: tokens, key-value bytes and FLOPs of the compressed run.
+        speed_up: measured, stock / compressed.
+        repeats: runs behind each median.
+        overlay: the drawing, if one was wanted.
+        notes: what a reader must know before trusting the numbers.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    image: str
+    question: str
+    expected: str | None
+    stock: Side
+    compressed: Side
+    report: Report
+    speed_up: SpeedUp
+    repeats: int
+    overlay: Drawn | None
+    notes: tuple[str, ...]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the stock model, all images."""
+        return sum(image.tokens for image in self.report.images)
+
+    @property
+    def kept(self) -> list[int]:
+        """Visual tokens alive in each decoder layer, all images."""
+        return [sum(layer) for layer in zip(*(image.kept for image in self.report.images), strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; times in seconds."""
+        costs = self.report.account
+        depth = len(self.report.layer_tokens)
+        flops = costs.speed_up()
+
+        def side(part: Side, kept: list[int], kv: int | None, vision: Any, decoder: Any) -> dict[str, Any]:
+            return {
+                "answer": part.answer,
+                "generated_tokens": part.generated,
+                "visual_tokens": kept,
+                "layer_average": sum(kept) / depth,
+                "kv_bytes": kv,
+                "flops": {
+                    "vision": None if vision is None else vision.tower + vision.projector,
+                    "language_model": None if decoder is None else sum(decoder) + costs.lm_head,
+                },
+                "seconds": asdict(part.seconds),
+            }
+
+        return {
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "image": self.image,
+            "question": self.question,
+            "expected": self.expected,
+            "method": self.report.recipe,
+            "recipe_hash": self.report.recipe_hash,
+            "requested": self.report.requested,
+            "tokens_in": self.visual_tokens,
+            "tokens_kept": self.kept[-1],
+            "stock": side(
+                self.stock, [self.visual_tokens] * depth, costs.kv_stock, costs.vision_stock, costs.decoder_stock
+            ),
+            "compressed": side(self.compressed, self.kept, costs.kv, costs.vision, costs.decoder),
+            "speed_up": {
+                "measured": self.speed_up.to_dict(),
+                "flops": None if flops is None else flops.to_dict(),
+            },
+            "repeats": self.repeats,
+            "overlay": None if self.overlay is None else asdict(self.overlay),
+            "notes": list(self.notes),
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the two side by side."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        data = self.to_dict()
+        stock, compressed = data["stock"], data["compressed"]
+        console.print(f"[bold]model[/]     {escape(self.model)}, {self.dtype} on {self.device}")
+        console.print(f"[bold]image[/]     {escape(self.image)}")
+        console.print(f"[bold]question[/]  {escape(self.question)}")
+        if self.expected is not None:
+            console.print(f"[bold]truth[/]     {escape(self.expected)}")
+        console.print()
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        table.add_column("", style="bold", no_wrap=True)
+        table.add_column("stock", overflow="fold")
+        table.add_column(escape(f"{self.report.recipe} ({self.report.requested})"), overflow="fold")
+        table.add_row("answer", escape(stock["answer"]), escape(compressed["answer"]))
+        table.add_row("visual tokens in", str(self.visual_tokens), str(self.visual_tokens))
+        table.add_row("  kept to the last layer", str(self.visual_tokens), _share(self.kept[-1], self.visual_tokens))
+        table.add_row("  average over layers", *(f"{side['layer_average']:.1f}" for side in (stock, compressed)))
+        table.add_row("  tokens × layers", *(_runs(side["visual_tokens"]) for side in (stock, compressed)))
+        table.add_row("key-value cache", *(_bytes(side["kv_bytes"]) for side in (stock, compressed)))
+        for name, key in (("FLOPs, vision", "vision"), ("FLOPs, language model", "language_model")):
+            table.add_row(name, *(_flops(side["flops"][key]) for side in (stock, compressed)))
+        table.add_section()
+        for name, key in _TIMES.items():
+            table.add_row(name, *(_milliseconds(side["seconds"][key]) for side in (stock, compressed)))
+        table.add_row(
+            "decode, per further token", *(_milliseconds(side.per_token) for side in (self.stock, self.compressed))
+        )
+        console.print(table)
+        console.print()
+        console.print(f"[bold]speed-up, measured[/]  {_ratios(self.speed_up)}")
+        flops = self.report.account.speed_up()
+        if flops is not None:
+            console.print(f"[bold]speed-up, in FLOPs[/]  {_ratios(flops)}")
+        console.print(
+            f"(medians of {self.repeats}; cap: what removing every visual token behind the tower could reach)"
+        )
+        if self.overlay is not None:
+            console.print(f"[bold]overlay[/]   {escape(self.overlay.path)}: {escape(self.overlay.caption)}")
+        for note in self.notes:
+            console.print(f"[bold]note[/]      {escape(note)}")
+
+
+_TIMES = {
+    "preprocess": "preprocess",
+    "vision tower": "vision",
+    "selection": "selection",
+    "prefill": "prefill",
+    "rest": "rest",
+    "time to first token": "first_token",
+}
+
+
+def run_job(
+    *,
+    image: str | None = None,
+    ask: str | None = None,
+    method: str = "divprune",
+    keep: str | float | int | None = None,
+    model: str = TINY,
+    device: str = "auto",
+    overlay: str | None = None,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
+    repeats: int = 5,
+) -> Result:
+    """Answer a question about a picture with and without compression.
+
+    Everything that can be checked without the model is checked before it is loaded.
+
+    Args:
+        image: path; None draws a scene of the embedded model.
+        ask: question; needed with an image.
+        method: name of a method, or a recipe file as :func:`visiontok.compress` takes it.
+        keep: budget; None is 25 % where the method takes a budget and none is set.
+        model: ``tiny``, the embedded model, or a Hugging Face id or folder.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
+        overlay: path of a PNG to write.
+        max_new_tokens: longest answer.
+        seed: of stochastic methods, and number of the scene.
+        options: of the method, as text.
+        repeats: timed runs of each variant.
+
+    Raises:
+        ConfigError: for any argument that is wrong; names it, its value and the remedy.
+        UnsupportedError: if the model cannot do what the method needs.
+    """
+    recipe = _recipe(method, keep, options or {}, seed)
+    if repeats < 1:
+        raise ConfigError(f"repeats={repeats}: give at least 1")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    if overlay is not None:
+        _check_png(overlay)
+    place = _device(device)
+    picture, shown, question, expected = _scene_or_file(image, ask, seed)
+    with _quiet():
+        loaded = _load(model, place)
+        return _compare(loaded, recipe, picture, shown, question, expected, overlay, max_new_tokens, repeats)
+
+
+# ---------------------------------------------------------------------------------------------- checks before the model
+
+
+def _recipe(method: str, keep: str | float | int | None, options: Mapping[str, str], seed: int) -> Recipe:
+    if method in method_names():
+        recipe = as_recipe(method, **_typed(find_method(method), options))
+    else:
+        recipe = as_recipe(method)
+        for name, text in options.items():
+            raise ConfigError(f"--option {name}={text}: options go with a method's name; set it in {method} itself")
+    if keep is not None:
+        recipe = recipe.with_keep(Budget.parse(keep))
+    elif _lacks_budget(recipe):
+        recipe = recipe.with_keep(DEFAULT_KEEP)
+    return replace(recipe, seed=seed) if seed else recipe
+
+
+def _lacks_budget(recipe: Recipe) -> bool:
+    """Whether the recipe takes a budget and none is set anywhere in it."""
+    takes = any(stage.method is not None and stage.method.card.budget for stage in recipe.stages)
+    return takes and recipe.average is None and all(stage.keep is None for stage in recipe.stages)
+
+
+def _typed(method: type[Method], options: Mapping[str, str]) -> dict[str, Any]:
+    """The options, which come as text, in the types of the method's fields."""
+    hints = get_type_hints(method)
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in method.__dataclass_fields__:
+            method.build({name: text})  # raises and lists the options there are
+        values[name] = _value(f"{method.card.name}: --option {name}={text}", text, hints[name])
+    return values
+
+
+def _value(what: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        allowed = {str(choice): choice for choice in get_args(hint)}
+        if text not in allowed:
+            raise ConfigError(f"{what}: use one of {', '.join(allowed)}")
+        return allowed[text]
+    kinds = get_args(hint) or (hint,)
+    for kind, read in ((bool, _BOOLEANS.__getitem__), (int, int), (float, float), (str, str)):
+        if kind in kinds:
+            try:
+                return read(text)
+            except (KeyError, ValueError):
+                continue
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise ConfigError(f"{what}: expected {wanted}")
+
+
+_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
+
+
+def _check_png(path: str) -> None:
+    target = Path(path).expanduser()
+    if target.suffix.lower() != ".png":
+        raise ConfigError(f"--overlay {path!r}: the overlay is a PNG; give a name that ends in .png")
+    if not target.parent.is_dir():
+        raise ConfigError(f"--overlay {path!r}: there is no folder {str(target.parent)!r}; create it first")
+    if target.is_dir():
+        raise ConfigError(f"--overlay {path!r}: this is a folder; give the name of a file")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"--overlay {path!r}: not writable; choose another place")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r}: unknown; use auto, cpu, cuda, cuda:1, mps or xpu") from error
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ConfigError(f"--device {name!r}: cannot run models; use auto, cpu, cuda, cuda:1, mps or xpu")
+    module = torch.get_device_module(device)
+    if not module.is_available():
+        raise ConfigError(
+            f"--device {name!r}: not available on this machine (`visiontok doctor` tells what is); use --device auto"
+        )
+    if device.index is not None and device.index >= module.device_count():
+        raise ConfigError(f"--device {name!r}: this machine has {module.device_count()} of these; count from 0")
+    return device
+
+
+def _scene_or_file(image: str | None, ask: str | None, seed: int) -> tuple[Image, str, str, str | None]:
+    """The picture, its name, the question, and the true answer if it is known."""
+    if ask is not None and not ask.strip():
+        raise ConfigError("--ask '': the question is empty; ask something")
+    if image is not None:
+        if ask is None:
+            raise ConfigError("--ask is missing; with --image, say what to ask: --ask 'What is in this picture?'")
+        return load_image(image), image, ask, None
+    from visiontok.demo import scene
+
+    try:
+        picture, questions = scene(seed)
+    except ValueError as error:
+        raise ConfigError(f"--seed {seed}: there is no such scene ({error})") from error
+    answers = {question.text: question.answer for question in questions}
+    question = ask if ask is not None else questions[0].text
+    return picture, f"scene {seed} of the embedded model (visiontok.demo.scene)", question, answers.get(question)
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, its processor and where they run."""
+
+    name: str
+    model: Any
+    processor: Any
+    device: torch.device
+
+    @functools.cached_property
+    def base(self) -> Any:
+        return base_model(self.model)
+
+    @functools.cached_property
+    def text(self) -> Any:
+        """The language model."""
+        return getattr(self.base, find_adapter(self.base).text)
+
+    def inputs(self, picture: Image, question: str) -> Any:
+        """What ``generate()`` takes."""
+        try:
+            return self._processed(picture, question).to(self.device, dtype=self.model.dtype)
+        except ValueError as error:
+            raise ConfigError(f"the processor of {self.name} refuses this picture or question: {error}") from error
+
+    def _processed(self, picture: Image, question: str) -> Any:
+        processor = self.processor
+        if getattr(processor, "chat_template", None) is None:  # a base model: the bare prompt
+            prompt = f"{getattr(processor, 'image_token', '')}{question}"
+            return processor(images=[picture], text=[prompt], return_tensors="pt")
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+def _load(name: str, device: torch.device) -> _Loaded:
+    if name == TINY:
+        from visiontok.demo import load
+
+        try:
+            model, processor = load()
+        except FileNotFoundError as error:
+            raise ConfigError(f"--model {name}: the embedded model is not installed: {error}") from error
+        return _Loaded(name, model.to(device), processor, device)
+    path = Path(name).expanduser()
+    source = str(path) if path.exists() else name
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
+        raise ConfigError(f"--model {name!r}: there is no such folder; give an existing one, a Hub id, or tiny")
+    try:
+        # Not None, which would ask at the terminal: code from a model repository is never run.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ConfigError(
+                f"--model {name!r}: a {config.model_type} is no vision-language model; choose one that "
+                "AutoModelForImageTextToText loads"
+            )
+        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.float32 if device.type == "cpu" else "auto", trust_remote_code=False
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "cannot be loaded from this folder" if path.exists() else "no folder here, nor loadable by this id"
+        raise ConfigError(
+            f"--model {name!r}: {where} ({reason}); check the name and the network, or download the model and give "
+            "its folder"
+        ) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ConfigError(f"--model {name!r}: has no processor for pictures and text; add its processor files")
+    return _Loaded(name, model.to(device).eval(), processor, device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard error for this command's own messages: no progress bars and no advice from transformers."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+class _Stopwatch(transformers.StoppingCriteria):
+    """Marks the parts of one ``generate()``, of the stock model and of a compressed one alike.
+
+    It is entered after a recipe is attached and left before it is removed, so its hooks lie around those of the engine.
+    They only look: what they see is handed on untouched, so the stock model stays stock.
+    """
+
+    def __init__(self, loaded: _Loaded) -> None:
+        self.loaded, self.clock, self.first_token = loaded, Clock(), 0.0
+
+    def mark(self, name: str) -> None:
+        # Clock knows events of CUDA only; other accelerators have to be waited for.
+        if self.loaded.device.type not in ("cpu", "cuda"):
+            self.loaded.synchronize()
+        self.clock.mark(name)
+
+    def __enter__(self) -> _Stopwatch:
+        base, text = self.loaded.base, self.loaded.text
+        encode = base.get_image_features
+
+        @functools.wraps(encode)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.mark("vision")
+            output = encode(*args, **kwargs)
+            self.mark("seen")
+            return output
+
+        # generate() calls this method before the model's forward, so a module hook would not see all of it.
+        self._covered = base.__dict__.get("get_image_features")
+        base.__dict__["get_image_features"] = timed
+        self._hooks = [
+            text.register_forward_pre_hook(lambda *_: self.mark("prefill"), prepend=True),
+            text.register_forward_hook(lambda *_: self.mark("prefilled")),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._covered is None:
+            del self.loaded.base.__dict__["get_image_features"]
+        else:
+            self.loaded.base.__dict__["get_image_features"] = self._covered
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        """Called after every token; never stops."""
+        if not self.first_token:
+            input_ids[:, -1].tolist()  # wait until it is known
+            self.first_token = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+    def between(self, start: str, end: str) -> float:
+        """Seconds between two marks; 0 where a part did not run."""
+        return self.clock.seconds(start, end) or 0.0
+
+
+def _run(loaded: _Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
+    """One answer from picture to last token."""
+    watch = _Stopwatch(loaded)
+    loaded.synchronize()
+    start = time.perf_counter()
+    inputs = loaded.inputs(picture, question)
+    loaded.synchronize()
+    ready = time.perf_counter()
+    with watch:
+        ids = loaded.model.generate(
+            **inputs,
+            max_new_tokens=longest,
+            do_sample=False,
+            num_beams=1,
+            stopping_criteria=transformers.StoppingCriteriaList([watch]),
+        )
+    loaded.synchronize()
+    end = time.perf_counter()
+    selection = 0.0 if compression is None else compression.report.seconds["selection"] or 0.0
+    vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
+    whole = watch.first_token - start
+    rest = max(whole - (ready - start) - vision - selection - prefill, 0.0)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    answer = loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    seconds = Seconds(ready - start, vision, selection, prefill, rest, whole, end - watch.first_token)
+    return Side(answer, len(new), seconds)
+
+
+def _text_prefill(loaded: _Loaded, ids: torch.Tensor) -> float:
+    """Seconds of the stock language model's prefill over (1, T) text tokens alone."""
+    embeds = loaded.base.get_input_embeddings()(ids)
+    loaded.synchronize()
+    start = time.perf_counter()
+    loaded.text(inputs_embeds=embeds, use_cache=True)
+    loaded.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def _compare(
+    loaded: _Loaded,
+    recipe: Recipe,
+    picture: Image,
+    shown: str,
+    question: str,
+    expected: str | None,
+    overlay: str | None,
+    longest: int,
+    repeats: int,
+) -> Result:
+    inputs = loaded.inputs(picture, question)
+    # A warm-up of each, short; what can go wrong with the recipe or the drawing goes wrong here, before the long part.
+    _run(loaded, picture, question, 2, None)
+    with compress(loaded.model, recipe) as compression:
+        _run(loaded, picture, question, 2, compression)
+        drawn = None
+        if overlay is not None:
+            drawn = _draw(loaded, picture, inputs, compression, overlay)
+        text_ids = inputs["input_ids"][~compression.ledger.visual][None]
+    _text_prefill(loaded, text_ids)
+    stock, compressed, text_only = [], [], []
+    for _ in range(repeats):  # interleaved, so that a drift of the clock rate hits both alike
+        stock.append(_run(loaded, picture, question, longest, None))
+        with compress(loaded.model, recipe) as compression:
+            compressed.append(_run(loaded, picture, question, longest, compression))
+            report = compression.report
+        text_only.append(_text_prefill(loaded, text_ids))
+    sides = [replace(runs[0], seconds=Seconds.median([run.seconds for run in runs])) for runs in (stock, compressed)]
+    before, after = (side.seconds for side in sides)
+    speed_up = SpeedUp(
+        time_to_first_token=before.first_token / after.first_token,
+        language_model=before.prefill / (after.prefill + after.selection),
+        cap=time_to_first_token_cap(
+            preprocess=before.preprocess + before.rest,
+            vision=before.vision,
+            prefill=before.prefill,
+            prefill_text=min(statistics.median(text_only), before.prefill),
+        ),
+    )
+    return Result(
+        model=loaded.name,
+        device=str(loaded.device),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        image=shown,
+        question=question,
+        expected=expected,
+        stock=sides[0],
+        compressed=sides[1],
+        report=report,
+        speed_up=speed_up,
+        repeats=repeats,
+        overlay=drawn,
+        notes=_notes(loaded, recipe, report, speed_up),
+    )
+
+
+def _draw(loaded: _Loaded, picture: Image, inputs: Any, compression: Compression, path: str) -> Drawn:
+    report = compression.report
+    title = f"{report.recipe} ({report.requested})"
+    made = draw_overlay(
+        picture, compression.ledger, loaded.base.config, loaded.processor.image_processor, inputs["pixel_values"], title
+    )
+    made.save(str(Path(path).expanduser()))
+    return Drawn(path, made.caption, made.layer, made.kept)
+
+
+def _notes(loaded: _Loaded, recipe: Recipe, report: Report, speed_up: SpeedUp) -> tuple[str, ...]:
+    notes = [*report.warnings, *report.account.not_counted]
+    if any(stage.kind == "cut" for stage in recipe.stages):
+        notes.append("selection inside the language model is counted as prefill")
+    if speed_up.time_to_first_token > speed_up.cap:
+        notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
+    if loaded.name == TINY:
+        notes.append(
+            "the embedded model is a test bench: at its size fixed costs outweigh what pruning saves, and its answers "
+            "and times predict nothing about a large model"
+        )
+    return tuple(notes)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _runs(counts: list[int]) -> str:
+    """``[144, 144, 36, 36]`` → ``144×2 36×2``."""
+    return " ".join(f"{value}×{len(list(group))}" for value, group in itertools.groupby(counts))
+
+
+def _share(kept: int, tokens: int) -> str:
+    return f"{kept} ({kept / tokens:.1%})" if tokens else str(kept)
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return "not counted"
+    value, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value >= 1024:
+            value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+def _flops(number: int | None) -> str:
+    if number is None:
+        return "not counted"
+    value, prefix = float(number), ""
+    for larger in ("k", "M", "G", "T", "P"):
+        if value >= 1000:
+            value, prefix = value / 1000, larger
+    return f"{value:.4g} {prefix}FLOPs"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms" if seconds else "-"
+
+
+def _ratios(ratios: SpeedUp) -> str:
+    return (
+        f"time to first token ×{ratios.time_to_first_token:.2f}, vision tower included (cap ×{ratios.cap:.2f}); "
+        f"language model ×{ratios.language_model:.2f}"
+    )

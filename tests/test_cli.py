@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from visiontok import cli, doctor
 from visiontok.errors import ConfigError, UnsupportedError
@@ -140,6 +141,50 @@ def test_usage_errors(call: Call, arguments: list[str]) -> None:
     assert (done.code, done.out) == (2, "")
     assert "Error: " in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    """A picture of no particular size."""
+    path = tmp_path / "picture.png"
+    Image.effect_noise((90, 60), 80).convert("RGB").save(path)
+    return str(path)
+
+
+def test_the_real_run(call: Call, picture: str, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.png"
+    asked = ("--image", picture, "--ask", "what color is the circle?", "--max-new-tokens", "3")
+    done = call("run", *asked, "--method", "divprune", "--keep", "0.25", "--overlay", str(overlay), "--json")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert result["tokens_kept"] == result["tokens_in"] // 4
+    with Image.open(overlay) as image:
+        assert min(image.size) > 0
+
+
+def test_the_real_run_without_arguments(call: Call) -> None:
+    done = call("run")
+    assert (done.code, done.err) == (0, "")
+    assert "36 (25.0%)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nope.png", "--ask", "what?"], "image 'nope.png' does not exist; check the path"),
+        (["--method", "divprun"], "method='divprun': unknown; did you mean divprune"),
+        (["--keep", "7x"], "keep='7x': "),
+        (["--model", "/nonexistent"], "--model '/nonexistent': there is no such folder"),
+        (["--option", "bogus=1"], "bogus='1': "),
+        (["--device", "bogus"], "--device 'bogus': "),
+        (["--overlay", "/nonexistent/o.png"], "--overlay '/nonexistent/o.png': there is no folder"),
+    ],
+)
+def test_the_real_run_with_wrong_arguments(call: Call, arguments: list[str], message: str) -> None:
+    done = call("run", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"visiontok: {message}")
+    assert done.err.count("\n") == 1
 
 
 def test_methods_lists_every_method(call: Call) -> None:

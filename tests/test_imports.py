@@ -35,6 +35,7 @@ LAYERS = {
     "visiontok.cost": "cost",
     "visiontok.report": "report",
     "visiontok.images": "images",
+    "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.run": "run",
     "visiontok.cli": "cli",
@@ -64,8 +65,9 @@ MAY_IMPORT = {
     "cost": {"errors"},
     "report": ENGINE | {"report"},
     "images": {"errors"},
+    "overlay": {"errors", "engine"},
     "api": API,
-    "run": API | {"package", "run", "demo"},
+    "run": API | {"package", "overlay", "run", "demo"},
     "cli": API | {"package", "cli", "run", "doctor"},
     "doctor": {"errors", "torchvision", "doctor"},
     "eval": API | {"package", "eval", "demo"},
@@ -84,6 +86,7 @@ MAY_USE = {
     "recipe": {"torch", "yaml"},
     "engine": {"torch", "transformers"},
     "images": {"PIL"},
+    "overlay": {"torch", "PIL"},
 }
 
 

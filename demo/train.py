@@ -58,7 +58,7 @@ class Plan:
     patch_steps: int = 750
     patch_batch: int = 16
     patch_rate: float = 4e-3
-    joint_steps: int = 2600
+    joint_steps: int = 2250
     joint_batch: int = 8
     joint_rate: float = 2e-3
     per_picture: int = 16
@@ -141,7 +141,7 @@ class Targets:
 def _patch_owners(owners: np.ndarray, things: int, least: int) -> np.ndarray:
     """int64 (TOKENS,): 1 + the object with most pixels in each patch, 0 where it has fewer than `least`."""
     patches = owners.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(TOKENS, -1)
-    counts = (patches[:, None] == np.arange(1, things + 1)[None, :, None]).sum(-1)  # (TOKENS, things)
+    counts = (patches[:, None] == np.arange(1, max(things, 1) + 1)[None, :, None]).sum(-1)  # (TOKENS, things)
     return np.where(counts.max(1) >= least, counts.argmax(1) + 1, 0)
 
 
@@ -212,7 +212,7 @@ class PatchHeads(nn.Module):
         geometry = self.geometry(features)
         loss = loss + 2 * F.mse_loss(geometry[..., :2], places.expand(len(features), -1, -1))
         drawn = (wanted.radius > 0).float()
-        error = (F.mse_loss(geometry[..., 2], wanted.radius, reduction="none") * drawn).sum() / drawn.sum()
+        error = (F.mse_loss(geometry[..., 2], wanted.radius, reduction="none") * drawn).sum() / drawn.sum().clamp(min=1)
         sizes = (wanted.present.shape[1], len(BACKGROUNDS), _COUNTS)
         present, background, count = self.picture(cls).split(sizes, -1)
         rare = torch.tensor(4.0)  # a picture shows few of the pairs and glyphs
@@ -230,7 +230,7 @@ def _rate(fraction: float, step: int, peak: float, warm_up: int) -> float:
 
 
 def _style(step: int, plan: Plan) -> Style:
-    """The curriculum: crowded small pictures for the patches, then one, three, five and at last six objects."""
+    """The curriculum: crowded pictures for the patches; then at most three, five and at last six objects."""
     if step < plan.patch_steps:
         return DENSE if step < 0.8 * plan.patch_steps else NORMAL
     fraction = (step - plan.patch_steps) / plan.joint_steps
@@ -300,9 +300,9 @@ class Trainer:
 
     def _batch(self) -> list[Scene]:
         plan = self.plan
-        first = 0
         if self.step < plan.patch_steps:
-            first, size = self.step * plan.patch_batch, plan.patch_batch
+            size = plan.patch_batch
+            first = self.step * size
         else:
             size = plan.joint_batch
             first = plan.patch_steps * plan.patch_batch + (self.step - plan.patch_steps) * size
@@ -425,6 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trainer.save()
         if trainer.step > plan.patch_steps and trainer.step % 250 == 0:
             print(f"step {trainer.step} of {plan.steps}, validation: {trainer.validate()}", flush=True)
+    if records:
+        trainer.log(records)
     trainer.save()
     if trainer.step < plan.steps:
         print(f"stopped at step {trainer.step} of {plan.steps}; the same command goes on from there", flush=True)

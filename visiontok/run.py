@@ -13,10 +13,11 @@ import itertools
 import os
 import statistics
 import time
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import transformers
@@ -340,25 +341,28 @@ def _typed(method: type[Method], options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _value(what: str, text: str, hint: Any) -> Any:
-    if get_origin(hint) is Literal:
-        allowed = {str(choice): choice for choice in get_args(hint)}
-        if text not in allowed:
-            raise ConfigError(f"{what}: use one of {', '.join(allowed)}")
-        return allowed[text]
-    kinds = get_args(hint) or (hint,)
-    for kind, read in ((bool, _BOOLEANS.__getitem__), (int, int), (float, float), (str, str)):
-        if kind in kinds:
-            try:
-                return read(text)
-            except (KeyError, ValueError):
-                continue
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise ConfigError(f"{what}: expected {wanted}")
+    """``text`` as a value of the type ``hint``: a plain type, a Literal, None, or a union of these."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices: dict[str, Any] = {}
+    for member in members:
+        choices |= {str(choice): choice for choice in get_args(member)} if get_origin(member) is Literal else {}
+        choices |= _WORDS.get(member, {})
+    if text in choices:
+        return choices[text]
+    readers = [reader for reader in (int, float, str) if reader in members]  # the narrowest first
+    for reader in readers:
+        try:
+            return reader(text)
+        except ValueError:
+            continue
+    allowed = ", ".join([*choices, *(reader.__name__ for reader in readers)])
+    raise ConfigError(f"{what}: this option takes {allowed}")
 
 
-_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False}
+_WORDS: dict[Any, dict[str, Any]] = {
+    bool: {"true": True, "false": False},
+    types.NoneType: {"none": None},
+}
 
 
 def _check_png(path: str) -> None:
@@ -464,10 +468,10 @@ def _load(name: str, device: torch.device) -> _Loaded:
         from visiontok.demo import load
 
         try:
-            model, processor = load()
+            embedded: tuple[Any, Any] = load()
         except FileNotFoundError as error:
             raise ConfigError(f"--model {name}: the embedded model is not installed: {error}") from error
-        return _Loaded(name, model.to(device), processor, device)
+        return _Loaded(name, embedded[0].to(device), embedded[1], device)
     path = Path(name).expanduser()
     source = str(path) if path.exists() else name
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):

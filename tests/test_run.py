@@ -1,0 +1,289 @@
+"""`visiontok run`: what it measures, what it reports, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import visiontok
+from visiontok import cli, overlay, run
+from visiontok.errors import ConfigError
+
+Call = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `visiontok run ARGUMENTS` in this process; gives code, out and err."""
+
+    def command(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["visiontok", "run", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        streams = capsys.readouterr()
+        return SimpleNamespace(code=stop.value.code, out=streams.out, err=streams.err)
+
+    return command
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture file, not square."""
+    path = tmp_path / "photo.png"
+    visiontok.demo.scene(3)[0].resize((300, 200)).save(path)
+    return path
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is loaded."""
+
+    def load(*arguments: object) -> None:
+        pytest.fail("the model was loaded before the arguments were checked")
+
+    monkeypatch.setattr(run, "_load", load)
+
+
+# tokens per decoder layer at keep = 25 % of 144
+LAYERS = {
+    **dict.fromkeys(("random", "grid", "cls_topk", "divprune", "idpruner", "hiprune"), [36] * 4),
+    "fastv": [144, 36, 36, 36],
+    "vtw": [144, 144, 0, 0],
+}
+
+
+@pytest.mark.parametrize("method", [card.name for card in visiontok.methods()])
+def test_every_method(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.png"
+    result = run.run_job(method=method, overlay=str(path), max_new_tokens=3, repeats=1)
+    data = result.to_dict()
+    assert data["compressed"]["visual_tokens"] == LAYERS[method]
+    assert data["stock"]["visual_tokens"] == [144] * 4
+    assert data["compressed"]["layer_average"] == sum(LAYERS[method]) / 4
+    text = result.report.layer_tokens[0] - LAYERS[method][0]
+    assert data["stock"]["kv_bytes"] / data["compressed"]["kv_bytes"] == pytest.approx(
+        4 * (144 + text) / (sum(LAYERS[method]) + 4 * text)
+    )
+    assert data["overlay"]["kept"] == next(n for n in reversed(LAYERS[method]) if n)
+    factor = overlay.enlargement((144, 144))
+    with Image.open(path) as drawn:
+        assert drawn.format == "PNG"
+        assert drawn.width == 144 * factor
+        assert _frames(drawn, 12 * factor) == data["overlay"]["kept"]
+        assert drawn.info["Description"] == data["overlay"]["caption"]
+
+
+def _frames(drawn: Image.Image, cell: int) -> int:
+    """How many cells of the 12 × 12 grid have the frame of a kept one."""
+    corners = [drawn.getpixel((x * cell - 1, y * cell - 1)) for x in range(1, 13) for y in range(1, 13)]
+    return corners.count(overlay.KEPT_FRAME)
+
+
+def test_the_stock_side_is_the_stock_model() -> None:
+    model, processor = visiontok.demo.load()
+    picture, questions = visiontok.demo.scene(0)
+    result = run.run_job(max_new_tokens=4, repeats=2)
+    inputs = run._Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, questions[0].text)
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert result.stock.answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert result.stock.generated == len(ids)
+    assert (result.question, result.expected) == (questions[0].text, questions[0].answer)
+
+
+def test_all_tokens_kept_changes_nothing() -> None:
+    result = run.run_job(keep="100%", repeats=1)
+    assert result.stock.answer == result.compressed.answer
+    assert any("nothing was dropped" in note for note in result.notes)
+
+
+def test_nothing_stays_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = run._load("tiny", torch.device("cpu"))
+    monkeypatch.setattr(run, "_load", lambda *_: loaded)
+    hooks = []
+    for _ in range(2):  # transformers adds one of its own in the first forward
+        run.run_job(max_new_tokens=2, repeats=1)
+        hooks.append([{**module._forward_hooks, **module._forward_pre_hooks} for module in loaded.model.modules()])
+    assert hooks[0] == hooks[1]
+    assert "get_image_features" not in loaded.base.__dict__
+
+
+def test_the_parts_add_up() -> None:
+    result = run.run_job(max_new_tokens=3, repeats=1)
+    for side in (result.stock, result.compressed):
+        parts = side.seconds
+        assert min(parts.preprocess, parts.vision, parts.prefill, parts.rest, parts.decode) > 0
+        together = parts.preprocess + parts.vision + parts.selection + parts.prefill + parts.rest
+        assert together == pytest.approx(parts.first_token)
+    assert result.stock.seconds.selection == 0 < result.compressed.seconds.selection
+    ratios = result.speed_up
+    assert ratios.time_to_first_token == pytest.approx(
+        result.stock.seconds.first_token / result.compressed.seconds.first_token
+    )
+    assert ratios.cap >= 1
+
+
+def test_seconds_are_medians() -> None:
+    runs = [run.Seconds(*[value * scale for scale in range(1, 8)]) for value in (3.0, 1.0, 2.0)]
+    assert run.Seconds.median(runs) == runs[2]
+
+
+def test_json(call: Call, photo: Path) -> None:
+    done = call("--image", str(photo), "--ask", "how many objects are there?", "--keep", "10", "--json")
+    assert (done.code, done.err) == (0, "")
+    data = json.loads(done.out)
+    assert (data["model"], data["image"], data["expected"]) == ("tiny", str(photo), None)
+    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("divprune", 144, 10)
+    for side in ("stock", "compressed"):
+        assert data[side].keys() == {
+            *("answer", "generated_tokens", "visual_tokens", "layer_average", "kv_bytes", "flops", "seconds"),
+        }
+        assert data[side]["seconds"].keys() == {
+            *("preprocess", "vision", "selection", "prefill", "rest", "first_token", "decode"),
+        }
+    assert data["stock"]["flops"]["vision"] == data["compressed"]["flops"]["vision"]
+    assert data["stock"]["flops"]["language_model"] > data["compressed"]["flops"]["language_model"]
+    for kind in ("measured", "flops"):
+        assert data["speed_up"][kind].keys() == {"time_to_first_token", "language_model", "cap"}
+    assert data["overlay"] is None
+
+
+def test_the_table() -> None:
+    result = run.run_job(method="fastv", keep="36", max_new_tokens=2, repeats=1)
+    page = io.StringIO()
+    result.render(Console(file=page, width=120))
+    lines = [line.split("  ") for line in page.getvalue().splitlines()]
+    rows = {
+        cells[0] or cells[1]: [cell.strip() for cell in cells[1:] if cell.strip()] for cells in lines if cells != [""]
+    }
+    assert rows["visual tokens in"] == ["144", "144"]
+    assert rows["tokens × layers"][1:] == ["144×4", "144×1 36×3"]
+    assert rows["truth"] == [result.expected]
+    assert "vision tower included (cap ×" in page.getvalue()
+    assert "[/]" not in page.getvalue()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.png", "--ask", "what?"], "image 'missing.png' does not exist"),
+        (["--image", "PHOTO"], "--ask is missing"),
+        (["--ask", " "], "the question is empty"),
+        (["--method", "divprun"], "method='divprun': unknown; did you mean divprune "),
+        (["--method", "none.json"], "recipe='none.json': cannot be read"),
+        (["--keep", "1"], "keep='1' is ambiguous"),
+        (["--keep", "0"], "keep=0: tokens is a whole number"),
+        (["--keep", "much"], "keep='much'"),
+        (["--method", "vtw", "--keep", "0.5"], "has no budget"),
+        (["--option", "layer=3"], "layer='3': divprune has no such option"),
+        (["--method", "fastv", "--option", "layer=two"], "fastv: --option layer=two: this option takes int, float"),
+        (
+            ["--method", "idpruner", "--option", "scorer=best"],
+            "idpruner: --option scorer=best: this option takes cls, ",
+        ),
+        (["--method", "idpruner", "--option", "balance=7"], "balance=7.0"),
+        (["--method", "none.json", "--option", "a=1"], "recipe='none.json'"),
+        (["--seed", "-1"], "--seed -1: there is no such scene"),
+        (["--device", "tpu9"], "--device 'tpu9': unknown"),
+        (["--device", "meta"], "--device 'meta': cannot run models"),
+        (["--overlay", "no/such/folder/o.png"], "there is no folder 'no/such/folder'"),
+        (["--overlay", "FOLDER.png"], "this is a folder"),
+        (["--overlay", "o.jpg"], "the overlay is a PNG"),
+    ],
+)
+def test_wrong_arguments_before_the_model_is_loaded(
+    call: Call, photo: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    (photo.parent / "FOLDER.png").mkdir()
+    done = call(*(str(photo) if argument == "PHOTO" else argument for argument in arguments))
+    _is_one_line(done, message)
+
+
+def _is_one_line(done: SimpleNamespace, message: str) -> None:
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("visiontok: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.usefixtures("no_model")
+def test_a_device_that_is_not_there(call: Call) -> None:
+    _is_one_line(call("--device", "cuda:1"), "--device 'cuda:1': not available on this machine")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "there is no such folder"),
+        ("nobody/nothing", "no folder here, nor loadable by this id"),
+        ("empty", "cannot be loaded from this folder"),
+        ("text", "a llama is no vision-language model"),
+    ],
+)
+def test_wrong_models(call: Call, model: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "text"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "llama"}')
+    _is_one_line(call("--model", model), message)
+
+
+def test_a_layer_outside_the_model(call: Call) -> None:
+    _is_one_line(call("--method", "fastv", "--option", "layer=9"), "layer=9: this model has 4 layers")
+
+
+def test_a_model_folder(photo: Path) -> None:
+    folder = str(visiontok.demo.WEIGHTS)
+    result = run.run_job(
+        image=str(photo), ask="how many objects are there?", model=folder, max_new_tokens=2, repeats=1, keep=0.5
+    )
+    assert (result.model, result.visual_tokens, result.kept) == (folder, 144, [72] * 4)
+    assert not any("test bench" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("hint", "values"),
+    [
+        (int | float, {"3": 3, "-1": -1, "0.5": 0.5}),
+        (float, {"1": 1.0}),
+        (bool, {"true": True, "false": False}),
+        (str, {"3": "3"}),
+        (Literal["a", "b"] | None, {"a": "a", "none": None}),
+        (int | None, {"4": 4, "none": None}),
+    ],
+)
+def test_options_are_read_as_the_type_of_their_field(hint: Any, values: dict[str, Any]) -> None:
+    for text, value in values.items():
+        read = run._value("o", text, hint)
+        assert (read, type(read)) == (value, type(value))
+    if hint is not str:
+        with pytest.raises(ConfigError, match="this option takes"):
+            run._value("o", "what", hint)
+
+
+def test_options_reach_the_method() -> None:
+    result = run.run_job(method="fastv", keep=20, options={"layer": "3"}, max_new_tokens=2, repeats=1)
+    assert result.kept == [144, 144, 144, 20]
+
+
+def test_the_seed_reaches_the_recipe() -> None:
+    hashes = {run.run_job(method="random", seed=s, max_new_tokens=1, repeats=1).report.recipe_hash for s in (0, 1)}
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("argument", ["repeats", "max_new_tokens"])
+def test_numbers_below_one(argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"{argument}=0"):
+        run.run_job(**{argument: 0})  # type: ignore[arg-type]

@@ -72,6 +72,20 @@ class Adapter:
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base
 
+    @property
+    def feature_layer(self) -> int:
+        """Tower layer (negative) whose output becomes the visual features; the first of several."""
+        layer = getattr(self.base.config, "vision_feature_layer", None)
+        if isinstance(layer, list | tuple):
+            layer = layer[0]
+        if layer is None:
+            return -1
+        return layer if layer < 0 else layer - 1  # hidden state v is the output of layer v - 1
+
+    def full_attention(self, depth: int) -> tuple[int, ...]:
+        """Tower layers, of ``depth``, in which a patch sees its whole image."""
+        return tuple(range(depth))
+
     def grids(self, record: Record) -> list[torch.Tensor]:
         """Per encoded item a (n, 3) long tensor: (t, row, col) of each of its language-model tokens, -1 for none."""
         pooled = record.output.pooler_output

@@ -17,7 +17,7 @@ from .base import Adapter, Record, raster, square
 class LlavaNextAdapter(Adapter):
     """LLaVA-NeXT (1.6); in a grid, t = 0 is the thumbnail, t = 1 the tiled picture without padding."""
 
-    model_types: tuple[str, ...] = ("llava_next",)
+    model_types = ("llava_next",)
 
     @property
     def cls_token(self) -> bool:  # type: ignore[override]

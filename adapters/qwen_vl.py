@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,7 +13,7 @@ from .base import Adapter, Record, raster
 class QwenVLAdapter(Adapter):
     """Qwen2-VL and GLM-4V: full attention in every tower block."""
 
-    model_types: tuple[str, ...] = ("qwen2_vl", "glm4v")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "glm4v")
     tower = "visual"
     projector = "visual.merger"
 
@@ -42,6 +42,9 @@ class Qwen25VLAdapter(QwenVLAdapter):
     """Qwen2.5-VL: the tower works window by window, so its tokens are permuted until after the merger."""
 
     model_types = ("qwen2_5_vl",)
+
+    def full_attention(self, depth: int) -> tuple[int, ...]:
+        return tuple(self.base.config.vision_config.fullatt_block_indexes)
 
     def _unit_order(self, record: Record) -> torch.Tensor:
         from transformers.vision_utils import get_vision_window_index

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import visiontok
-from visiontok import Budget, Context, Method
+from visiontok import Context, Method
 from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.method import Tower
 from visiontok.recipes import find
 from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.divprune import DivPrune
@@ -25,15 +26,18 @@ from visiontok.recipes.vtw import VTW
 
 SIZES, COUNTS = (30, 12, 1), (7, 12, 1)
 PADDED = torch.arange(30) < torch.tensor(SIZES)[:, None]
+CLIP = Tower(depth=24, has_cls=True, feature_layer=22, full_attention=tuple(range(24)))
+QWEN = Tower(depth=32, has_cls=False, feature_layer=31, full_attention=(7, 15, 23, 31))
 METHODS: list[Method] = [
     Random(),
     Grid(),
-    ClsTopK(),
+    ClsTopK().adapt(CLIP),
+    ClsTopK().adapt(QWEN),
     DivPrune(),
-    IDPruner(),
-    IDPruner(scorer="received", layer=-1, balance=0.3),
+    IDPruner().adapt(CLIP),
+    IDPruner(balance=0.3).adapt(QWEN),
     IDPruner(scorer="norm"),
-    HiPrune(),
+    HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
     FastV(),
 ]
@@ -95,12 +99,11 @@ def context(
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 class TestEveryMethod:
     def test_keeps_exactly_the_count_of_valid_tokens(self, method: Method) -> None:
-        for has_cls in (True, False) if not method.needs().vision_cls or isinstance(method, ClsTopK) else (True,):
-            keep = method.select(context(method, has_cls=has_cls))
-            assert isinstance(keep, Tensor)
-            assert keep.dtype is torch.bool
-            assert not (keep & ~PADDED).any()
-            assert keep.sum(1).tolist() == list(COUNTS)
+        keep = method.select(context(method, has_cls=bool(method.needs().vision_cls)))
+        assert isinstance(keep, Tensor)
+        assert keep.dtype is torch.bool
+        assert not (keep & ~PADDED).any()
+        assert keep.sum(1).tolist() == list(COUNTS)
 
     def test_an_image_does_not_depend_on_its_batch(self, method: Method) -> None:
         batch = method.select(context(method))
@@ -124,9 +127,8 @@ class TestEveryMethod:
         assert cls.build(method.options()) == method
 
     def test_one_selecting_stage(self, method: Method) -> None:
-        [stage] = method.stages(Budget.tokens(4))
+        [stage] = method.stages()
         assert stage.method is method
-        assert stage.keep == Budget.tokens(4)
         assert (stage.kind == "prompt") == (method.card.stage == "prompt")
 
 
@@ -141,18 +143,24 @@ def test_every_card_is_complete() -> None:
 
 
 def test_substitutes_are_named() -> None:
-    assert IDPruner().label == "idpruner[cls]"
-    assert IDPruner(scorer="norm").label == "idpruner[norm]"
+    assert IDPruner().adapt(CLIP).label == "idpruner[cls]"
+    assert IDPruner().adapt(QWEN).label == "idpruner[received]"
+    assert IDPruner(scorer="norm").adapt(QWEN).label == "idpruner[norm]"
+    assert ClsTopK().adapt(CLIP).label == "cls_topk"
+    assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
 
 
-def test_a_scorer_the_tower_cannot_give_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UnsupportedError, match="scorer='received'"):
-        IDPruner().select(context(IDPruner(), has_cls=False))
+def test_defaults_follow_the_tower() -> None:
+    assert HiPrune().adapt(CLIP).needs().vision_received == (8, 22)
+    assert HiPrune().adapt(QWEN).needs().vision_received == (15, 31)
+    assert HiPrune(object_layer=3).adapt(QWEN).needs().vision_received == (3, 31)
+    assert ClsTopK().adapt(CLIP).needs().vision_cls == (22,)
+    assert IDPruner().adapt(QWEN).needs().vision_received == (31,)
 
 
 def test_only_what_is_read_is_asked_for() -> None:
     assert IDPruner(scorer="norm").needs() == DivPrune().needs()
-    assert IDPruner(scorer="received").needs().vision_cls == ()
+    assert IDPruner().adapt(QWEN).needs().vision_cls == ()
 
 
 @pytest.mark.parametrize(
@@ -169,10 +177,10 @@ def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], mes
 
 
 def test_vtw_takes_no_budget() -> None:
-    [stage] = VTW(layer=3).stages(None)
+    [stage] = VTW(layer=3).stages()
     assert (stage.kind, stage.layer) == ("exit", 3)
-    with pytest.raises(ConfigError, match="leave keep out"):
-        VTW().stages(Budget.tokens(4))
+    with pytest.raises(ConfigError, match="no budget"):
+        visiontok.recipe("vtw", keep=4)
 
 
 def test_random_differs_between_seeds_and_is_uniform() -> None:
@@ -197,7 +205,7 @@ def test_official_divprune_keeps_duplicates_out() -> None:
 
 
 def test_official_hiprune_wraps_around_row_ends() -> None:
-    method = HiPrune(alpha=1.0)
+    method = HiPrune(alpha=1.0).adapt(CLIP)
     middle, deep = torch.zeros(1, 30), torch.zeros(1, 30)
     middle[0, 12] = 1  # the first column of row 2 of a 5×6 grid
     deep[0] = torch.linspace(0.9, 0.1, 30)
@@ -206,7 +214,7 @@ def test_official_hiprune_wraps_around_row_ends() -> None:
         ctx = dataclasses.replace(
             context(method, fidelity=fidelity, units=slice(0, 1)),
             count=torch.tensor([5]),
-            attention=Attention(lambda stat, layer: middle if layer == 1 / 3 else deep),
+            attention=Attention(lambda stat, layer: middle if layer == 8 else deep),
         )
         answers[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
     assert answers == {"fixed": [0, 6, 12, 13, 18], "official": [6, 11, 12, 13, 18]}

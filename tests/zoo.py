@@ -69,9 +69,7 @@ def config(name: str) -> Any:
         case "vipllava":
             return T.VipLlavaConfig(text_config=llama, vision_config=CLIP, vision_feature_layers=[-2, -1], **IMAGE_IDS)
         case "llava_next":
-            return T.LlavaNextConfig(
-                text_config=llama, vision_config=CLIP, image_grid_pinpoints=PINPOINTS, **IMAGE_IDS
-            )
+            return T.LlavaNextConfig(text_config=llama, vision_config=CLIP, image_grid_pinpoints=PINPOINTS, **IMAGE_IDS)
         case "llava_onevision":
             return T.LlavaOnevisionConfig(
                 text_config=qwen2,
@@ -156,6 +154,8 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4.0)
+            if not parameter.any() and parameter.ndim == 2:  # Gemma 3's projection starts at zero
+                parameter.normal_(0, 0.5)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from . import _torchvision as _torchvision
 from .budget import Budget
 from .context import Context
 from .engine.attach import Attachment
-from .engine.policy import StagePolicy
+from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
 from .method import Card, Method, Needs, Selection, Stage
@@ -46,9 +46,11 @@ class Compression:
             )
         adapter = find(base)
         depth = len(getattr(base, adapter.text).layers)
-        policy = StagePolicy(
-            recipe.stages, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity
-        )
+        tower = describe_tower(adapter)
+        # what really runs: defaults that depend on the model are filled in, and named in the label
+        adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
+        self._label = replace(recipe, stages=adapted).label
+        policy = StagePolicy(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
         self._base = base
         self._attachment = Attachment(adapter, policy, force=force)
         try:
@@ -71,7 +73,7 @@ class Compression:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Compression({self.recipe.label!r} on {type(self._base).__name__})"
+        return f"Compression({self._label!r} on {type(self._base).__name__})"
 
     @property
     def ledger(self) -> TokenLedger:
@@ -94,7 +96,7 @@ class Compression:
         """
         ledger = self.ledger
         trace = self._attachment.trace
-        return Report.of(self.recipe, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
+        return Report.of(self.recipe, self._label, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -176,10 +178,7 @@ def compress(
         changes["seed"] = seed
     if fidelity is not None:
         changes["fidelity"] = fidelity
-    if changes:
-        from dataclasses import replace
-
-        made = replace(made, **changes)
+    made = replace(made, **changes)
     if keep is not None:
         made = made.with_keep(Budget.parse(keep))
     return Compression(model, made)
@@ -202,7 +201,7 @@ def as_recipe(source: Any, **options: Any) -> Recipe:
     if isinstance(source, type) and issubclass(source, Method):
         source = source()
     if isinstance(source, Method):
-        return Recipe(stages=source.stages(None))
+        return Recipe(stages=source.stages())
     if callable(source):
         method = Callback(source, getattr(source, "needs", None) or Needs())
         return Recipe(stages=(Stage(kind="prompt", method=method),))

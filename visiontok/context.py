@@ -37,7 +37,7 @@ class Attention:
         return self._read("last_row", offset)
 
     def text_rows(self, offset: int = -1) -> torch.Tensor:
-        """Mean of what the text tokens behind the last visual token look at in the decoder layer ``offset`` from the cut."""
+        """As :meth:`last_row`, averaged over all text tokens behind the last visual token of the prompt."""
         return self._read("text_rows", offset)
 
 

@@ -116,12 +116,30 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tower:
+    """What is known of a vision tower before it runs, for defaults that depend on it.
+
+    Attributes:
+        depth: attention layers.
+        has_cls: whether every crop begins with a CLS token.
+        feature_layer: the layer whose output becomes the visual features.
+        full_attention: layers in which a patch sees its whole image; windowed layers are missing.
+    """
+
+    depth: int
+    has_cls: bool
+    feature_layer: int
+    full_attention: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """A method's answer when it merges: which tokens stay, and what they become.
 
     Attributes:
         keep: (U, N) bool, tokens that stay.
-        features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage only.
+        features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
+            only.
     """
 
     keep: torch.Tensor
@@ -181,13 +199,17 @@ class Method:
         """The name results are reported under; names every substitute, as in ``idpruner[cls]``."""
         return self.card.name
 
+    def adapt(self, tower: Tower) -> Method:
+        """The method with the defaults that depend on the model's vision tower filled in."""
+        return self
+
     def needs(self) -> Needs:
         """What :meth:`select` reads from the context beyond features, grid and budget."""
         return Needs()
 
-    def stages(self, keep: Budget | None) -> tuple[Stage, ...]:
-        """Where in the model the method acts when it is used by name."""
-        return (Stage(kind="prompt", method=self, keep=keep),)
+    def stages(self) -> tuple[Stage, ...]:
+        """Where in the model the method acts when it is used by name; budgets come later."""
+        return (Stage(kind="prompt", method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""

@@ -133,9 +133,7 @@ class Recipe:
             if "kind" not in entry:
                 raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip)")
             stages.append(
-                Stage(
-                    kind=entry["kind"], layer=entry.get("layer"), until=entry.get("until"), method=method, keep=keep
-                )
+                Stage(kind=entry["kind"], layer=entry.get("layer"), until=entry.get("until"), method=method, keep=keep)
             )
         return cls(
             stages=tuple(stages),
@@ -185,7 +183,12 @@ class Recipe:
 
 
 def recipe(
-    name: str, *, keep: Budget | int | float | str | None = None, seed: int = 0, fidelity: Fidelity = "fixed", **options: Any
+    name: str,
+    *,
+    keep: Budget | int | float | str | None = None,
+    seed: int = 0,
+    fidelity: Fidelity = "fixed",
+    **options: Any,
 ) -> Recipe:
     """The recipe of a registered method.
 
@@ -202,7 +205,7 @@ def recipe(
     from .recipes import find
 
     method = find(name).build(options)
-    made = Recipe(stages=method.stages(None), seed=seed, fidelity=fidelity)
+    made = Recipe(stages=method.stages(), seed=seed, fidelity=fidelity)
     return made if keep is None else made.with_keep(Budget.parse(keep))
 
 

@@ -70,8 +70,10 @@ class Report:
     warnings: tuple[str, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, base: nn.Module, adapter: Adapter, ledger: TokenLedger, trace: Trace) -> Report:
-        """Read the books of a call."""
+    def of(
+        cls, recipe: Recipe, label: str, base: nn.Module, adapter: Adapter, ledger: TokenLedger, trace: Trace
+    ) -> Report:
+        """Read the books of a call; ``label`` names what ran, with every default filled in."""
         per_layer, units = ledger.kept(), ledger.units
         rows = units.row.tolist()
         images = tuple(
@@ -103,7 +105,7 @@ class Report:
         if not grids:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
         return cls(
-            recipe=recipe.label,
+            recipe=label,
             recipe_hash=digest,
             requested=_requested(recipe),
             images=images,
@@ -134,8 +136,9 @@ class Report:
         share = self.layer_average * len(self.images) / max(tokens, 1)
         lines = [
             f"{self.recipe} (requested: {self.requested})",
-            f"visual tokens  {tokens} in {len(self.images)} image(s); first layer {first}, last layer {last}, "
-            f"layer average {self.layer_average:.1f} per image ({share:.1%})",
+            f"visual tokens  {tokens} in {len(self.images)} image(s)",
+            f"kept           {first} in the first layer, {last} in the last",
+            f"layer average  {self.layer_average:.1f} per image ({share:.1%})",
         ]
         costs = self.account
         if costs.kv_stock is not None and costs.kv is not None:
@@ -146,7 +149,10 @@ class Report:
             lines.append(f"vision tower   {costs.vision.tower + costs.vision.projector:.3g} FLOPs, unchanged")
         ratio = costs.speed_up()
         if ratio is not None:
-            lines.append(f"speed-up       {ratio}")
+            lines.append(
+                f"FLOPs ratio    {ratio.time_to_first_token:.2f}x to the first token, tower included "
+                f"({ratio.language_model:.2f}x in the language model, cap {ratio.cap:.2f}x)"
+            )
         times = [f"{name} {value * 1e3:.1f} ms" for name, value in self.seconds.items() if value is not None]
         lines.append("measured       " + ", ".join(times))
         return "\n".join(lines + [f"warning: {w}" for w in (*self.warnings, *costs.not_counted)])

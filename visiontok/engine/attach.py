@@ -1,8 +1,8 @@
 """Attach to a stock model with public hooks only: base model, language model, decoder layers.
 
 A forward that carries pictures becomes a *prefill*: the policy says which visual tokens are alive in which layer, and
-for every change the hidden states are put back into a buffer that holds the latest state of every token, from which the
-next layer's tokens are taken (:class:`~visiontok.engine.layout.Layout`). The cache stores per layer what that layer saw.
+for every change the hidden states are put back into a buffer of every token's latest state, from which the next layer's
+tokens are taken (:class:`~visiontok.engine.layout.Layout`). The cache stores per layer what that layer saw.
 Any later forward on such a cache is a *decode*: nothing is selected, but the masks must count stored tokens.
 
 Per-call state travels in the keyword arguments of the decoder layers, so two threads, or a replay by gradient
@@ -355,7 +355,7 @@ class Attachment:
         return mask if _is_2d(mask) else None
 
     @staticmethod
-    def _stored_mask(cache: TwoLengthCache, layer: int, mask: Any, x: torch.Tensor) -> torch.Tensor | None:
+    def _stored_mask(cache: TwoLengthCache, layer: int, mask: Any, x: Any) -> torch.Tensor | None:
         """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
         batch, new = x.shape[:2]
         stored = cache.layers[layer]
@@ -436,9 +436,7 @@ class Attachment:
             call.layouts[index] = None if unchanged and not self.force else Layout(wanted)
         elif index not in call.layouts:
             call.layouts[index] = before
-            call.alive[index] = (
-                call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
-            )
+            call.alive[index] = call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
         layout = call.layouts[index]
         if layout is not before:
             states = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
@@ -496,9 +494,7 @@ class Attachment:
         return kinds[index] if kinds else "full_attention"
 
     def _build_mask(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
-        build = (
-            create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
-        )
+        build = create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
         return build(
             config=self.config,
             inputs_embeds=x,

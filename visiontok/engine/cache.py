@@ -92,11 +92,13 @@ TwoLengthSlidingLayer = _two_length(DynamicSlidingWindowLayer)
 for _cls, _name in ((TwoLengthLayer, "TwoLengthLayer"), (TwoLengthSlidingLayer, "TwoLengthSlidingLayer")):
     _cls.__name__ = _cls.__qualname__ = _name  # picklable by reference
 
-_REPLACEMENT = {DynamicLayer: TwoLengthLayer, DynamicSlidingWindowLayer: TwoLengthSlidingLayer}
+_REPLACEMENT: dict[type[Any], type[Any]] = {DynamicLayer: TwoLengthLayer, DynamicSlidingWindowLayer: TwoLengthSlidingLayer}
 
 
 class TwoLengthCache(DynamicCache):
     """A ``DynamicCache`` whose layers know how many tokens they stand for and how many they store."""
+
+    layers: list[Any]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """First query position in physical coordinates, in which masks are built."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,14 +16,27 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..errors import ConfigError, UnsupportedError
 from ..functional import attention_columns, attention_rows
-from ..method import Needs, Selection, Stage, resolve_layer
+from ..method import Needs, Selection, Stage, Tower, resolve_layer
 from .probe import Tap, attention_modules
 from .vision import current_record
 
 if TYPE_CHECKING:
+    from visiontok.adapters.base import Adapter
+
     from .attach import Attachment, Call
 
-_VISION, _DECODER = ("cls", "received"), ("last_row", "text_rows")
+_DECODER = ("last_row", "text_rows")
+
+
+def describe_tower(adapter: Adapter) -> Tower:
+    """What methods may know of the vision tower of a model."""
+    depth = len(attention_modules(getattr(adapter.base, adapter.tower, nn.Module())))
+    return Tower(
+        depth=depth,
+        has_cls=adapter.cls_token,
+        feature_layer=adapter.feature_layer + depth,
+        full_attention=adapter.full_attention(depth),
+    )
 
 
 class StagePolicy:
@@ -252,7 +266,9 @@ class StagePolicy:
         if stat in _DECODER:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:
-                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset")
+                raise ConfigError(
+                    f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
+                )
             return call.units.gather(found[..., None])[..., 0]
         if stat == "cls" and not self.adapter.cls_token:
             raise UnsupportedError(
@@ -365,7 +381,9 @@ def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         record.encoder_features = args[0] if args else next(iter(kwargs.values()))
 
 
-def _segments(q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
+def _segments(
+    q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any
+) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
     """Independent pieces (q, k, (B, n) valid keys or None) of one vision attention call."""
     n = q.shape[2]
     if lengths is not None:  # flash attention takes all images in one call
@@ -379,7 +397,7 @@ def _segments(q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any) -> list
         if joined is None or bool(joined[1:].all()):
             return [(q, k, None if bool(allowed.all()) else allowed.any(1))]
         borders = [*torch.nonzero(~joined).flatten().tolist(), n]
-    return [(q[:, :, a:b], k[:, :, a:b], None) for a, b in zip(borders, borders[1:], strict=False)]
+    return [(q[:, :, a:b], k[:, :, a:b], None) for a, b in pairwise(borders)]
 
 
 def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

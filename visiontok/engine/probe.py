@@ -40,12 +40,13 @@ class Tap:
 
     Args:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
-        sink: called as ``sink(call, query (B, H, Q, d), key (B, Hkv, K, d), attention_mask, kwargs)``; must be picklable.
+        sink: called as ``sink(call, query, key, attention_mask, kwargs)`` with query (B, H, Q, d) and key
+            (B, Hkv, K, d); must be picklable.
     """
 
-    def __init__(self, module: nn.Module, sink: Sink) -> None:
-        self.module: Any = module
-        config = module.config
+    def __init__(self, module: Any, sink: Sink) -> None:
+        self.module = module
+        config: Any = module.config
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         self.module._visiontok_tap = (config, eager, sink)
         tapped = copy.copy(config)

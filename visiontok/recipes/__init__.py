@@ -31,9 +31,9 @@ def find(name: str) -> type[Method]:
     if name in _BUILT_IN:
         module = importlib.import_module(f".{name}", __name__)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Method) and getattr(value, "card", None) is not None:
-                if value.card.name == name:
-                    return value
+            card = getattr(value, "card", None)
+            if isinstance(value, type) and issubclass(value, Method) and card is not None and card.name == name:
+                return value
     entry = _third_party().get(name)
     if entry is not None:
         cls = entry.load()

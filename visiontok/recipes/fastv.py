@@ -11,7 +11,6 @@ from ..functional import topk
 from ..method import Card, Contract, Layer, Method, Needs, Stage
 
 if TYPE_CHECKING:
-    from ..budget import Budget
     from ..context import Context
 
 
@@ -63,8 +62,8 @@ class FastV(Method):
     def needs(self) -> Needs:
         return Needs(decoder_last_row=(-1,))
 
-    def stages(self, keep: Budget | None) -> tuple[Stage, ...]:
-        return (Stage(kind="cut", method=self, layer=self.layer, keep=keep),)
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(kind="cut", method=self, layer=self.layer),)
 
     def select(self, ctx: Context) -> Tensor:
         return fastv(ctx.attention.last_row(-1), ctx.count, valid=ctx.valid)

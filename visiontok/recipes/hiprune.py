@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import anchors, rank, topk
-from ..method import Card, Contract, Layer, Method, Needs
+from ..method import Card, Contract, Layer, Method, Needs, Tower
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -91,13 +91,14 @@ class HiPrune(Method):
     """Hierarchical attention of the vision tower: objects in the middle, the whole scene in the deep layers.
 
     Attributes:
-        object_layer: tower layer of the anchors.
-        deep_layer: tower layer of the registers, the one the features come from.
+        object_layer: tower layer of the anchors; by default a third of the depth, on towers without CLS the last
+            full-attention layer of the first half.
+        deep_layer: tower layer of the registers; by default the one the features come from.
         alpha: share of the budget for anchors and their neighbours.
     """
 
-    object_layer: Layer = 1 / 3
-    deep_layer: Layer = -2
+    object_layer: Layer | None = None
+    deep_layer: Layer | None = None
     alpha: float = 0.1
 
     card: ClassVar[Card] = Card(
@@ -112,7 +113,7 @@ class HiPrune(Method):
         "are sums, so that chosen tokens can be chosen again and fewer than K remain.",
         departures="Neighbours follow the grid; exactly K tokens; on Qwen the attention the tower really uses, not a "
         "softmax over all patches in windowed layers. fidelity='official' brings wrap, clamp and double choice back.",
-        defaults="LLaVA: object_layer=1/3 (index 8 of 24), deep_layer=-2. Qwen2.5-VL: object_layer=15, deep_layer=-1.",
+        defaults="LLaVA: object_layer=8 of 24, deep_layer=-2. Qwen2.5-VL: object_layer=15 of 32, deep_layer=-1.",
         cost="O(HN²d) for the two attention maps, O(N log N) to select",
         contract=Contract(sync_free=False),
     )
@@ -121,11 +122,21 @@ class HiPrune(Method):
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha!r}: a share of the budget lies in [0, 1]")
 
+    def adapt(self, tower: Tower) -> HiPrune:
+        middle = [i for i in tower.full_attention if i < tower.depth / 2]
+        default = tower.depth // 3 if tower.has_cls or not middle else middle[-1]
+        return replace(
+            self,
+            object_layer=default if self.object_layer is None else self.object_layer,
+            deep_layer=tower.feature_layer if self.deep_layer is None else self.deep_layer,
+        )
+
     def needs(self) -> Needs:
-        return Needs(vision_received=(self.object_layer, self.deep_layer))
+        return Needs(vision_received=tuple(i for i in (self.object_layer, self.deep_layer) if i is not None))
 
     def select(self, ctx: Context) -> Tensor:
-        middle, deep = ctx.attention.received(self.object_layer), ctx.attention.received(self.deep_layer)
+        middle = ctx.attention.received(1 / 3 if self.object_layer is None else self.object_layer)
+        deep = ctx.attention.received(-1 if self.deep_layer is None else self.deep_layer)
         if ctx.fidelity == "fixed":
             return hiprune(middle, deep, ctx.need_grid(), ctx.count, alpha=self.alpha, valid=ctx.valid)
         if not ctx.has_cls:

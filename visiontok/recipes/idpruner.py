@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from ..functional import Picks, minmax, mmr, norm
-from ..method import Card, Contract, Layer, Method, Needs
+from ..method import Card, Contract, Layer, Method, Needs, Tower
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -50,13 +50,14 @@ class IDPruner(Method):
     """MMR over a scorer of your choice.
 
     Attributes:
-        scorer: ``cls`` (CLS attention), ``received`` (mean attention received) or ``norm`` (length of the token).
-        layer: tower layer of the attention scorers.
+        scorer: ``cls`` (CLS attention), ``received`` (mean attention received) or ``norm`` (length of the token); by
+            default ``cls`` where the tower has a CLS token, ``received`` elsewhere.
+        layer: tower layer of the attention scorers; by default the one the features come from.
         balance: λ in [0, 1], the weight of importance against redundancy.
     """
 
-    scorer: Literal["cls", "received", "norm"] = "cls"
-    layer: Layer = -2
+    scorer: Literal["cls", "received", "norm"] | None = None
+    layer: Layer | None = None
     balance: float = 0.5
 
     card: ClassVar[Card] = Card(
@@ -70,37 +71,39 @@ class IDPruner(Method):
         "picks per round on request.",
         departures="Training-free: the scorer is a substitute and is named with the method, as in idpruner[cls]. "
         "Every image has its own budget. One pick per round.",
-        defaults="scorer=cls, layer=-2 for CLIP towers (LLaVA); scorer=received, layer=-1 for towers without CLS.",
+        defaults="scorer=cls for CLIP towers, received for towers without CLS; the layer the features come from.",
         cost="O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
+        if self.scorer is not None and self.scorer not in SCORERS:
             raise ConfigError(f"scorer={self.scorer!r}: use one of {', '.join(SCORERS)}")
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance={self.balance!r}: the weight of importance lies in [0, 1]")
 
     @property
     def label(self) -> str:
-        return f"idpruner[{self.scorer}]"
+        return f"idpruner[{self.scorer or 'attention'}]"
+
+    def adapt(self, tower: Tower) -> IDPruner:
+        return replace(
+            self,
+            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
+            layer=tower.feature_layer if self.layer is None else self.layer,
+        )
 
     def needs(self) -> Needs:
+        layers = () if self.layer is None else (self.layer,)
         return Needs(
-            vision_cls=(self.layer,) if self.scorer == "cls" else (),
-            vision_received=(self.layer,) if self.scorer == "received" else (),
+            vision_cls=layers if self.scorer == "cls" else (),
+            vision_received=layers if self.scorer == "received" else (),
         )
 
     def select(self, ctx: Context) -> Tensor:
-        if self.scorer == "cls" and not ctx.has_cls:
-            raise UnsupportedError(
-                f"{ctx.model_type}: its vision tower has no CLS token, which idpruner[cls] scores by; "
-                "give scorer='received' (attention received) or scorer='norm'"
-            )
+        layer = -1 if self.layer is None else self.layer
         if self.scorer == "norm":
             scores = norm(ctx.features)
-        elif self.scorer == "cls":
-            scores = ctx.attention.cls(self.layer)
         else:
-            scores = ctx.attention.received(self.layer)
+            scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
         return idpruner(ctx.features, scores, ctx.count, balance=self.balance, valid=ctx.valid).keep

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..errors import ConfigError
 from ..method import Card, Contract, Layer, Method, Stage
-
-if TYPE_CHECKING:
-    from ..budget import Budget
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,5 @@ class VTW(Method):
         contract=Contract(),
     )
 
-    def stages(self, keep: Budget | None) -> tuple[Stage, ...]:
-        if keep is not None:
-            raise ConfigError(f"keep={keep}: vtw drops every visual token from layer={self.layer} on; leave keep out")
+    def stages(self) -> tuple[Stage, ...]:
         return (Stage(kind="exit", layer=self.layer),)

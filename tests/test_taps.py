@@ -1,0 +1,246 @@
+"""Attention taps and encoder features: the numbers equal eager attention, and they land on the right tokens."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from visiontok.adapters.base import find
+from zoo import ARCHITECTURES, QWEN, batch, build, visual
+
+import visiontok
+from visiontok import Card, Method, Needs
+from visiontok.engine.probe import attention_modules
+from visiontok.engine.vision import FeatureRecorder, take_records
+from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.method import Stage
+
+pytestmark = pytest.mark.engine
+CLIP = ("llava", "vipllava", "llava_next", "internvl")
+
+
+@dataclass(frozen=True)
+class Reader(Method):
+    """Reads what it is told to and keeps everything but one token per image."""
+
+    needed: Needs = field(default_factory=Needs)
+    seen: dict[str, Any] = field(default_factory=dict)
+    card: ClassVar[Card] = Card(name="reader", title="-", paper="-", venue="-", stage="prompt", needs="-")
+
+    def needs(self):
+        return self.needed
+
+    def select(self, ctx):
+        for stat in ("cls", "received"):
+            for layer in getattr(self.needed, f"vision_{stat}"):
+                self.seen[f"{stat}{layer}"] = getattr(ctx.attention, stat)(layer)
+        for offset in self.needed.decoder_last_row:
+            self.seen[f"last{offset}"] = ctx.attention.last_row(offset)
+        for offset in self.needed.decoder_text_rows:
+            self.seen[f"text{offset}"] = ctx.attention.text_rows(offset)
+        self.seen["ctx"] = ctx
+        keep = ctx.valid.clone()
+        keep[:, 0] = False
+        return keep
+
+
+def spy_on_eager(monkeypatch, model, stack):
+    """Record the probabilities of every eager attention call of a stack, by its attention module."""
+    calls: dict[Any, list[torch.Tensor]] = {}
+    for module in attention_modules(stack):
+        source = sys.modules[type(module).__module__]
+        eager = source.eager_attention_forward
+        if not hasattr(eager, "spied"):
+
+            def spy(module, *args, eager=eager, **kwargs):
+                out = eager(module, *args, **kwargs)
+                calls.setdefault(module, []).append(out[1])
+                return out
+
+            spy.spied = True
+            monkeypatch.setattr(source, "eager_attention_forward", spy)
+    return calls
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_vision_taps_equal_eager_attention(name, monkeypatch):
+    model, eager = build(name, "sdpa", torch.float32), build(name, "eager", torch.float32)
+    inputs = batch(name, model)
+    reader = Reader(Needs(vision_received=(0, -1), vision_cls=(-1,) if name in CLIP else ()))
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with visiontok.compress(model, reader):
+            model(**inputs)
+        ctx = reader.seen["ctx"]
+        adapter = find(eager.model)
+        tower = getattr(eager.model, adapter.tower)
+        calls = spy_on_eager(monkeypatch, eager, tower)
+        recorder = FeatureRecorder(eager.model, "image")
+        eager(**inputs)
+        (record,) = take_records(eager.model, None)
+        recorder.remove()
+        assert torch.equal(model(**inputs).logits, stock), "a tap was left behind"
+    modules, skip = attention_modules(tower), int(adapter.cls_token)
+    for layer in (0, -1):
+        probabilities = calls[modules[layer]]
+        if name == "mistral3":  # all images in one call, block by block: a mean over queries is one per image
+            probabilities = [
+                p[:, :, at : at + 64, at : at + 64] for p in probabilities for at in range(0, p.shape[2], 64)
+            ]
+        patches = [p.mean((1, 2))[:, skip:] for p in probabilities]
+        expected = [g.mean(1)[:, 0] for g in adapter.group(record, [p[..., None] for p in patches])]
+        got = reader.seen[f"received{layer}"]
+        for u, scores in enumerate(expected):
+            torch.testing.assert_close(got[u, : len(scores)], scores.nan_to_num(nan=-1.0), rtol=1e-4, atol=1e-6)
+    if name in CLIP:
+        patches = [p.mean(1)[:, 0, skip:] for p in calls[modules[-1]]]
+        expected = [g.mean(1)[:, 0] for g in adapter.group(record, [p[..., None] for p in patches])]
+        for u, scores in enumerate(expected):
+            got = reader.seen["cls-1"][u, : len(scores)]
+            torch.testing.assert_close(got, scores.nan_to_num(nan=-1.0), rtol=1e-4, atol=1e-6)
+    assert ctx.has_cls == (name in CLIP)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patches_are_mapped_to_the_tokens_they_become(name):
+    """Disturb one patch behind the tower and see which token changes: that is where its score must go."""
+    model = build(name)
+    inputs = batch(name, model, rows=1, pad=0, images=2)
+    adapter = find(model.model)
+    where: dict[str, Any] = {}
+
+    def disturb(hidden):
+        where["shape"] = hidden.shape
+        if "patch" in where:
+            hidden = hidden.clone(memory_format=torch.contiguous_format)
+            hidden.view(-1, hidden.shape[-1])[where["patch"]] += torch.linspace(-9, 9, hidden.shape[-1])
+        return hidden
+
+    if name in ("internvl", "idefics3", "smolvlm", "mistral3", *QWEN):  # where the projector sees merged patches
+        tower = getattr(model.model, adapter.tower)
+        wanted, skip = attention_modules(tower)[-1], int(adapter.cls_token)
+        block = next(m for m in tower.modules() if any(child is wanted for child in m.children()))
+
+        def behind(module, args, output):
+            return disturb(output) if torch.is_tensor(output) else (disturb(output[0]), *output[1:])
+
+        hook = block.register_forward_hook(behind)
+    else:
+        skip = 0
+        projector = model.model.get_submodule(adapter.projector)
+        hook = projector.register_forward_pre_hook(lambda module, args: (disturb(args[0]), *args[1:]))
+    recorder = FeatureRecorder(model.model, "image")
+    call = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
+
+    def encode():
+        pooled = model.model.get_image_features(**call, return_dict=True).pooler_output
+        return torch.cat([item.reshape(-1, item.shape[-1]) for item in pooled])
+
+    try:
+        with torch.no_grad():
+            plain = encode()
+            (record,) = take_records(model.model, None)
+            shape = where["shape"]
+            crops, length = (1, shape[0]) if len(shape) == 2 else shape[:2]
+            total = crops * (length - skip)
+            for patch in torch.randperm(total, generator=torch.Generator().manual_seed(0))[:12].tolist():
+                crop, p = divmod(patch, length - skip)
+                where["patch"] = crop * length + skip + p
+                changed = ((encode() - plain).abs().amax(-1) > 1e-9).nonzero().flatten().tolist()
+                del where["patch"]
+                indicator = torch.zeros(crops, length - skip, 1)
+                indicator[crop, p] = 1
+                groups = adapter.group(record, [indicator])
+                scores = torch.cat([g.mean(1)[:, 0] for g in groups])
+                assert (scores > 0).nonzero().flatten().tolist() == changed
+    finally:
+        hook.remove()
+        recorder.remove()
+        take_records(model.model, None)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_encoder_features_are_the_projector_input_of_their_token(name):
+    model = build(name)
+    inputs = batch(name, model)
+    reader = Reader(Needs(encoder_features=True))
+    with visiontok.compress(model, reader), torch.no_grad():
+        model(**inputs)
+    ctx = reader.seen["ctx"]
+    features = ctx.encoder_features
+    assert features.shape[:2] == ctx.features.shape[:2]
+    if name in ("llava", "vipllava", "paligemma"):  # here a token is a function of its own patch alone
+        with torch.no_grad():
+            projected = model.model.multi_modal_projector(features)
+        torch.testing.assert_close(projected, ctx.features)
+    if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        merger = model.model.visual.merger
+        rows = features[ctx.valid].reshape(-1, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(merger(rows), ctx.features[ctx.valid])
+
+
+@pytest.mark.parametrize("schedule", ["cut", "prompt and cut", "inject and cut"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v", "idefics3"])
+def test_decoder_taps_equal_eager_attention(name, schedule, monkeypatch):
+    model, eager = build(name, "sdpa", torch.float32), build(name, "eager", torch.float32)
+    inputs = batch(name, model)
+    reader = Reader(Needs(decoder_last_row=(-1, -2), decoder_text_rows=(-1,)))
+    before = {
+        "cut": (),
+        "prompt and cut": (Stage(kind="prompt", method=Reader()),),
+        "inject and cut": (Stage(kind="inject", layer=1),),
+    }[schedule]
+    stages = (*before, Stage(kind="cut", method=reader, layer=3))
+    with visiontok.compress(model, visiontok.Recipe(stages=stages)), torch.no_grad():
+        model(**inputs)
+    taken = dict(reader.seen)
+    text = eager.model.text_model if hasattr(eager.model, "text_model") else eager.model.language_model
+    calls = spy_on_eager(monkeypatch, eager, text)
+    with visiontok.compress(eager, visiontok.Recipe(stages=stages)) as compression, torch.no_grad():
+        eager(**inputs)
+    ctx = reader.seen["ctx"]
+    seen = visual(inputs)
+    for offset in (-1, -2):
+        layer = 3 + offset
+        probabilities = calls[text.layers[layer].self_attn][0].mean(1)  # (B, M, M) in slots
+        alive = compression.ledger.alive(layer)
+        if probabilities.shape[-1] == alive.shape[1]:  # nothing was removed yet: slots are positions, padding too
+            alive = torch.ones_like(alive)
+        for u in range(len(ctx.row)):
+            row = int(ctx.row[u])
+            positions = alive[row].nonzero().flatten().tolist()
+            slot = {p: probabilities.shape[-1] - len(positions) + i for i, p in enumerate(positions)}
+            mine = compression.ledger.units.slots[u][compression.ledger.units.valid[u]].tolist()
+            for n, p in enumerate(mine):
+                if not ctx.valid[u, n]:
+                    continue
+                expected = probabilities[row, -1, slot[p]]
+                torch.testing.assert_close(taken[f"last{offset}"][u, n], expected, rtol=1e-3, atol=1e-6)
+                if offset == -1:
+                    last = int(seen[row].nonzero().max())
+                    asking = [slot[q] for q in positions if q > last]
+                    expected = probabilities[row, asking, slot[p]].mean()
+                    torch.testing.assert_close(taken["text-1"][u, n], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_tower_without_cls_says_so():
+    model = build("qwen2_5_vl")
+    with (
+        visiontok.compress(model, Reader(Needs(vision_cls=(-1,)))),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="no CLS token"),
+    ):
+        model(**batch("qwen2_5_vl", model))
+
+
+def test_undeclared_attention_is_an_error():
+    def method(ctx):
+        ctx.attention.received(0)
+
+    model = build("llava")
+    with visiontok.compress(model, method), torch.no_grad(), pytest.raises(ConfigError, match="declare it"):
+        model(**batch("llava", model))

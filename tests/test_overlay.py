@@ -157,7 +157,7 @@ def test_the_last_layer_that_holds_visual_tokens(method: str, keep: int | None, 
     ledger = compressed("llava", inputs, method, keep=keep)
     drawn = o.overlay(picture, ledger, zoo.config("llava"), processor, inputs["pixel_values"], f"{method} x")
     assert (drawn.layer, drawn.kept, drawn.cells) == (layer, kept, 16)
-    assert drawn.caption.startswith(f"{method} x: {kept} of 16 visual tokens in decoder layer {layer}")
+    assert drawn.caption.startswith(f"{method} x: {kept} of 16 visual tokens kept in decoder layer {layer}")
     assert ("none from layer 2 on" in drawn.caption) == (method == "vtw")
 
 

@@ -93,11 +93,38 @@ def test_the_stock_side_is_the_stock_model() -> None:
     model, processor = visiontok.demo.load()
     picture, questions = visiontok.demo.scene(0)
     result = run.run_job(max_new_tokens=4, repeats=2)
-    inputs = run._Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, questions[0].text)
+    inputs = run._Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, result.question)
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert result.stock.answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert result.stock.generated == len(ids)
-    assert (result.question, result.expected) == (questions[0].text, questions[0].answer)
+    assert (result.question, result.expected) in [(question.text, question.answer) for question in questions]
+
+
+def test_without_arguments_it_asks_what_the_stock_model_can_answer() -> None:
+    results = [run.run_job(seed=seed, repeats=1) for seed in range(3)]
+    assert any(result.stock.answer == result.expected for result in results)
+    assert all("of the scene's questions" in " ".join(result.notes) for result in results)
+
+
+def test_a_question_of_ones_own_about_a_scene() -> None:
+    question = visiontok.demo.scene(2)[1][1]
+    asked = run.run_job(ask=question.text, seed=2, max_new_tokens=2, repeats=1)
+    assert (asked.question, asked.expected) == (question.text, question.answer)
+    other = run.run_job(ask="how many zebras are there?", seed=2, max_new_tokens=2, repeats=1)
+    assert other.expected is None
+    assert any("vocabulary" in note for note in other.notes)
+
+
+def test_what_does_not_fit_into_memory(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run, "_compare", compare)
+    _is_one_line(call(), "do not fit into its memory")
+
+
+def test_a_placeholder_in_the_question(call: Call) -> None:
+    _is_one_line(call("--ask", "what is this <image> here?"), "the processor of tiny refuses this picture or question")
 
 
 def test_all_tokens_kept_changes_nothing() -> None:

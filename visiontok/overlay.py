@@ -103,7 +103,7 @@ def overlay(
         note += f"; {tokens - int(shown.sum())} tokens that lie on other crops or are no patches are not shown"
     if layer < ledger.depth - 1:
         note += f"; none from layer {layer + 1} on"
-    caption = f"{title}: {kept} of {tokens} visual tokens in decoder layer {layer}{note}"
+    caption = f"{title}: {kept} of {tokens} visual tokens kept in decoder layer {layer}{note}"
     image = draw(picture, rectangles[shown], alive[shown], caption)
     return Overlay(image, caption, layer, int(shown.sum()), int(alive[shown].sum()))
 

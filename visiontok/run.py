@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import huggingface_hub.utils
 import torch
 import transformers
 
@@ -277,7 +278,8 @@ def run_job(
 
     Args:
         image: path; None draws a scene of the embedded model.
-        ask: question; needed with an image.
+        ask: question; needed with an image. About a scene, None asks one of its own questions; the embedded model
+            gets the first that it answers rightly when stock.
         method: name of a method, or a recipe file as :func:`visiontok.compress` takes it.
         keep: budget; None is 25 % where the method takes a budget and none is set.
         model: ``tiny``, the embedded model, or a Hugging Face id or folder.
@@ -300,10 +302,16 @@ def run_job(
     if overlay is not None:
         _check_png(overlay)
     place = _device(device)
-    picture, shown, question, expected = _scene_or_file(image, ask, seed)
+    subject = _scene_or_file(image, ask, seed)
     with _quiet():
-        loaded = _load(model, place)
-        return _compare(loaded, recipe, picture, shown, question, expected, overlay, max_new_tokens, repeats)
+        try:
+            loaded = _load(model, place)
+            return _compare(loaded, recipe, subject, overlay, max_new_tokens, repeats)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"--device {str(place)!r}: {model} and this picture do not fit into its memory; take a smaller model "
+                "or picture, or --device cpu"
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------- checks before the model
@@ -396,14 +404,28 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _scene_or_file(image: str | None, ask: str | None, seed: int) -> tuple[Image, str, str, str | None]:
-    """The picture, its name, the question, and the true answer if it is known."""
+@dataclass(frozen=True)
+class _Subject:
+    """What is asked about.
+
+    Attributes:
+        picture: RGB.
+        name: of the picture.
+        questions: one, or several to choose from, each with its true answer if that is known.
+    """
+
+    picture: Image
+    name: str
+    questions: tuple[tuple[str, str | None], ...]
+
+
+def _scene_or_file(image: str | None, ask: str | None, seed: int) -> _Subject:
     if ask is not None and not ask.strip():
         raise ConfigError("--ask '': the question is empty; ask something")
     if image is not None:
         if ask is None:
             raise ConfigError("--ask is missing; with --image, say what to ask: --ask 'What is in this picture?'")
-        return load_image(image), image, ask, None
+        return _Subject(load_image(image), image, ((ask, None),))
     from visiontok.demo import scene
 
     try:
@@ -411,8 +433,8 @@ def _scene_or_file(image: str | None, ask: str | None, seed: int) -> tuple[Image
     except ValueError as error:
         raise ConfigError(f"--seed {seed}: there is no such scene ({error})") from error
     answers = {question.text: question.answer for question in questions}
-    question = ask if ask is not None else questions[0].text
-    return picture, f"scene {seed} of the embedded model (visiontok.demo.scene)", question, answers.get(question)
+    asked = tuple(answers.items()) if ask is None else ((ask, answers.get(ask)),)
+    return _Subject(picture, f"scene {seed} of the embedded model (visiontok.demo.scene)", asked)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -504,17 +526,19 @@ def _load(name: str, device: torch.device) -> _Loaded:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep standard error for this command's own messages: no progress bars and no advice from transformers."""
-    logging = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keep standard error for this command's own messages: no advice, and no bar for every loading."""
+    loggers = (transformers.utils.logging, huggingface_hub.utils.logging)
+    levels, bar = [logging.get_verbosity() for logging in loggers], loggers[0].is_progress_bar_enabled()
+    for logging in loggers:
+        logging.set_verbosity_error()
+    loggers[0].disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for logging, level in zip(loggers, levels, strict=True):
+            logging.set_verbosity(level)
         if bar:
-            logging.enable_progress_bar()
+            loggers[0].enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -614,18 +638,26 @@ def _text_prefill(loaded: _Loaded, ids: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def _choose(loaded: _Loaded, subject: _Subject) -> tuple[str, str | None]:
+    """The first question that the embedded model answers rightly as it is: only what works can be seen to break."""
+    if loaded.name == TINY and len(subject.questions) > 1:
+        for question, expected in subject.questions:
+            if _run(loaded, subject.picture, question, 4, None).answer == expected:
+                return question, expected
+    return subject.questions[0]
+
+
 @torch.inference_mode()
 def _compare(
     loaded: _Loaded,
     recipe: Recipe,
-    picture: Image,
-    shown: str,
-    question: str,
-    expected: str | None,
+    subject: _Subject,
     overlay: str | None,
     longest: int,
     repeats: int,
 ) -> Result:
+    picture = subject.picture
+    question, expected = _choose(loaded, subject)
     inputs = loaded.inputs(picture, question)
     # A warm-up of each, short; what can go wrong with the recipe or the drawing goes wrong here, before the long part.
     _run(loaded, picture, question, 2, None)
@@ -659,7 +691,7 @@ def _compare(
         model=loaded.name,
         device=str(loaded.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        image=shown,
+        image=subject.name,
         question=question,
         expected=expected,
         stock=sides[0],
@@ -668,7 +700,7 @@ def _compare(
         speed_up=speed_up,
         repeats=repeats,
         overlay=drawn,
-        notes=_notes(loaded, recipe, report, speed_up),
+        notes=_notes(loaded, recipe, report, speed_up, text_ids, len(subject.questions)),
     )
 
 
@@ -682,13 +714,19 @@ def _draw(loaded: _Loaded, picture: Image, inputs: Any, compression: Compression
     return Drawn(path, made.caption, made.layer, made.kept)
 
 
-def _notes(loaded: _Loaded, recipe: Recipe, report: Report, speed_up: SpeedUp) -> tuple[str, ...]:
+def _notes(
+    loaded: _Loaded, recipe: Recipe, report: Report, speed_up: SpeedUp, text_ids: torch.Tensor, questions: int
+) -> tuple[str, ...]:
     notes = [*report.warnings, *report.account.not_counted]
     if any(stage.kind == "cut" for stage in recipe.stages):
         notes.append("selection inside the language model is counted as prefill")
     if speed_up.time_to_first_token > speed_up.cap:
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
+    if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):
+        notes.append("the question has words that this model's vocabulary lacks; it saw its unknown-word token instead")
     if loaded.name == TINY:
+        if questions > 1:
+            notes.append("of the scene's questions, this is the first that the stock model answers rightly, if any")
         notes.append(
             "the embedded model is a test bench: at its size fixed costs outweigh what pruning saves, and its answers "
             "and times predict nothing about a large model"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -161,7 +162,7 @@ def check(adapter: Adapter) -> Adapter:
     text = getattr(base, adapter.text, None)
     layers = getattr(text, "layers", None)
     kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ["full_attention"])
-    parameters = text.forward.__code__.co_varnames if text is not None else ()
+    parameters = inspect.signature(text.forward).parameters if text is not None else {}
     missing = (
         f"a language model at .{adapter.text}"
         if text is None
@@ -199,12 +200,9 @@ def placeholder_ids(config: Any) -> dict[str, int]:
 
 
 def _builds_masks(base: nn.Module) -> bool:
-    names = type(base).forward.__code__.co_names
-    wrapped = getattr(type(base).forward, "__wrapped__", None)
-    while wrapped is not None:
-        names += wrapped.__code__.co_names
-        wrapped = getattr(wrapped, "__wrapped__", None)
-    return any("mask" in n and ("create" in n or "update" in n) for n in names)
+    """Whether the model's own forward calls a mask builder."""
+    names = inspect.unwrap(type(base).forward).__code__.co_names
+    return any(name.startswith("create_") and "mask" in name for name in names)
 
 
 def _third_party() -> Mapping[str, importlib.metadata.EntryPoint]:

@@ -20,7 +20,7 @@ from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
 from .method import Card, Method, Needs, Selection, Stage
-from .recipe import Recipe, recipe
+from .recipe import Recipe, of_method, recipe
 from .report import Report
 
 _MARK = "_visiontok_compression"
@@ -114,7 +114,8 @@ def base_model(model: nn.Module) -> nn.Module:
     if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
         return base
     raise UnsupportedError(
-        f"{type(model).__name__}: no vision-language model with get_image_features() found in it; load it with "
+        f"{type(model).__name__}: no model found in it that puts image features in the place of placeholder tokens "
+        "(get_image_features); cross-attention and Q-Former models have no such tokens to drop, others are loaded with "
         "AutoModelForImageTextToText"
     )
 
@@ -201,7 +202,7 @@ def as_recipe(source: Any, **options: Any) -> Recipe:
     if isinstance(source, type) and issubclass(source, Method):
         source = source()
     if isinstance(source, Method):
-        return Recipe(stages=source.stages())
+        return of_method(source)
     if callable(source):
         method = Callback(source, getattr(source, "needs", None) or Needs())
         return Recipe(stages=(Stage(kind="prompt", method=method),))

@@ -166,7 +166,7 @@ class Budget:
 
         sizes = [int(size) for size in (n.tolist() if isinstance(n, torch.Tensor) else n)]
         if self.kind == "flops":
-            raise ConfigError(f"keep={self}: FLOPs do not fix a count by themselves; solve for it with visiontok.cost")
+            raise ConfigError(f"keep={self}: FLOPs fix no count without a model; compress() solves it for one prefill")
         if self.kind == "layer_average":
             if depth is None:
                 raise ConfigError(f"keep={self}: an average over layers needs depth, the number of decoder layers")

@@ -57,7 +57,8 @@ class Recipe:
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both recipes' stages in one; seed and fidelity of the first."""
-        return replace(self, stages=self.stages + other.stages, name="")
+        name = f"{self.label}+{other.label}" if self.name or other.name else ""
+        return replace(self, stages=self.stages + other.stages, name=name)
 
     def with_keep(self, keep: Budget) -> Recipe:
         """The recipe with a total budget.
@@ -205,8 +206,14 @@ def recipe(
     from .recipes import find
 
     method = find(name).build(options)
-    made = Recipe(stages=method.stages(), seed=seed, fidelity=fidelity)
+    made = replace(of_method(method), seed=seed, fidelity=fidelity)
     return made if keep is None else made.with_keep(Budget.parse(keep))
+
+
+def of_method(method: Method) -> Recipe:
+    """The stages of a method, under its name if none of them carries it."""
+    stages = method.stages()
+    return Recipe(stages=stages, name="" if any(s.method is not None for s in stages) else method.label)
 
 
 def _check_fields(what: str, data: Any, known: set[str]) -> None:

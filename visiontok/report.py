@@ -102,7 +102,7 @@ class Report:
         warnings = [adapter.notes] if adapter.notes else []
         if not trace.dropped:
             warnings.append("nothing was dropped: the budget is at least the number of visual tokens")
-        if not grids:
+        if not trace.encoders:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
         return cls(
             recipe=label,

@@ -92,7 +92,10 @@ TwoLengthSlidingLayer = _two_length(DynamicSlidingWindowLayer)
 for _cls, _name in ((TwoLengthLayer, "TwoLengthLayer"), (TwoLengthSlidingLayer, "TwoLengthSlidingLayer")):
     _cls.__name__ = _cls.__qualname__ = _name  # picklable by reference
 
-_REPLACEMENT: dict[type[Any], type[Any]] = {DynamicLayer: TwoLengthLayer, DynamicSlidingWindowLayer: TwoLengthSlidingLayer}
+_REPLACEMENT: dict[type[Any], type[Any]] = {
+    DynamicLayer: TwoLengthLayer,
+    DynamicSlidingWindowLayer: TwoLengthSlidingLayer,
+}
 
 
 class TwoLengthCache(DynamicCache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from ..allocators import layer_average
 from ..budget import Budget
 from ..context import Attention, Context
+from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import attention_columns, attention_rows
 from ..method import Needs, Selection, Stage, Tower, resolve_layer
@@ -239,7 +241,35 @@ class StagePolicy:
         if keep.kind == "per_tile":
             tiles = [max(len(set(g[g >= 0].tolist())), 1) for g in call.units.grid[..., 0]]
             return torch.minimum(torch.tensor(tiles, device=size.device) * int(keep.value), size)
+        if keep.kind == "flops":
+            return self._affordable(keep, stage, call, size)
         return keep.counts(size)
+
+    def _affordable(self, keep: Budget, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
+        """The largest counts, in one proportion for all images, whose prefill stays within a share of the stock FLOPs."""
+        first = next((layer for layer, cut in self.cuts.items() if cut is stage), 0)
+        text = (call.attended & ~call.visual).sum(1).tolist()
+        rows, sizes = call.units.row.tolist(), size.tolist()
+        config, steps = self.adapter.base.config, max(sizes)
+
+        def counts(step: int) -> list[int]:
+            return [max((2 * step * n + steps) // (2 * steps), min(n, 1)) for n in sizes]
+
+        def prefill(step: int) -> int:
+            kept = list(text)
+            for row, n in zip(rows, counts(step), strict=True):
+                kept[row] += n
+            widths = [
+                max(text) if hidden else call.length if layer < first else max(kept)
+                for layer, hidden in enumerate(self.hidden)
+            ]
+            return sum(decoder_flops(config, widths, batch=call.batch))
+
+        limit = keep.value * sum(decoder_flops(config, [call.length] * self.depth, batch=call.batch))
+        if prefill(1) > limit:
+            raise ConfigError(f"keep={keep}: even one token per image costs more; raise the share or cut earlier")
+        best = bisect.bisect_right(range(1, steps + 1), limit, key=prefill)
+        return torch.tensor(counts(best), dtype=torch.long, device=size.device)
 
     def _share(self, stage: Stage, n: int) -> int:
         """Tokens that ``stage`` leaves of an image of ``n``, so that the average over all layers is the wanted one."""

@@ -1,0 +1,130 @@
+"""The adapter contract: what attaches by default, what is refused and why, and adapters from other packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+import transformers as T
+from oracle import greedy
+from schedules import SCHEDULES
+from visiontok.adapters.base import Adapter, check, find, is_supported
+from zoo import ARCHITECTURES, BANNED, IMAGE, MROPE, QWEN3_VISION, QWEN_IDS, SIGLIP, TEXT, build
+
+import visiontok
+from visiontok import Recipe
+from visiontok.errors import ConfigError, UnsupportedError
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def aya():
+    """A family without an adapter of its own."""
+    torch.manual_seed(0)
+    config = T.AyaVisionConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=SIGLIP, image_token_id=IMAGE, downsample_factor=2
+    )
+    config.image_token_index = IMAGE
+    model = T.AutoModelForImageTextToText.from_config(config).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture
+def aya_inputs():
+    ids = torch.tensor([[0, 1, 5, *[IMAGE] * 4, 7, *[IMAGE] * 4, 8, 9], [1, 5, 6, *[IMAGE] * 4, 7, 8, *[IMAGE] * 4, 9]])
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_family_that_passes_the_check_needs_no_adapter(aya, aya_inputs, schedule):
+    assert not is_supported("aya_vision")
+    with visiontok.compress(aya, Recipe(stages=SCHEDULES[schedule])) as compression, torch.no_grad():
+        got = aya.generate(**aya_inputs, max_new_tokens=4, do_sample=False, suppress_tokens=list(BANNED))
+        alive = [compression.ledger.alive(layer) for layer in range(4)]
+        assert "aya_vision" in str(compression.report.account.not_counted) or compression.report.account.vision is None
+    expected, _ = greedy(aya, aya_inputs, alive, 4, BANNED)
+    assert torch.equal(got, expected)
+
+
+def test_what_the_default_adapter_does_not_know_it_says(aya, aya_inputs):
+    with visiontok.compress(aya, "divprune", keep=2) as compression, torch.no_grad():
+        aya(**aya_inputs)
+        assert compression.report.images[0].kept == (2,) * 4
+    for method, message in (("cls_topk", "no mapping from vision-tower patches"), ("grid", "where tokens lie")):
+        with (
+            visiontok.compress(aya, method, keep=2),
+            pytest.raises(UnsupportedError, match=message),
+            torch.no_grad(),
+        ):
+            aya(**aya_inputs)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_check_accepts_only_what_the_default_adapter_serves(name):
+    """On families that need an adapter the default one is refused; the others pass it."""
+    base = build(name).model
+    own = find(base)
+    needs_own = own.text != "language_model" or own.own_mask or own.deepstack is not None
+    if needs_own:
+        with pytest.raises(UnsupportedError, match="register an adapter"):
+            check(Adapter(base))
+    else:
+        check(Adapter(base))
+
+
+def test_hybrid_and_cross_attention_models_are_refused():
+    text = {**TEXT, "head_dim": 8, "rope_parameters": dict(MROPE, partial_rotary_factor=1.0)} | {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    }
+    vision = {k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"}
+    hybrid = T.AutoModelForImageTextToText.from_config(
+        T.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_IDS)
+    )
+    with pytest.raises(UnsupportedError, match="qwen3_5: visiontok needs plain attention layers .*linear_attention"):
+        visiontok.compress(hybrid, "divprune", keep=2)
+    mllama = T.MllamaConfig(
+        text_config={**TEXT, "cross_attention_layers": [1]},
+        vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
+        | {"image_size": 32, "patch_size": 8, "intermediate_size": 48, "vision_output_dim": 64}
+        | {"intermediate_layers_indices": [0]},
+    )
+    with pytest.raises(UnsupportedError, match="cross-attention"):
+        visiontok.compress(T.AutoModelForImageTextToText.from_config(mllama), "divprune", keep=2)
+
+
+class AyaAdapter(Adapter):
+    """What another package would ship."""
+
+    model_types = ("aya_vision",)
+
+    def grids(self, record):
+        return [torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])] * len(record.output.pooler_output)
+
+
+@pytest.mark.parametrize("value", ["AyaAdapter", "AyaAdapter.model_types"])
+def test_other_packages_register_adapters(aya, aya_inputs, monkeypatch, value):
+    entry = importlib.metadata.EntryPoint("aya_vision", f"{__name__}:{value}", "visiontok.adapters")
+    known = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **q: [entry] if q["group"] == entry.group else known(**q)
+    )
+    if value != "AyaAdapter":
+        with pytest.raises(ConfigError, match="not an Adapter subclass"):
+            visiontok.compress(aya, "grid", keep=2)
+        return
+    with visiontok.compress(aya, "grid", keep=2) as compression, torch.no_grad():
+        aya(**aya_inputs)
+    assert compression.ledger.alive(0)[0, 3:7].sum() == 2

@@ -303,6 +303,7 @@ def test_options_are_read_as_the_type_of_their_field(hint: Any, values: dict[str
 def test_options_reach_the_method() -> None:
     result = run.run_job(method="fastv", keep=20, options={"layer": "3"}, max_new_tokens=2, repeats=1)
     assert result.kept == [144, 144, 144, 20]
+    assert result.compressed.seconds.selection == 0  # it happens inside the prefill
 
 
 def test_the_seed_reaches_the_recipe() -> None:

@@ -618,7 +618,9 @@ def _run(loaded: _Loaded, picture: Image, question: str, longest: int, compressi
         )
     loaded.synchronize()
     end = time.perf_counter()
-    selection = 0.0 if compression is None else compression.report.seconds["selection"] or 0.0
+    selection = 0.0
+    if compression is not None and any(stage.kind == "prompt" for stage in compression.recipe.stages):
+        selection = compression.report.seconds["selection"] or 0.0
     vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
     whole = watch.first_token - start
     rest = max(whole - (ready - start) - vision - selection - prefill, 0.0)

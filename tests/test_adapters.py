@@ -93,7 +93,7 @@ def test_hybrid_and_cross_attention_models_are_refused():
     hybrid = T.AutoModelForImageTextToText.from_config(
         T.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_IDS)
     )
-    with pytest.raises(UnsupportedError, match="qwen3_5: visiontok needs plain attention layers .*linear_attention"):
+    with pytest.raises(UnsupportedError, match=r"qwen3_5: visiontok needs plain attention layers .*linear_attention"):
         visiontok.compress(hybrid, "divprune", keep=2)
     mllama = T.MllamaConfig(
         text_config={**TEXT, "cross_attention_layers": [1]},

@@ -14,7 +14,7 @@ from zoo import ARCHITECTURES, QWEN, batch, build, visual
 import visiontok
 from visiontok import Card, Method, Needs
 from visiontok.engine.probe import attention_modules
-from visiontok.engine.vision import FeatureRecorder, take_records
+from visiontok.engine.vision import FeatureRecorder, record_of
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage
 
@@ -45,6 +45,11 @@ class Reader(Method):
         keep = ctx.valid.clone()
         keep[:, 0] = False
         return keep
+
+
+def pixels(inputs):
+    """What get_image_features takes of a batch."""
+    return {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
 
 
 def spy_on_eager(monkeypatch, model, stack):
@@ -79,8 +84,7 @@ def test_vision_taps_equal_eager_attention(name, monkeypatch):
         tower = getattr(eager.model, adapter.tower)
         calls = spy_on_eager(monkeypatch, eager, tower)
         recorder = FeatureRecorder(eager.model, "image")
-        eager(**inputs)
-        (record,) = take_records(eager.model, None)
+        record = record_of(eager.model.get_image_features(**pixels(inputs), return_dict=True))
         recorder.remove()
         assert torch.equal(model(**inputs).logits, stock), "a tap was left behind"
     modules, skip = attention_modules(tower), int(adapter.cls_token)
@@ -133,16 +137,16 @@ def test_patches_are_mapped_to_the_tokens_they_become(name):
         projector = model.model.get_submodule(adapter.projector)
         hook = projector.register_forward_pre_hook(lambda module, args: (disturb(args[0]), *args[1:]))
     recorder = FeatureRecorder(model.model, "image")
-    call = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
 
     def encode():
-        pooled = model.model.get_image_features(**call, return_dict=True).pooler_output
-        return torch.cat([item.reshape(-1, item.shape[-1]) for item in pooled])
+        output = model.model.get_image_features(**pixels(inputs), return_dict=True)
+        where["record"] = record_of(output)
+        return torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
 
     try:
         with torch.no_grad():
             plain = encode()
-            (record,) = take_records(model.model, None)
+            record = where["record"]
             shape = where["shape"]
             crops, length = (1, shape[0]) if len(shape) == 2 else shape[:2]
             total = crops * (length - skip)
@@ -159,7 +163,6 @@ def test_patches_are_mapped_to_the_tokens_they_become(name):
     finally:
         hook.remove()
         recorder.remove()
-        take_records(model.model, None)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

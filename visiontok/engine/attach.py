@@ -27,7 +27,7 @@ from .cache import TwoLengthCache, adopt
 from .layout import Layout
 from .probe import CALL
 from .trace import Trace
-from .vision import Encoded, FeatureRecorder, Units, forget_records, locate, take_records
+from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -179,9 +179,8 @@ class Attachment:
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         pixels = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
         encoded = kwargs.get("mm_encoder_outputs")
-        if pixels:
-            forget_records(self.base)
-        handover: dict[str, Any] = {"ids": ids, "encoded": None if pixels else encoded, "mask": mask}
+        begin_forward()
+        handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
         # a placeholder id without a picture is text; embeddings without ids may hold features already
         if pixels or encoded or ids is None:
@@ -226,7 +225,7 @@ class Attachment:
             if mask_2d is None
             else mask_2d[:, -length:].bool()
         )
-        records = take_records(self.base, handover["encoded"])
+        records = take_records(handover["encoded"])
         visual = functools.reduce(torch.logical_or, masks.values()).to(x.device)
         units = self._units(masks, records)
         call.begin_prefill(visual, attended, units, records, handover["ids"], x)

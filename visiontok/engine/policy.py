@@ -246,7 +246,7 @@ class StagePolicy:
         return keep.counts(size)
 
     def _affordable(self, keep: Budget, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
-        """The largest counts, in one proportion for all images, whose prefill stays within a share of the stock FLOPs."""
+        """The largest counts, in one proportion for all images, that stay within a share of the stock FLOPs."""
         first = next((layer for layer, cut in self.cuts.items() if cut is stage), 0)
         text = (call.attended & ~call.visual).sum(1).tolist()
         rows, sizes = call.units.row.tolist(), size.tolist()

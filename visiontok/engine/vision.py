@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,18 +40,20 @@ class Encoded:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.current: Encoded | None = None
-        self.finished: list[tuple[int, Encoded]] = []
+        self.current: Encoded | None = None  # the tower run in progress
+        self.forward: list[Encoded] = []  # tower runs of the forward in progress
 
 
 _thread = _Thread()
+_RECORD = "_visiontok_record"
 
 
 class FeatureRecorder:
     """Stands before ``base.get_image_features`` (or video) and remembers what went in and out.
 
     ``generate()`` encodes pictures before it calls ``forward`` and then drops grids and sizes, so this method is the
-    one place where both planes can be watched. Everything is delegated to the class's own method.
+    one place where both planes can be watched. Everything is delegated to the class's own method; the record travels
+    with the output object.
     """
 
     def __init__(self, base: nn.Module, modality: Modality) -> None:
@@ -69,14 +71,19 @@ class FeatureRecorder:
         if _thread.current is not None:  # one modality's method may be built on the other's
             return method(self.base, *args, **kwargs)
         inputs = self.__signature__.bind(*args, **kwargs).arguments
-        _thread.current = record = Encoded(self.modality, {**inputs, **inputs.get("kwargs", {})})
+        inputs = {**inputs, **inputs.get("kwargs", {})}
+        if self.modality == "video" and "pixel_values" in inputs:  # LLaVA-OneVision up to transformers 5.17
+            inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+        _thread.current = record = Encoded(self.modality, inputs)
         record.clock.mark("start")
         try:
             record.output = method(self.base, *args, **kwargs)
         finally:
             _thread.current = None
         record.clock.mark("end")
-        _thread.finished.append((id(self.base), record))
+        _thread.forward.append(record)
+        if hasattr(record.output, "__dict__"):
+            record.output.__dict__[_RECORD] = record
         return record.output
 
     def remove(self) -> None:
@@ -89,25 +96,25 @@ def current_record() -> Encoded | None:
     return _thread.current
 
 
-def forget_records(base: nn.Module) -> None:
-    """Drop the records of tower runs that no forward consumed."""
-    _thread.finished = [(owner, r) for owner, r in _thread.finished if owner != id(base)]
+def begin_forward() -> None:
+    """Forget tower runs that belong to no forward, or to one that failed."""
+    _thread.forward = []
 
 
-def take_records(base: nn.Module, outputs: dict[str, Any] | None) -> list[Encoded]:
-    """The tower runs that fed the present forward, and forget them.
+def take_records(outputs: Mapping[str, Any] | None) -> list[Encoded]:
+    """The tower runs that fed the present forward: those since :func:`begin_forward` and those of ``outputs``.
 
     Args:
-        base: the model whose records are meant.
-        outputs: ``mm_encoder_outputs`` of the forward, if its pictures were encoded beforehand; then only the runs
-            that made these very objects count.
+        outputs: ``mm_encoder_outputs`` of the forward, if its pictures were encoded beforehand.
     """
-    mine = [r for owner, r in _thread.finished if owner == id(base)]
-    forget_records(base)
-    if outputs:
-        given = [id(value) for value in outputs.values()]
-        mine = [r for r in mine if id(r.output) in given]
-    return mine
+    records, _thread.forward = _thread.forward, []
+    given = [record_of(output) for output in (outputs or {}).values()]
+    return list({id(r): r for r in (*records, *given) if r is not None}.values())
+
+
+def record_of(output: Any) -> Encoded | None:
+    """The record that travels with an output of ``get_image_features``."""
+    return getattr(output, "__dict__", {}).get(_RECORD)
 
 
 @dataclass

@@ -125,7 +125,8 @@ def build(
 def cases(visual: int, text: int, keep: int, method: str) -> list[Case]:
     """Stock at three lengths, ``method`` at ``keep`` tokens and at all of them, and the other methods at ``keep``.
 
-    What a bar compares stands side by side, so that it is timed within seconds. VTW takes no budget: its layer fixes what is dropped.
+    What a bar compares stands side by side, so that it is timed within seconds. VTW takes no budget: its layer fixes
+    what is dropped.
     """
     others = [Case(name, visual, text, name, None if name == "vtw" else keep) for name in OTHERS if name != method]
     return [
@@ -242,9 +243,9 @@ def machine() -> str:
     names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
-        f"float32; Python {platform.python_version()}, torch {torch.__version__}, transformers {T.__version__}, "
-        f"visiontok {__version__}; load average {os.getloadavg()[0]:.1f} at the end"
+        f"{cpu}, {os.cpu_count()} cores; float32, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} thread(s); Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {T.__version__}, visiontok {__version__}; load average {os.getloadavg()[0]:.1f} at the end"
     )
 
 

@@ -297,22 +297,3 @@ def test_every_listed_method_is_covered() -> None:
     listed = {card.name for card in visiontok.methods()}
     golden = {call for call in calls if any(call == name or call.startswith(f"{name}_") for name in listed)}
     assert golden <= set(TABLE), f"golden data without code: {sorted(golden - set(TABLE))}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary(request: pytest.FixtureRequest) -> None:
-    """Count the cases at the end of the run, so that nobody takes skipped for checked."""
-
-    class Summary:
-        def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-            def count(outcome: str) -> int:
-                return sum("test_golden[" in report.nodeid for report in terminalreporter.stats.get(outcome, ()))
-
-            skipped = sorted({case.values[1]["call"] for case in cases()} - set(TABLE))
-            terminalreporter.write_line(
-                f"golden: {count('passed')} cases checked, {count('failed')} failed, {count('skipped')} skipped "
-                f"(no code yet: {', '.join(skipped) or 'none'})"
-            )
-
-    if not request.config.pluginmanager.has_plugin("golden"):
-        request.config.pluginmanager.register(Summary(), "golden")

@@ -13,6 +13,7 @@ from zoo import ARCHITECTURES, QWEN, batch, build, visual
 
 import visiontok
 from visiontok import Card, Method, Needs
+from visiontok.engine.policy import _segments
 from visiontok.engine.probe import attention_modules
 from visiontok.engine.vision import FeatureRecorder, record_of
 from visiontok.errors import ConfigError, UnsupportedError
@@ -247,3 +248,16 @@ def test_undeclared_attention_is_an_error():
     model = build("llava")
     with visiontok.compress(model, method), torch.no_grad(), pytest.raises(ConfigError, match="declare it"):
         model(**batch("llava", model))
+
+
+def test_a_packed_call_of_flash_attention_is_split_by_image():
+    """Flash attention takes all images of a Qwen tower in one call and says where they end."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 4, 24, 8, generator=g)
+    pieces = _segments(q, k, None, torch.tensor([0, 8, 24]))
+    assert [(a.shape[2], b.shape[2]) for a, b, _ in pieces] == [(8, 8), (16, 16)]
+    assert torch.equal(pieces[1][0], q[:, :, 8:])
+    block = torch.block_diag(torch.ones(8, 8), torch.ones(16, 16)).bool()[None, None]
+    for mask in (block, torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)):
+        same = _segments(q, k, mask, None)
+        assert all(torch.equal(a, b) for a, b in zip([p[0] for p in pieces], [p[0] for p in same], strict=True))

@@ -1,0 +1,59 @@
+"""The Python of the README does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import batch, build
+
+import visiontok
+from visiontok import Recipe
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def block(start):
+    (found,) = [b for b in BLOCKS if b.startswith(start)]
+    return found
+
+
+@pytest.fixture
+def names():
+    model = build("llava")
+    return {"visiontok": visiontok, "model": model, "inputs": batch("llava", model)}
+
+
+def test_a_method_of_ones_own(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = block("def centre")
+    (tmp_path / "mine.py").write_text("import visiontok\n" + source.split("\n\n")[0])
+    ran = source.replace(": ...", ":\n    model(**inputs)")
+    with torch.no_grad():
+        exec(ran.replace("keep=32", "keep=4"), names)  # the README's own words
+    with visiontok.compress(names["model"], names["centre"], keep=4) as compression, torch.no_grad():
+        names["model"](**names["inputs"])
+    kept = compression.ledger.grid()[compression.ledger.alive(0) & compression.ledger.visual]
+    assert set(map(tuple, kept[:, 2:].tolist())) == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
+def test_a_saved_and_combined_recipe(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        exec(block("from visiontok import Recipe").replace(": ...", ":\n    model(**inputs)"), names)
+    assert Recipe.load("mine.yaml").label == "divprune+fastv"
+
+
+def test_the_block_on_top(names):
+    source = block("import visiontok").replace("**inputs)", "**inputs, max_new_tokens=2)")
+    exec(source, names)
+    assert names["compression"].report.images[0].kept == (4,) * 4
+
+
+def test_the_listed_methods_are_the_methods():
+    table = README.read_text().split("## Methods")[1].split("##")[0]
+    listed = re.findall(r"`(\w+)(?:\[…\])?`", table.split("Known bugs")[0])
+    assert sorted(listed) == sorted(card.name for card in visiontok.methods())

@@ -88,8 +88,9 @@ def accuracy(
         per_scene: questions about each.
 
     Returns:
-        Accuracies in percent by kind and over all: "full", "full_interval" (95 % over scenes), "blind" (no picture in
-        the prompt), "majority" (the most frequent answer of the kind), and "questions", how many there were of each.
+        Accuracies in percent by kind and over all: "full", "full_interval" (95 % over scenes), "swapped" (shown the
+        picture of another scene), "blind" (no picture in the prompt, which training never does), "majority" (the most
+        frequent answer of the kind), and "questions", how many there were of each.
     """
     pictures = [render(split, index) for index in range(scenes)]
     rows = [questions(scene, per_scene) for scene in pictures]
@@ -102,6 +103,7 @@ def accuracy(
         "questions": {**{kind: counts[kind] for kind in KINDS}, "all": counts.total()},
         "full": _by_kind(rows, full),
         "full_interval": _interval(full),
+        "swapped": _by_kind(rows, predict(model, pictures[1:] + pictures[:1], rows)),
         "blind": _by_kind(rows, predict(model, pictures, rows, blind=True)),
         "majority": _by_kind(rows, [[question.answer == best[question.kind] for question in row] for row in rows]),
     }

@@ -272,7 +272,7 @@ def test_the_picture_is_what_answers(loaded):
     now = measure.accuracy(model, scenes=48)
     assert now["full"]["all"] >= 75
     assert abs(now["full"]["all"] - recorded["full"]["all"]) < 6
-    assert now["blind"]["all"] < 45
+    assert max(now["blind"]["all"], now["swapped"]["all"]) < 45
     for kind in KINDS:
         assert now["full"][kind] > now["majority"][kind] + 10, kind
         assert recorded["full"][kind] > recorded["blind"][kind] + 10, kind

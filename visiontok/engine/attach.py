@@ -120,7 +120,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
         self.running: dict[int, Call] = {}  # language model pre-hook → post-hook
-        self.latest: dict[int, Trace] = {}
 
 
 _thread = _Thread()
@@ -141,7 +140,7 @@ class Attachment:
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
         self.config = self.text.config
-        self._latest: Trace | None = None
+        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -166,11 +165,17 @@ class Attachment:
         for removable in self._removables:
             removable.remove()
         self._removables = []
+        _thread.handover.pop(id(self), None)
+        _thread.running.pop(id(self), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle of an attached model starts without the traces of past calls."""
+        return self.__dict__ | {"_latest": {}}
 
     @property
     def trace(self) -> Trace | None:
         """What the latest prefill did: this thread's, or else any thread's."""
-        return _thread.latest.get(id(self), self._latest)
+        return self._latest.get(threading.get_ident(), self._latest.get(0))
 
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
@@ -339,7 +344,7 @@ class Attachment:
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        trace = _thread.latest.get(id(self))
+        trace = self.trace
         call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
         call.cache = cache
         call.mask_2d = self._mask_2d(kwargs, handover)
@@ -382,7 +387,7 @@ class Attachment:
                 output.last_hidden_state = hidden
             depth = range(len(self.layers))
             call.trace.finish([call.alive[i] for i in depth], [call.slots(i) for i in depth])
-        self._latest = _thread.latest[id(self)] = call.trace
+        self._latest[0] = self._latest[threading.get_ident()] = call.trace
         return output
 
     # ---- decoder layers

@@ -108,11 +108,9 @@ class Call:
 
     def to_prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """(B, M, …) in the slots of ``layer`` → (B, N, …) in prompt positions; dropped positions repeat a neighbour."""
-        layout = self.layouts.get(layer)
-        for lay in (layout, self.entry):
-            if lay is not None:
-                slot = lay.slot_of().to(x.device)
-                x = x.gather(1, slot.view(*slot.shape, *[1] * (x.ndim - 2)).expand(*slot.shape, *x.shape[2:]))
+        for layout in (self.layouts.get(layer), self.entry):
+            if layout is not None:
+                x = layout.fill(x)
         return x
 
 
@@ -378,9 +376,7 @@ class Attachment:
         call.trace.clock.mark("prefilled")
         if call.mode == "prefill":
             hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            for layout in (call.layouts.get(len(self.layers) - 1), call.entry):
-                if layout is not None:
-                    hidden = layout.fill(hidden)
+            hidden = call.to_prompt(len(self.layers) - 1, hidden)
             if isinstance(output, tuple):
                 output = (hidden, *output[1:])
             else:

@@ -69,6 +69,7 @@ class Layout:
         return (self.keep.long().cumsum(1) - 1 + shift).clamp(0, self.width - 1)
 
     def fill(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, D) → (B, N, D): back to the parent length, a dropped position repeats the last kept one before it."""
+        """(B, M, …) → (B, N, …): back to the parent length, a dropped position repeats the last kept one before it."""
         slot = self.slot_of().to(x.device)
-        return x.gather(1, slot[..., None].expand(*slot.shape, x.shape[-1]))
+        index = slot.view(*slot.shape, *[1] * (x.ndim - 2))
+        return x.gather(1, index.expand(*slot.shape, *x.shape[2:]))

@@ -75,17 +75,22 @@ class Adapter:
 
     @property
     def feature_layer(self) -> int:
-        """Tower layer (negative) whose output becomes the visual features; the first of several."""
+        """Tower layer whose output becomes the visual features, the first of several; negative counts from the end."""
         layer = getattr(self.base.config, "vision_feature_layer", None)
         if isinstance(layer, list | tuple):
             layer = layer[0]
         if layer is None:
             return -1
-        return layer if layer < 0 else layer - 1  # hidden state v is the output of layer v - 1
+        # hidden state v is the output of layer v - 1, and hidden state 0 the input of layer 0
+        return layer if layer < 0 else max(layer - 1, 0)
 
     def full_attention(self, depth: int) -> tuple[int, ...]:
         """Tower layers, of ``depth``, in which a patch sees its whole image."""
         return tuple(range(depth))
+
+    def placeholders(self) -> dict[str, int]:
+        """Modality → the token id whose places its features take."""
+        return placeholder_ids(self.base.config)
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         """Per encoded item a (n, 3) long tensor: (t, row, col) of each of its language-model tokens, -1 for none."""
@@ -136,6 +141,17 @@ def find(base: nn.Module) -> Adapter:
     Raises:
         UnsupportedError: if the model's structure does not fit; says what is missing.
     """
+    adapter = _own(base)
+    if adapter is None:
+        return check(Adapter(base))
+    missing = _odd_layers(getattr(base, adapter.text, None))
+    if missing is not None:
+        raise _refusal(base, missing)
+    return adapter
+
+
+def _own(base: nn.Module) -> Adapter | None:
+    """The adapter made for the family of ``base``, here or in another installed package."""
     model_type = getattr(base.config, "model_type", type(base).__name__)
     third_party = _third_party().get(model_type)
     if third_party is not None:
@@ -148,7 +164,7 @@ def find(base: nn.Module) -> Adapter:
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, Adapter) and model_type in cls.model_types:
                 return cls(base)
-    return check(Adapter(base))
+    return None
 
 
 def check(adapter: Adapter) -> Adapter:
@@ -158,10 +174,8 @@ def check(adapter: Adapter) -> Adapter:
         UnsupportedError: naming the model, the first thing that is missing, and what to do.
     """
     base = adapter.base
-    model_type = getattr(base.config, "model_type", type(base).__name__)
     text = getattr(base, adapter.text, None)
     layers = getattr(text, "layers", None)
-    kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ["full_attention"])
     parameters = inspect.signature(text.forward).parameters if text is not None else {}
     missing = (
         f"a language model at .{adapter.text}"
@@ -172,8 +186,8 @@ def check(adapter: Adapter) -> Adapter:
         if not hasattr(type(base), "get_image_features")
         else "image_token_id in its config"
         if not placeholder_ids(base.config)
-        else f"plain attention layers (it has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))})"
-        if kinds - {"full_attention", "sliding_attention"}
+        else odd
+        if (odd := _odd_layers(text)) is not None
         else "a language model without per-layer side inputs"
         if any(name in parameters for name in ("per_layer_inputs", "deepstack_visual_embeds", "visual_pos_masks"))
         else "a causal mask built in the language model"
@@ -181,11 +195,23 @@ def check(adapter: Adapter) -> Adapter:
         else None
     )
     if missing is not None:
-        raise UnsupportedError(
-            f"{model_type}: visiontok needs {missing}; register an adapter for it (entry-point group "
-            "visiontok.adapters, contract in visiontok.adapters.base.Adapter)"
-        )
+        raise _refusal(base, missing)
     return adapter
+
+
+def _odd_layers(text: Any) -> str | None:
+    """What is missing in a language model some of whose layers keep no keys and values per token."""
+    kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ())
+    odd = sorted(kinds - {"full_attention", "sliding_attention"})
+    return f"plain attention layers (it has {', '.join(odd)})" if odd else None
+
+
+def _refusal(base: nn.Module, missing: str) -> UnsupportedError:
+    model_type = getattr(base.config, "model_type", type(base).__name__)
+    return UnsupportedError(
+        f"{model_type}: visiontok needs {missing}; register an adapter for it (entry-point group visiontok.adapters, "
+        "contract in visiontok.adapters.base.Adapter)"
+    )
 
 
 def placeholder_ids(config: Any) -> dict[str, int]:

@@ -11,9 +11,9 @@ from .base import Adapter, Record, raster
 
 
 class QwenVLAdapter(Adapter):
-    """Qwen2-VL and GLM-4V: full attention in every tower block."""
+    """Qwen2-VL: full attention in every tower block."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "glm4v")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     tower = "visual"
     projector = "visual.merger"
 
@@ -36,6 +36,15 @@ class QwenVLAdapter(Adapter):
     def _unit_order(self, record: Record) -> torch.Tensor | None:
         """(units,) long: raster index of each merge unit in the order the tower processes them; None if in order."""
         return None
+
+
+class Glm4vAdapter(QwenVLAdapter):
+    """GLM-4V: the frames of a video stand at image placeholders."""
+
+    model_types = ("glm4v",)
+
+    def placeholders(self) -> dict[str, int]:
+        return dict.fromkeys(("image", "video"), self.base.config.image_token_id)
 
 
 class Qwen25VLAdapter(QwenVLAdapter):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..cost import VisionInputs
+from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
 from .layout import Layout
@@ -73,6 +75,8 @@ class Call:
         self.cache: TwoLengthCache | None = None
         self.mask_2d: torch.Tensor | None = None
         self.masks: dict[Any, Any] = {}
+        self.history: torch.Tensor | None = None  # (B, P) mask of the tokens stored before this prefill
+        self.first_key: tuple[Any, ...] = ()
 
     def begin_prefill(
         self, visual: torch.Tensor, attended: torch.Tensor, units: Units, records: list[Encoded], ids: Any, embeds: Any
@@ -85,10 +89,12 @@ class Call:
         self.entry_valid: torch.Tensor | None = None
         self.width = self.length
         self.kept = visual
+        self.tail = int(visual.any(0).flip(0).long().cumsum(0).eq(0).sum())  # text behind every row's last visual token
         self.layouts: dict[int, Layout | None] = {-1: None}
         self.states: dict[int, torch.Tensor | None] = {}
         self.alive: dict[int, torch.Tensor] = {}
         self.levels: list[torch.Tensor] = []
+        self.full_mask: torch.Tensor | None = None
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
 
     def enter(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -100,6 +106,21 @@ class Call:
         if self.entry_valid is not None:
             return self.entry_valid
         return torch.ones(self.batch, self.width, dtype=torch.bool, device=self.visual.device)
+
+    def check_last(self, alive: torch.Tensor) -> None:
+        """The token that predicts the next one must stay.
+
+        Raises:
+            UnsupportedError: if a row ends with a visual token that is not in ``alive`` (B, N).
+        """
+        position = torch.arange(self.length, device=alive.device)
+        last = torch.where(self.attended, position, 0).amax(1, keepdim=True)
+        lost = (self.visual & ~alive).gather(1, last)[:, 0]
+        if bool(lost.any()):
+            raise UnsupportedError(
+                f"prompt row {int(lost.nonzero()[0])} ends with a visual token that would be dropped, and with it the "
+                "prediction of the next token; put text behind the image"
+            )
 
     def slots(self, layer: int) -> int:
         """Slots per row in a layer."""
@@ -165,6 +186,7 @@ class Attachment:
         self._removables = []
         _thread.handover.pop(id(self), None)
         _thread.running.pop(id(self), None)
+        begin_forward()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle of an attached model starts without the traces of past calls."""
@@ -180,31 +202,38 @@ class Attachment:
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        pixels = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        encoded = kwargs.get("mm_encoder_outputs")
+        cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
         begin_forward()
         handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
-        # a placeholder id without a picture is text; embeddings without ids may hold features already
-        if pixels or encoded or ids is None:
-            masks = self._placeholders(module, ids, embeds)
-            if any(bool(m.any()) for m in masks.values()):
-                handover["masks"] = masks
-                return args, kwargs
-        cache = kwargs.get("past_key_values")
+        masks = self._placeholders(module, ids, embeds, _modalities(kwargs))
+        if any(bool(m.any()) for m in masks.values()):
+            handover["masks"] = masks
+            return args, kwargs
+        if (cache is None or not cache.get_seq_length()) and self._looks_unpruned(ids, masks):
+            warnings.warn(
+                f"visiontok: a call of {self.base.config.model_type} has image placeholders or embeddings but no "
+                "pixels or features whose tokens could be found; nothing is pruned in it",
+                stacklevel=2,
+            )
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
             kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x) if cache.is_uniform() else None
         return args, kwargs
 
-    def _placeholders(self, base: Any, ids: Any, embeds: Any) -> dict[str, torch.Tensor]:
-        from visiontok.adapters.base import placeholder_ids
+    def _looks_unpruned(self, ids: Any, masks: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a first call without visual tokens may hold pictures all the same."""
+        if ids is None:
+            return not any(bool(m.any()) for m in masks.values())
+        return any(bool((ids == token).any()) for token in self.adapter.placeholders().values())
 
+    def _placeholders(self, base: Any, ids: Any, embeds: Any, present: set[str]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for modality, token in placeholder_ids(base.config).items():
-            if ids is not None:
+        for modality, token in self.adapter.placeholders().items():
+            # a placeholder id without a picture is text; embeddings without ids may hold features already
+            if ids is not None and modality in present:
                 found[modality] = ids == token
-            else:  # as stock does: a placeholder is recognised by its embedding
+            elif ids is None:  # as stock does: a placeholder is recognised by its embedding
                 row = base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 found[modality] = (embeds == row).all(-1)
         return found
@@ -215,7 +244,7 @@ class Attachment:
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
         cache, masks = kwargs.get("past_key_values"), handover.get("masks")
-        if masks is None:
+        if masks is None or next(iter(masks.values())).shape != kwargs["inputs_embeds"].shape[:2]:
             if isinstance(cache, TwoLengthCache):
                 self._begin_decode(kwargs, handover, cache)
             return args, kwargs
@@ -229,6 +258,7 @@ class Attachment:
             else mask_2d[:, -length:].bool()
         )
         records = take_records(handover["encoded"])
+        self._refuse_chunks(handover["encoded"], records, masks, cache)
         visual = functools.reduce(torch.logical_or, masks.values()).to(x.device)
         units = self._units(masks, records)
         call.begin_prefill(visual, attended, units, records, handover["ids"], x)
@@ -238,14 +268,31 @@ class Attachment:
         call.trace.clock.mark("selection")
         keep, embeds = self.policy.prompt(call, x)
         call.trace.clock.mark("selected")
-        if (keep is None or bool(keep[visual].all())) and not self.policy.changes and not self.force and embeds is x:
+        nothing = (keep is None or bool(keep[visual].all())) and not self.policy.changes and embeds is x
+        if nothing and not self.force and not isinstance(cache, TwoLengthCache):
             call.trace.nothing_dropped()
             call.mode = "stock"
             _thread.running[id(self)] = call
             return args, kwargs
         self._enter(module, kwargs, call, keep, embeds, mask_2d)
+        call.check_last(torch.where(visual, call.kept, attended))
         kwargs[CALL] = _thread.running[id(self)] = call
         return args, kwargs
+
+    def _refuse_chunks(self, encoded: Any, records: list[Encoded], masks: Mapping[str, torch.Tensor], cache: Any) -> None:
+        """A chunk of a prompt may hold a part of an image only, of which no budget can be kept.
+
+        Raises:
+            UnsupportedError: if features that were encoded elsewhere fill a chunk border or follow other tokens.
+        """
+        if not encoded or len(records) >= len([v for v in encoded.values() if v is not None]):
+            return
+        touches = any(bool(m[:, -1].any()) for m in masks.values())
+        if touches or (cache is not None and cache.get_seq_length()):
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: this prefill comes in chunks, which may split an image between calls; "
+                "drop prefill_chunk_size"
+            )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
         if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
@@ -277,7 +324,10 @@ class Attachment:
         cache, past = self._cache(module, kwargs), 0
         if cache is not None:
             past = cache.get_seq_length()
+            call.first_key = self._mask_key(cache, 0)
+            call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
+            cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
         if keep is not None:
@@ -292,9 +342,22 @@ class Attachment:
         elif mask_2d is not None and not bool(call.attended.all()):
             call.entry_valid = call.attended
         mask = kwargs.get("attention_mask")
+        if past and self.adapter.own_mask:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: a new image on a used cache is not supported on this family, whose "
+                "masks are built over the whole prompt; start again without past_key_values"
+            )
+        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
+                "follow dropped tokens; give the 2-D padding mask (batch, length)"
+            )
         if self.adapter.own_mask and isinstance(mask, dict):
+            call.full_mask = mask.get("full_attention")
             if call.entry is not None:
-                kwargs["attention_mask"] = {k: m if m is None else call.entry.gather_mask(m) for k, m in mask.items()}
+                full = call.full_mask = None if call.full_mask is None else call.entry.gather_mask(call.full_mask)
+                window = None if full is None else self._windowed(full)
+                kwargs["attention_mask"] = mask | {"full_attention": full, "sliding_attention": window}
         elif self.adapter.own_mask and torch.is_tensor(mask) and mask.ndim == 4:
             if call.entry is not None:
                 kwargs["attention_mask"] = call.entry.gather_mask(mask)
@@ -311,7 +374,7 @@ class Attachment:
                 call.levels.append(dense)
         if not self.policy.changes and cache is not None:
             for layer in cache.layers:
-                layer.note_prefill(length, call.width, call.entry_valid, batch, embeds.device)
+                layer.note_prefill(length, call.width, call.entry_valid, batch, embeds.device, call.history, call.tail)
         if not self.policy.changes:
             alive = torch.where(call.visual, call.kept, call.attended)
             call.alive = dict.fromkeys(range(len(self.layers)), alive)
@@ -333,18 +396,29 @@ class Attachment:
         """
         first = None if call.cache is None else call.cache.layers[0]
         if first is not None and past:
-            if call.entry_valid is None and first.valid is None:
-                return None
-            return torch.cat([first.valid_slots(call.batch, call.visual.device), call.entry_valid_or_ones()], 1)
+            return self._joined(first, call, call.entry_valid, call.width, call.visual.device)
         if call.entry_valid is None and first is not None:
             return None
         return call.entry_valid_or_ones()
+
+    @staticmethod
+    def _joined(stored: Any, call: Call, valid: torch.Tensor | None, width: int, device: Any) -> torch.Tensor | None:
+        """2-D mask over what a layer stores and the ``width`` slots that enter it; None if nothing is masked."""
+        old = stored.valid_slots(call.batch, device, call.history)
+        if old is None and valid is None:
+            return None
+        if old is None:
+            old = torch.ones(call.batch, stored.physical_length(), dtype=torch.bool, device=device)
+        if valid is None:
+            valid = torch.ones(call.batch, width, dtype=torch.bool, device=device)
+        return torch.cat([old, valid.to(device)], 1)
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         trace = self.trace
         call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
         call.cache = cache
+        cache.serve()
         call.mask_2d = self._mask_2d(kwargs, handover)
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
             kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x)
@@ -361,10 +435,13 @@ class Attachment:
         """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
         batch, new = x.shape[:2]
         stored = cache.layers[layer]
-        if stored.valid is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
+        known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])
+        if known is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
             return None
+        if known is None:
+            known = torch.ones(batch, stored.physical_length(), dtype=torch.bool, device=x.device)
         fresh = torch.ones(batch, new, dtype=torch.bool, device=x.device) if mask is None else mask[:, -new:].bool()
-        return torch.cat([stored.valid_slots(batch, x.device), fresh], 1)
+        return torch.cat([known, fresh], 1)
 
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
@@ -431,6 +508,7 @@ class Attachment:
             latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
             visible = self.policy.visible(call, index, latest) & call.kept
             call.alive[index] = torch.where(call.visual, visible, call.attended)
+            call.check_last(call.alive[index])
             wanted = call.enter(call.alive[index]) & call.entry_valid_or_ones()
             unchanged = bool((wanted | ~call.entry_valid_or_ones()).all())
             call.layouts[index] = None if unchanged and not self.force else Layout(wanted)
@@ -443,8 +521,11 @@ class Attachment:
             x = states if layout is None else layout.gather(states)
         call.states[index] = states
         valid = call.entry_valid if layout is None else layout.valid
-        if layout is not None:
+        # the language model built its mask for what layer 0 stores
+        stale = call.cache is not None and self._mask_key(call.cache, index)[1:] != call.first_key[1:]
+        if layout is not None or (stale and not self.adapter.own_mask):
             kwargs["attention_mask"] = self._prefill_mask(call, index, x, layout, kwargs.get("attention_mask"))
+        if layout is not None:
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
                 kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
@@ -452,7 +533,9 @@ class Attachment:
             if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
                 kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
         if call.cache is not None:
-            call.cache.layers[index].note_prefill(call.length, call.slots(index), valid, call.batch, x.device)
+            call.cache.layers[index].note_prefill(
+                call.length, call.slots(index), valid, call.batch, x.device, call.history, call.tail
+            )
         return x
 
     @staticmethod
@@ -462,36 +545,46 @@ class Attachment:
             call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
         return call.masks[key][2]
 
-    def _prefill_mask(self, call: Call, index: int, x: torch.Tensor, layout: Layout, given: Any) -> Any:
+    def _prefill_mask(self, call: Call, index: int, x: torch.Tensor, layout: Any, given: Any) -> Any:
         if self.adapter.own_mask:
+            sliding = self._kind(index) == "sliding_attention"
+            if sliding:
+                given = call.full_mask
             if given is None:
                 ones = torch.ones(layout.length, layout.length, dtype=torch.bool, device=x.device)
                 given = ones.tril()[None, None]
-            key: Any = ("mask", id(layout), id(given))
+            key: Any = ("mask", id(layout), sliding)
             if key not in call.masks:
-                call.masks[key] = (layout, given, layout.gather_mask(given))
+                gathered = layout.gather_mask(given)
+                call.masks[key] = (layout, given, self._windowed(gathered) if sliding else gathered)
             return call.masks[key][2]
         cache = call.cache
         stored = None if cache is None else cache.layers[index]
         key = ("mask", id(layout), self._mask_key(cache, index))
         if key not in call.masks:
-            mask_2d = layout.valid
-            if stored is not None and (mask_2d is not None or stored.valid is not None):
-                if mask_2d is None:
-                    mask_2d = torch.ones(call.batch, layout.width, dtype=torch.bool, device=x.device)
-                mask_2d = torch.cat([stored.valid_slots(call.batch, x.device), mask_2d], 1)
+            mask_2d = layout.valid if layout is not None else call.entry_valid
+            if stored is not None:
+                mask_2d = self._joined(stored, call, mask_2d, call.slots(index), x.device)
             call.masks[key] = (layout, None, self._build_mask(index, x, mask_2d, cache))
         return call.masks[key][2]
+
+    def _windowed(self, mask: torch.Tensor) -> torch.Tensor:
+        """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""
+        slot = torch.arange(mask.shape[-1], device=mask.device)
+        outside = slot[:, None] - slot >= self.config.sliding_window
+        return mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
     def _mask_key(self, cache: TwoLengthCache | None, index: int) -> tuple[Any, ...]:
         kind = self._kind(index)
         if cache is None:
             return (kind,)
-        return kind, cache.layers[index].physical_length(), id(cache.layers[index].valid)
+        return kind, cache.layers[index].physical_length(), cache.layers[index].pattern
 
     def _kind(self, index: int) -> str:
         kinds = getattr(self.config, "layer_types", None)
-        return kinds[index] if kinds else "full_attention"
+        if kinds:
+            return kinds[index]
+        return "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
 
     def _build_mask(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
         build = create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
@@ -522,6 +615,17 @@ class Attachment:
 
 
 _UNCHANGED = object()
+
+
+def _modalities(kwargs: Mapping[str, Any]) -> set[str]:
+    """Which modalities a forward carries, as pixels or as features."""
+    given = {name for name, value in kwargs.items() if value is not None}
+    found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}
+    if given & {"pixel_values", "pixel_values_images", "image_hidden_states"}:
+        found.add("image")
+    if "pixel_values_videos" in given:
+        found.add("video")
+    return found
 
 
 def _is_2d(mask: Any) -> bool:

@@ -19,8 +19,21 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
     # Built per base by single inheritance: in-place __class__ assignment needs an identical object layout.
     class Layer(base):  # type: ignore[misc, valid-type]
         dropped = 0  # logical minus physical tokens
-        prompt = 0  # physical tokens stored by pruned prefills; these cannot be cropped
-        valid: torch.Tensor | None = None  # (B, P) bool over the first P physical slots; None: all hold a token
+        prompt = 0  # physical slots up to the end of the last prefill
+        floor = 0  # physical slots up to its last visual token; with tokens dropped, these cannot be cropped
+        valid: torch.Tensor | None = None  # (B, prompt) bool over the first physical slots; None: all hold a token
+        pattern: tuple[int, ...] = ()  # one number per prefill; equal in layers that store the same slots
+
+        served = False  # whether an attachment has prepared the masks of the present forward
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if self.dropped and not self.served:
+                raise UnsupportedError(
+                    "past_key_values holds a compressed prompt, whose masks only the attached recipe can build; go on "
+                    "inside the compress() block, or start again without the cache"
+                )
+            self.served = False
+            return super().update(*args, **kwargs)
 
         def physical_length(self) -> int:
             return super().get_seq_length()
@@ -33,37 +46,57 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
                 return super().get_mask_sizes(query_length)  # reads the physical cumulative_length
             return self.physical_length() + query_length, 0
 
-        def valid_slots(self, batch: int, device: torch.device) -> torch.Tensor:
-            """(B, P) bool over all physical slots."""
-            length = self.physical_length()
-            if self.valid is None:
-                return torch.ones(batch, length, dtype=torch.bool, device=device)
-            known = self.valid.to(device)
-            fresh = known.new_ones(known.shape[0], max(length - known.shape[1], 0))
-            return torch.cat([known, fresh], 1)[:, :length]
+        def valid_slots(self, batch: int, device: torch.device, history: torch.Tensor | None) -> torch.Tensor | None:
+            """(B, P) bool over all physical slots, None if all are; ``history``: 2-D mask of the stored tokens."""
+            tail = self.physical_length() - self.prompt  # stored one to one: text behind (or before) the prefills
+            if self.valid is None and (history is None or not tail):
+                return None
+            known = self.valid
+            if known is None:
+                known = torch.ones(batch, self.prompt, dtype=torch.bool, device=device)
+            known = known.to(device)
+            fresh = known.new_ones(batch, tail)
+            if history is not None and tail:
+                fresh = history[:, -tail:].bool().to(device)
+            return torch.cat([known, fresh], 1)
 
-        def note_prefill(self, logical: int, width: int, valid: torch.Tensor | None, batch: int, device: Any) -> None:
+        def note_prefill(
+            self, logical: int, width: int, valid: torch.Tensor | None, batch: int, device: Any, history: Any, text: int
+        ) -> None:
             """Announce, before ``update``, a chunk of ``width`` slots that stand for ``logical`` tokens."""
             past = self.physical_length()
-            if valid is not None or self.valid is not None:
+            stored = self.valid_slots(batch, device, history)
+            if valid is not None or stored is not None:
                 new = valid if valid is not None else torch.ones(batch, width, dtype=torch.bool, device=device)
-                self.valid = torch.cat([self.valid_slots(batch, device), new.to(device)], 1)
+                if stored is None:
+                    stored = torch.ones(batch, past, dtype=torch.bool, device=device)
+                self.valid = torch.cat([stored, new.to(device)], 1)
+            self.pattern += (0 if valid is None else id(valid),)  # all masks of one prefill live at the same time
             self.dropped += logical - width
             self.prompt = past + width
+            self.floor = self.prompt - text
 
-        def crop(self, tokens_to_remove: int) -> None:
+        def check_crop(self, tokens_to_remove: int) -> int:
+            """Tokens to remove, as a negative number; raises where tokens are gone."""
             if tokens_to_remove > 0:  # legacy: the absolute, hence logical, length to crop to
                 tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
-            if self.dropped and self.physical_length() + tokens_to_remove < self.prompt:
+            if self.dropped and self.physical_length() + tokens_to_remove < self.floor:
                 raise UnsupportedError(
                     f"crop({tokens_to_remove}) reaches into a compressed prompt, whose dropped tokens are gone; "
                     "crop generated tokens only, or start again without the cache"
                 )
+            return tokens_to_remove
+
+        def crop(self, tokens_to_remove: int) -> None:
+            tokens_to_remove = self.check_crop(tokens_to_remove)
             dropped, self.dropped = self.dropped, 0  # the stock code reads get_seq_length() as the physical length
             try:
                 super().crop(tokens_to_remove)
             finally:
                 self.dropped = dropped
+            self.prompt = min(self.prompt, self.physical_length())
+            if self.valid is not None:
+                self.valid = self.valid[:, : self.prompt]
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -82,7 +115,7 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
 
         def reset(self) -> None:
             super().reset()
-            self.dropped, self.prompt, self.valid = 0, 0, None
+            self.dropped, self.prompt, self.floor, self.valid, self.pattern = 0, 0, 0, None, ()
 
     return Layer
 
@@ -108,9 +141,20 @@ class TwoLengthCache(DynamicCache):
         logical = int(self.get_seq_length(layer_idx))
         return logical - self.layers[layer_idx].dropped if layer_idx < len(self.layers) else logical
 
+    def serve(self) -> None:
+        """Allow the next update of every layer: its masks are taken care of."""
+        for layer in self.layers:
+            layer.served = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in the base class; nothing is cropped if any layer cannot be."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def is_uniform(self) -> bool:
-        """Whether every layer stores the same number of tokens, so that one mask serves all."""
-        return len({layer.physical_length() for layer in self.layers}) <= 1
+        """Whether every layer stores the same slots, so that one mask serves all."""
+        return len({(layer.physical_length(), layer.pattern) for layer in self.layers}) <= 1
 
 
 def adopt(cache: Cache, depth: int) -> TwoLengthCache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
@@ -82,9 +83,11 @@ class FeatureRecorder:
             _thread.current = None
         record.clock.mark("end")
         _thread.forward.append(record)
-        if hasattr(record.output, "__dict__"):
-            record.output.__dict__[_RECORD] = record
-        return record.output
+        output = record.output
+        if hasattr(output, "__dict__"):
+            record.output = copy.copy(output)  # the record travels with the output, so it must not hold that object
+            output.__dict__[_RECORD] = record
+        return output
 
     def remove(self) -> None:
         """Uncover the class's method again."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
-from dataclasses import dataclass
+import pickle
+import re
+import time
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +18,9 @@ from zoo import batch, build, visual
 
 import visiontok
 from visiontok import Budget, Card, Method, Needs, Recipe, Selection
+from visiontok.engine.clock import Clock
+from visiontok.engine.trace import Trace
+from visiontok.engine.vision import locate
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage, resolve_layer
 
@@ -49,7 +55,7 @@ def test_every_method_keeps_what_was_asked_for(card, name):
             if card.budget:
                 exact = fidelity == "fixed" or card.name not in ("hiprune", "divprune")
                 assert image.kept[-1] == 3 if exact else 1 <= image.kept[-1] <= 3
-                assert image.kept[0] == (3 if card.stage == "prompt" and exact else image.kept[0])
+                assert image.kept[0] == (image.kept[-1] if card.stage == "prompt" else image.tokens)
             else:
                 assert (image.kept[0], image.kept[-1]) == (image.tokens, 0)
 
@@ -164,6 +170,22 @@ def test_methods_and_stages_compose(llava):
     assert report.layer_average == 5
 
 
+def test_an_average_does_not_go_over_to_stages_it_was_not_meant_for(llava):
+    model, inputs = llava
+    averaged = Recipe(stages=(cut(1), cut(2)), average=Budget.tokens(5))
+    plain = visiontok.recipe("divprune", keep=8)
+    for first, second in ((averaged, plain), (plain, averaged)):
+        names = re.escape(f"{first.label} + {second.label}: about+about has keep=tokens:5")
+        with pytest.raises(ConfigError, match=f"^{names}.*own keep, or .*keep="):
+            _ = first + second
+    # the way out that the error names
+    both = replace(averaged, average=None) + plain
+    with visiontok.compress(model, both, keep=5) as compression:
+        run(model, inputs)
+    assert both.average is None
+    assert compression.report.requested == "tokens:5 on layer average"
+
+
 # ---- budgets
 
 
@@ -211,6 +233,78 @@ def test_per_tile_budgets_count_tiles():
 # ---- report and ledger
 
 
+def test_steps_of_a_stock_call_are_not_counted(llava):
+    model, inputs = llava
+    with visiontok.compress(model, "grid", keep=1.0) as compression, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        report = compression.report
+    assert report.steps is None
+    assert report.seconds["decode"] is None
+    assert report.seconds["prefill"] is not None
+    assert report.to_dict()["steps"] is None
+    assert "decode not counted" in str(report)
+
+
+class Event:
+    """A CUDA event on a device whose time the test sets."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+def test_decoding_is_timed_where_it_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    trace = Trace(1)
+    Event.now = 100.0  # the host has long gone on
+    trace.finish([], [])
+    assert trace.seconds()["decode"] is None
+    for Event.now in (101.0, 102.0, 105.0):
+        trace.note_step()
+    assert (trace.steps, trace.seconds()["decode"]) == (3, 5.0)
+    assert copy.deepcopy(trace.clock)._marks == {}
+
+
+def test_a_clock_keeps_the_first_mark_or_the_last(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    for now[0] in (1.0, 2.0, 4.0):
+        clock.mark("first")
+        clock.mark("last", again=True)
+    assert clock.seconds("first", "last") == 3.0
+    assert copy.deepcopy(clock).seconds("first", "last") == 3.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (Recipe(stages=(inject(0),)), "the stages hide no visual token from any layer"),
+        (visiontok.recipe("grid", keep=99), "the budget is at least the number of visual tokens"),
+        (visiontok.recipe("fastv", keep=99), "the budget is at least the number of visual tokens"),
+    ],
+    ids=["no budget", "prompt", "decoder"],
+)
+def test_the_report_says_why_nothing_was_dropped(llava, recipe, reason):
+    model, inputs = llava
+    with visiontok.compress(model, recipe) as compression:
+        run(model, inputs)
+        warnings = [w for w in compression.report.warnings if "dropped" in w]
+    assert warnings == [f"nothing was dropped: {reason}"]
+
+
 def test_the_report_counts_what_is_stored(llava):
     model, inputs = llava
     with visiontok.compress(model, "fastv", keep=4, layer=2) as compression, torch.no_grad():
@@ -255,6 +349,36 @@ def test_applying_twice_raises_and_removing_helps(llava):
     first.remove()
     first.remove()
     visiontok.compress(model, "random", keep=4).remove()
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["grid", "cls_topk", "fastv"])
+def test_a_copy_of_an_attached_model_can_be_detached(llava, name, way):
+    known, inputs = llava
+    stock = run(known, inputs).logits
+    # transformers leaves a hook of its own, which cannot be pickled, on a model that has run
+    model = type(known)(copy.deepcopy(known.config)).to(known.dtype).eval()
+    model.load_state_dict(known.state_dict())
+    assert visiontok.attached(model) is None
+    with visiontok.compress(model, name, keep=4) as compression:
+        if way == "deepcopy":
+            run(model, inputs)  # with the remains of a call
+        twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+        compressed = run(model, inputs).logits
+        assert visiontok.attached(model) is compression
+        with pytest.raises(ConfigError, match=r"already compressed with .*visiontok\.attached\(model\)"):
+            visiontok.compress(twin, "grid", keep=2)
+        assert torch.equal(run(twin, inputs).logits, compressed)
+        visiontok.attached(twin).remove()
+        assert visiontok.attached(twin) is None
+        assert torch.equal(run(twin, inputs).logits, stock)
+        assert not any("visiontok" in repr(list(m._forward_pre_hooks.values())) for m in twin.modules())
+        assert [vars(m).keys() for m in twin.modules()] == [vars(m).keys() for m in known.modules()]
+        assert visiontok.attached(model) is compression
+        assert torch.equal(run(model, inputs).logits, compressed)
+    assert visiontok.attached(model) is None
+    with pytest.raises(UnsupportedError):
+        visiontok.attached(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -343,6 +467,23 @@ def test_placeholders_and_pictures_must_match(llava):
         with pytest.raises((ValueError, UnsupportedError)):
             run(model, short)
         run(model, inputs)  # the failed call left nothing behind
+
+
+def test_placeholders_without_their_images_are_named():
+    def find(placeholders, *tokens):
+        masks = {"image": torch.tensor(placeholders, dtype=torch.bool)}
+        grids = {"image": [(0, i, torch.zeros(n, 3, dtype=torch.long)) for i, n in enumerate(tokens)]}
+        return locate(masks, grids, join_adjacent=False, model="toy")
+
+    rows = [[1, 1, 1, 0], [0, 0, 0, 1]]
+    assert find(rows, 3, 1).sizes == [3, 1]
+    assert find([[1, 1, 0], [1, 1, 0]], 2).sizes == [2, 2]  # beams: one picture for both rows
+    with pytest.raises(UnsupportedError, match=r"toy: 3 encoded image tokens stand against 4 placeholders"):
+        find(rows, 3)
+    with pytest.raises(UnsupportedError, match=r"toy: 5 encoded image tokens stand against 4 placeholders"):
+        find(rows, 3, 2)
+    with pytest.raises(UnsupportedError, match=r"row 0 do not hold a whole number of images.*not be split between"):
+        find(rows, 2, 2)
 
 
 def test_models_that_are_none():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontok import demo, errors, functional
-    from visiontok.api import Compression, compress
+    from visiontok.api import Compression, attached, compress
     from visiontok.budget import Budget
     from visiontok.context import Context
     from visiontok.method import Card, Method, Needs, Selection, Stage
@@ -33,6 +33,7 @@ __all__ = [
     "Selection",
     "Stage",
     "__version__",
+    "attached",
     "compress",
     "demo",
     "errors",
@@ -51,6 +52,7 @@ _SOURCES = {
     "Recipe": "visiontok.recipe",
     "Selection": "visiontok.method",
     "Stage": "visiontok.method",
+    "attached": "visiontok.api",
     "compress": "visiontok.api",
     "methods": "visiontok.recipes",
     "recipe": "visiontok.recipe",

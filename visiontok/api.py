@@ -39,10 +39,10 @@ class Compression:
 
         self.model, self.recipe = model, recipe
         base = base_model(model)
-        if _MARK in base.__dict__:
+        if (other := attached(model)) is not None:
             raise ConfigError(
-                f"model={type(base).__name__}: it is already compressed with {base.__dict__[_MARK].recipe.label}; "
-                "call .remove() on that Compression (or leave its with-block) first"
+                f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; "
+                "call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
             )
         adapter = find(base)
         depth = len(getattr(base, adapter.text).layers)
@@ -97,6 +97,17 @@ class Compression:
         ledger = self.ledger
         trace = self._attachment.trace
         return Report.of(self.recipe, self._label, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
+
+
+def attached(model: nn.Module) -> Compression | None:
+    """The compression that is attached to ``model``, or None.
+
+    A copied or unpickled model has one of its own; this is the way to it.
+
+    Raises:
+        UnsupportedError: for a model that visiontok cannot attach to.
+    """
+    return base_model(model).__dict__.get(_MARK)
 
 
 def base_model(model: nn.Module) -> nn.Module:

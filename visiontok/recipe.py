@@ -56,7 +56,17 @@ class Recipe:
         return self.name or "+".join(s.method.label if s.method is not None else s.kind for s in self.stages)
 
     def __add__(self, other: Recipe) -> Recipe:
-        """Both recipes' stages in one; seed and fidelity of the first."""
+        """Both recipes' stages in one; seed and fidelity of the first.
+
+        Raises:
+            ConfigError: if either has an ``average``, which would go over to the other's stages.
+        """
+        for one in (self, other):
+            if one.average is not None:
+                raise ConfigError(
+                    f"{self.label} + {other.label}: {one.label} has keep={one.average}, shared out between its own "
+                    "stages; give each stage its own keep, or add without it and compress(model, sum, keep=...)"
+                )
         name = f"{self.label}+{other.label}" if self.name or other.name else ""
         return replace(self, stages=self.stages + other.stages, name=name)
 

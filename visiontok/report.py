@@ -53,9 +53,11 @@ class Report:
         requested: the budget as asked for.
         images: per image what was kept where.
         layer_tokens: slots that each decoder layer computes per prompt row, text included.
-        account: FLOPs of vision tower and language model and KV bytes, stock and compressed.
-        seconds: measured parts: vision, selection, prefill, decode (all steps so far).
-        steps: forwards on the cache since the prefill.
+        account: FLOPs of vision tower and language model and KV bytes, stock and compressed; the bytes are of this
+            prefill's own tokens, what earlier turns left on the same cache is not counted.
+        seconds: measured parts: vision, selection, prefill, decode (all ``steps`` so far).
+        steps: forwards on a compressed cache between this prefill and the next one; None (not counted) if nothing was
+            dropped before the model and the call ran stock.
         warnings: what a reader must know before trusting the numbers.
     """
 
@@ -66,7 +68,7 @@ class Report:
     layer_tokens: tuple[int, ...]
     account: Account
     seconds: dict[str, float | None]
-    steps: int
+    steps: int | None
     warnings: tuple[str, ...]
 
     @classmethod
@@ -101,7 +103,13 @@ class Report:
             digest = None
         warnings = [adapter.notes] if adapter.notes else []
         if not trace.dropped:
-            warnings.append("nothing was dropped: the budget is at least the number of visual tokens")
+            budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
+            reason = (
+                "the budget is at least the number of visual tokens"
+                if budget
+                else "the stages hide no visual token from any layer"
+            )
+            warnings.append(f"nothing was dropped: {reason}")
         if not trace.encoders:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
         return cls(
@@ -154,6 +162,8 @@ class Report:
                 f"({ratio.language_model:.2f}x in the language model, cap {ratio.cap:.2f}x)"
             )
         times = [f"{name} {value * 1e3:.1f} ms" for name, value in self.seconds.items() if value is not None]
+        if self.steps is None:
+            times.append("decode not counted")
         lines.append("measured       " + ", ".join(times))
         return "\n".join(lines + [f"warning: {w}" for w in (*self.warnings, *costs.not_counted)])
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
 
 class Clock:
-    """Named instants: CUDA events where there is a CUDA device, the performance counter elsewhere.
+    """Named instants: CUDA events in a process that uses CUDA, the performance counter elsewhere.
 
-    Events are only recorded while the work runs; the device is waited for when a duration is read.
+    Events are only recorded while the work runs; the device is waited for when a duration is read. For a model on the
+    CPU of a process that uses CUDA elsewhere, they are reached when the device's own work before them is done.
     """
 
     def __init__(self) -> None:
         self._marks: dict[str, float | torch.cuda.Event] = {}
 
-    def mark(self, name: str) -> None:
-        """Remember this instant; the first mark of a name counts."""
-        if name in self._marks:
+    def mark(self, name: str, *, again: bool = False) -> None:
+        """Remember this instant; the first mark of a name counts, or with ``again`` the last."""
+        if name in self._marks and not again:
             return
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             event = torch.cuda.Event(enable_timing=True)
@@ -26,6 +28,10 @@ class Clock:
             self._marks[name] = event
         else:
             self._marks[name] = time.perf_counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has no events, which belong to one process."""
+        return {"_marks": {name: at for name, at in self._marks.items() if isinstance(at, float)}}
 
     def seconds(self, start: str, end: str) -> float | None:
         """Seconds between two marks; None if either was not reached."""

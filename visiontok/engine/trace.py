@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from ..cost import VisionInputs
@@ -16,11 +14,12 @@ class Trace:
 
     Attributes:
         ledger: which token is alive where; None before the first prefill.
-        clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``.
+        clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
         inputs: what went into the tower in each run; None for a family outside the cost model.
         dropped: whether any visual token was dropped anywhere.
-        steps: forwards on the cache since the prefill.
+        steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
+            cache is stock too and is not watched.
     """
 
     def __init__(self, depth: int) -> None:
@@ -30,25 +29,24 @@ class Trace:
         self.encoders: list[Clock] = []
         self.inputs: list[VisionInputs | None] = []
         self.dropped = True
-        self.steps = 0
-        self._last_step = 0.0
-        self._first_step = 0.0
+        self.steps: int | None = 0
 
     def nothing_dropped(self) -> None:
-        """The recipe kept every token."""
-        self.dropped = False
+        """The recipe kept every token, and the call runs stock."""
+        self.dropped, self.steps = False, None
 
     def finish(self, alive: list[torch.Tensor], widths: list[int]) -> None:
         """The prefill is through; per layer the (B, N) mask of living tokens and the slots per row."""
         if self.ledger is not None:
             self.ledger.fill(alive, widths)
             self.dropped = any(bool((self.ledger.visual & ~mask).any()) for mask in alive)
-        self._first_step = self._last_step = time.perf_counter()
+        self.clock.mark("finished")
 
     def note_step(self) -> None:
         """One more forward on the cache of this prefill."""
-        self.steps += 1
-        self._last_step = time.perf_counter()
+        if self.steps is not None:
+            self.steps += 1
+            self.clock.mark("step", again=True)
 
     def seconds(self) -> dict[str, float | None]:
         """Measured parts: vision tower (projector included), selection before the model, prefill without it, decode."""
@@ -59,5 +57,5 @@ class Trace:
             "vision": sum(t for t in tower if t is not None) if tower else None,
             "selection": selection,
             "prefill": prefill - selection if known else None,  # type: ignore[operator]
-            "decode": self._last_step - self._first_step if self.steps else None,
+            "decode": self.clock.seconds("finished", "step"),
         }

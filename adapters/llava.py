@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and ViP-LLaVA: one fixed square crop per image, CLIP tower with a CLS token."""
+"""LLaVA-1.5 and ViP-LLaVA: one crop per image, CLIP tower with a CLS token; Pixtral as LLaVA, in native resolution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import Adapter, Record, square
+from visiontok.errors import UnsupportedError
+
+from .base import Adapter, Record, raster
 
 
 class LlavaAdapter(Adapter):
@@ -19,8 +21,32 @@ class LlavaAdapter(Adapter):
         """CLIP towers begin with a CLS token, SigLIP towers (some LLaVA derivatives) have none."""
         return self.base.config.vision_config.model_type.startswith("clip")
 
+    def _sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Rows and columns of patches per image."""
+        patch, sizes = self.base.config.vision_config.patch_size, record.inputs.get("image_sizes")
+        if sizes is None:
+            sizes = [record.inputs["pixel_values"].shape[-2:]] * len(record.output.pooler_output)
+        return [(int(h) // patch, int(w) // patch) for h, w in sizes]
+
     def grids(self, record: Record) -> list[torch.Tensor]:
-        return [square(len(item)) for item in record.output.pooler_output]
+        grids = []
+        for item, (h, w) in zip(record.output.pooler_output, self._sizes(record), strict=True):
+            grid = raster(1, h, w)
+            if self.cls_token and len(item) == len(grid) + 1:  # vision_feature_select_strategy="full"
+                grid = torch.cat([torch.full((1, 3), -1), grid])
+            grids.append(grid if len(grid) == len(item) else torch.full((len(item), 3), -1))
+        return grids
 
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return list(torch.cat(list(patches))[:, :, None])
+        x = torch.cat([p.flatten(0, 1) for p in patches])[:, None]
+        tokens = [len(item) for item in record.output.pooler_output]
+        if len(x) == sum(tokens):  # also the projector's input, CLS included
+            return list(x.split(tokens))
+        sizes = [h * w for h, w in self._sizes(record)]
+        if not self.cls_token or len(x) != sum(sizes) or tokens != [n + 1 for n in sizes]:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: {len(x)} patches became {sum(tokens)} tokens, which "
+                f"vision_feature_select_strategy={self.base.config.vision_feature_select_strategy!r} does not explain; "
+                "use a method that reads features only"
+            )
+        return [torch.cat([part.new_full((1, *part.shape[1:]), torch.nan), part]) for part in x.split(sizes)]

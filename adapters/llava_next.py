@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
+
+from visiontok.errors import UnsupportedError
 
 from .base import Adapter, Record, raster, square
 
@@ -18,6 +21,14 @@ class LlavaNextAdapter(Adapter):
     """LLaVA-NeXT (1.6); in a grid, t = 0 is the thumbnail, t = 1 the tiled picture without padding."""
 
     model_types = ("llava_next",)
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        if self.cls_token and self.base.config.vision_feature_select_strategy == "full":
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: vision_feature_select_strategy='full' keeps the CLS token of every "
+                "crop, which the model itself cannot tile; set it to 'default'"
+            )
 
     @property
     def cls_token(self) -> bool:  # type: ignore[override]

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers as T
 from oracle import greedy
-from schedules import SCHEDULES
+from schedules import SCHEDULES, cut, prompt
 from visiontok.adapters.base import Adapter, check, find, is_supported
-from zoo import ARCHITECTURES, BANNED, IMAGE, MROPE, QWEN3_VISION, QWEN_IDS, SIGLIP, TEXT, build
+from zoo import (
+    ARCHITECTURES,
+    BANNED,
+    CLIP,
+    IMAGE,
+    IMAGE_IDS,
+    MROPE,
+    QWEN3_VISION,
+    QWEN_IDS,
+    SIGLIP,
+    TEXT,
+    batch,
+    build,
+    config,
+)
 
 import visiontok
-from visiontok import Recipe
+from visiontok import Budget, Card, Method, Recipe
 from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.method import Stage, resolve_layer
 
 pytestmark = pytest.mark.engine
 
@@ -103,6 +120,82 @@ def test_hybrid_and_cross_attention_models_are_refused():
     )
     with pytest.raises(UnsupportedError, match="cross-attention"):
         visiontok.compress(T.AutoModelForImageTextToText.from_config(mllama), "divprune", keep=2)
+
+
+def test_a_hybrid_language_model_inside_a_known_family_is_refused():
+    """The layer kinds count, not the name of the family."""
+    text = {"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48}
+    model = T.AutoModelForImageTextToText.from_config(
+        T.LlavaConfig(text_config=text, vision_config=CLIP, vision_feature_layer=-2, **IMAGE_IDS)
+    )
+    with pytest.raises(UnsupportedError, match=r"llava: visiontok needs plain attention layers \(it has conv\)"):
+        visiontok.compress(model, "random", keep=4)
+
+
+def test_llava_next_with_a_cls_token_per_crop_is_refused():
+    """The stock model cannot tile such crops; say so before it fails."""
+    settings = config("llava_next")
+    settings.vision_feature_select_strategy = "full"
+    model = T.AutoModelForImageTextToText.from_config(settings).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.get_image_features(torch.zeros(1, 5, 3, 32, 32), image_sizes=torch.tensor([[64, 64]]))
+    with pytest.raises(UnsupportedError, match="llava_next: vision_feature_select_strategy='full'"):
+        visiontok.compress(model, "random", keep=4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_share_of_flops_behind_a_prompt_stage_counts_what_is_alive_there(name):
+    model = build(name)
+    inputs = batch(name, model)
+    random = visiontok.recipe("random", keep=4)
+
+    def kept(share):
+        stages = (*random.stages, Stage(kind="cut", layer=3, method=random.stages[0].method, keep=Budget.flops(share)))
+        with visiontok.compress(model, Recipe(stages=stages)) as compression, torch.no_grad():
+            model(**inputs)
+            account = compression.report.account
+            ratio = sum(account.decoder) / sum(account.decoder_stock)
+            return ratio, [image.kept for image in compression.report.images]
+
+    ratio, counts = kept(1.0)
+    assert set(counts) == {(4,) * 4}
+    tighter, counts = kept(ratio - 0.01)
+    assert tighter <= ratio - 0.01
+    assert all(k[:3] == (4,) * 3 and 1 <= k[3] < 4 for k in counts)
+    with pytest.raises(ConfigError, match="even one token per image costs more"):
+        kept(ratio / 2)
+
+
+@dataclass(frozen=True)
+class Everything(Method):
+    """Asks for every token an image ever had."""
+
+    card: ClassVar[Card] = Card(name="everything", title="-", paper="-", venue="-", stage="prompt", needs="-")
+
+    def select(self, ctx):
+        return torch.ones_like(ctx.valid)
+
+
+@pytest.mark.parametrize("first", ["prompt", "cut"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_a_later_stage_revives_nothing(name, first):
+    model = build(name)
+    inputs = batch(name, model)
+    start = prompt() if first == "prompt" else cut(1)
+    stages = (start, Stage(kind="cut", layer=2, method=Everything()))
+    with visiontok.compress(model, Recipe(stages=stages)) as compression, torch.no_grad():
+        got = model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=list(BANNED))
+        alive = [compression.ledger.alive(layer) for layer in range(4)]
+    assert all(torch.equal(mask, alive[1]) for mask in alive[2:])
+    assert alive[1].sum() < inputs["attention_mask"].sum()
+    expected, _ = greedy(model, inputs, alive, 3, BANNED)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_a_bool_is_no_layer(layer):
+    with pytest.raises(ConfigError, match=f"layer={layer}: a layer is an index or a fraction"):
+        resolve_layer(layer, 4, name="layer")
 
 
 class AyaAdapter(Adapter):

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as T
 from visiontok.adapters.base import find
-from zoo import ARCHITECTURES, QWEN, batch, build, visual
+from visiontok.adapters.paligemma import PaliGemmaAdapter
+from zoo import ARCHITECTURES, IMAGE, IMAGE_IDS, QWEN, SIGLIP, TEXT, VIT, batch, build, config, visual
 
 import visiontok
 from visiontok import Card, Method, Needs
-from visiontok.engine.policy import _segments
+from visiontok.engine.policy import _segments, describe_tower
 from visiontok.engine.probe import attention_modules
 from visiontok.engine.vision import FeatureRecorder, record_of
 from visiontok.errors import ConfigError, UnsupportedError
@@ -261,3 +263,142 @@ def test_a_packed_call_of_flash_attention_is_split_by_image():
     for mask in (block, torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)):
         same = _segments(q, k, mask, None)
         assert all(torch.equal(a, b) for a, b in zip([p[0] for p in pieces], [p[0] for p in same], strict=True))
+
+
+def test_key_padding_is_no_border_between_packed_images():
+    """Padding inside a picture, as of a tile with a ``pixel_attention_mask``, splits nothing; real borders stay."""
+    q, k = torch.randn(2, 1, 4, 12, 8, generator=torch.Generator().manual_seed(0))
+    shown = torch.tensor([1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0]).bool()
+    padded = shown.expand(1, 1, 12, 12)
+    for mask in (padded, torch.zeros(padded.shape).masked_fill(~padded, torch.finfo(torch.float32).min), shown[None]):
+        ((piece, _, valid),) = _segments(q, k, mask, None)
+        assert piece.shape[2] == 12
+        assert torch.equal(valid[0], shown)
+    both = padded & torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).bool()
+    assert [(a.shape[2], v[0].tolist()) for a, _, v in _segments(q, k, both, None)] == [
+        (6, shown[:6].tolist()),
+        (6, shown[6:].tolist()),
+    ]
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_one_padded_tile(name, monkeypatch):
+    model, eager = build(name, "sdpa", torch.float32), build(name, "eager", torch.float32)
+    inputs = batch(name, model, rows=1, images=1)
+    shown = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    shown[..., 16:] = False
+    inputs["pixel_attention_mask"] = shown
+    reader = Reader(Needs(vision_received=(-1,)))
+    with torch.no_grad():
+        with visiontok.compress(model, reader):
+            model(**inputs)
+        calls = spy_on_eager(monkeypatch, eager, eager.model.vision_model)
+        eager(**inputs)
+        for method in ("hiprune", "idpruner"):
+            with visiontok.compress(model, method, keep=3) as compression:
+                model(**inputs)
+                assert compression.report.images[0].kept == (3,) * 4
+    (p,) = calls[attention_modules(eager.model.vision_model)[-1]]
+    exist = (p.sum((1, 2)) > 0).float()
+    assert 0 < exist.mean() < 1
+    patches = (p.mean(1) * exist[..., None]).sum(1) / exist.sum(1, keepdim=True)
+    expected = find(eager.model).group(None, [patches[..., None]])[0].mean(1)[:, 0]
+    torch.testing.assert_close(reader.seen["received-1"][0], expected, rtol=1e-4, atol=1e-6)
+
+
+def made(**changes):
+    """A random LLaVA whose config differs from the zoo's, and a prompt maker."""
+    settings = {"text_config": {"model_type": "llama", **TEXT}, "vision_config": config("llava").vision_config}
+    torch.manual_seed(0)
+    model = T.AutoModelForImageTextToText.from_config(
+        T.LlavaConfig(**settings | {"vision_feature_layer": -2} | IMAGE_IDS | changes)
+    ).eval()
+
+    def inputs(*tokens, **more):
+        ids = torch.tensor([[1, 5, *(t for n in tokens for t in (*[IMAGE] * n, 6)), 7]])
+        pixels = torch.randn(len(tokens), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **more}
+
+    return model, inputs
+
+
+def test_a_cls_token_that_is_kept_has_no_patch():
+    """``vision_feature_select_strategy="full"``: scores stand at their patches, the CLS token gets none."""
+    full, inputs = made(vision_feature_select_strategy="full")
+    default, _ = made()
+    seen = []
+    for model, n in ((full, 17), (default, 16)):
+        reader = Reader(Needs(vision_cls=(-2,), vision_received=(-2,), encoder_features=True))
+        with visiontok.compress(model, reader), torch.no_grad():
+            model(**inputs(n, n))
+        seen.append(reader.seen)
+    for stat in ("cls-2", "received-2"):
+        assert seen[0][stat].shape == (2, 17)
+        assert torch.equal(seen[0][stat][:, 1:], seen[1][stat])
+        assert (seen[0][stat][:, 0] == -1).all()
+    with_cls, without = seen[0]["ctx"], seen[1]["ctx"]
+    assert torch.equal(with_cls.grid[:, 1:], without.grid)
+    assert (with_cls.grid[:, 0] == -1).all()
+    assert torch.equal(with_cls.encoder_features[:, 1:], without.encoder_features)
+    for method in ("hiprune", "cls_topk", "idpruner", "grid"):
+        with visiontok.compress(full, method, keep=3) as compression, torch.no_grad():
+            full(**inputs(17, 17))
+            assert [image.kept for image in compression.report.images] == [(3,) * 4] * 2
+
+
+def test_pixtral_as_llava_keeps_rows_and_columns_of_each_picture():
+    vision = {"model_type": "pixtral", **VIT, "num_hidden_layers": 2}
+    model, inputs = made(vision_config=vision, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    sizes = torch.tensor([[16, 32], [32, 24]])
+    reader = Reader(Needs(vision_received=(-1,), encoder_features=True))
+    with visiontok.compress(model, reader), torch.no_grad():
+        model(**inputs(8, 12, image_sizes=sizes))
+        features = model.model.multi_modal_projector(reader.seen["ctx"].encoder_features)
+    ctx = reader.seen["ctx"]
+    torch.testing.assert_close(features[ctx.valid], ctx.features[ctx.valid])
+    assert ctx.grid[0, :8].amax(0).tolist() == [0, 1, 3]
+    assert ctx.grid[1].amax(0).tolist() == [0, 3, 2]
+    received = reader.seen["received-1"]  # per picture a mean over queries of a softmax
+    torch.testing.assert_close(torch.stack([received[0, :8].sum(), received[1].sum()]), torch.ones(2))
+
+
+def test_values_that_do_not_fit_the_tokens_are_refused(monkeypatch):
+    """A SigLIP tower under ``"default"`` loses its first patch; an adapter may be wrong; neither is cut to fit."""
+    model, inputs = made(vision_config=SIGLIP)
+    with (
+        visiontok.compress(model, Reader(Needs(vision_received=(-1,)))),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="16 patches became 15 tokens"),
+    ):
+        model(**inputs(15))
+    stock = PaliGemmaAdapter.group
+    monkeypatch.setattr(PaliGemmaAdapter, "group", lambda *a: [g[1:] for g in stock(*a)])
+    model = build("paligemma")
+    with (
+        visiontok.compress(model, Reader(Needs(vision_received=(-1,)))),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="15 values of the vision tower stand against an image of 16 tokens"),
+    ):
+        model(**batch("paligemma", model))
+
+
+@pytest.mark.parametrize(("layer", "index"), [(2, 1), (1, 0), (0, 0), (-1, 2), (-2, 1), (-4, 0), ([2, -1], 1)])
+def test_the_feature_layer_is_the_one_the_features_come_from(layer, index):
+    model, inputs = made(vision_feature_layer=layer)
+    tower = describe_tower(find(model.model))
+    assert tower.feature_layer == index
+    if layer == 0:  # the embeddings, nearest to layer 0; transformers 5.23 itself cannot run it
+        return
+    with visiontok.compress(model, "cls_topk", keep=3) as compression, torch.no_grad():
+        model(**inputs(16))
+        assert compression.report.images[0].kept == (3,) * 4
+    if isinstance(layer, int) and layer != -4:
+        outputs = []
+        hook = model.model.vision_tower.encoder.layers[index].register_forward_hook(
+            lambda module, args, output: outputs.append(output if torch.is_tensor(output) else output[0])
+        )
+        reader = Reader(Needs(encoder_features=True))
+        with visiontok.compress(model, reader), torch.no_grad():
+            model(**inputs(16))
+        hook.remove()
+        assert torch.equal(reader.seen["ctx"].encoder_features[0], outputs[0][0, 1:])

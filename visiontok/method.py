@@ -32,8 +32,10 @@ def resolve_layer(layer: Layer, depth: int, *, name: str, lowest: int = 0) -> in
         lowest: smallest index allowed; fractions are raised to it, explicit indices below it are errors.
 
     Raises:
-        ConfigError: if an explicit index lies outside ``lowest … depth-1`` or a fraction outside [0, 1).
+        ConfigError: if an explicit index lies outside ``lowest … depth-1`` or a fraction outside [0, 1), and for bools.
     """
+    if isinstance(layer, bool):
+        raise ConfigError(f"{name}={layer}: a layer is an index or a fraction of the depth")
     if isinstance(layer, float):
         if not 0.0 <= layer < 1.0:
             raise ConfigError(

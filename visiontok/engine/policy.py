@@ -33,10 +33,11 @@ _DECODER = ("last_row", "text_rows")
 def describe_tower(adapter: Adapter) -> Tower:
     """What methods may know of the vision tower of a model."""
     depth = len(attention_modules(getattr(adapter.base, adapter.tower, nn.Module())))
+    layer = adapter.feature_layer
     return Tower(
         depth=depth,
         has_cls=adapter.cls_token,
-        feature_layer=adapter.feature_layer + depth,
+        feature_layer=max(layer + depth if layer < 0 else layer, 0),
         full_attention=adapter.full_attention(depth),
     )
 
@@ -209,7 +210,7 @@ class StagePolicy:
             )
         size = units.valid.sum(1)
         valid = units.gather(alive[..., None])[..., 0] & units.valid
-        count = self._count(stage, call, size)
+        count = self._count(stage, call, size, valid.sum(1))
         return Context(
             stage="prompt" if layer is None else "decoder",
             layer=layer,
@@ -231,7 +232,8 @@ class StagePolicy:
             generator=functools.partial(self._generator, call),
         )
 
-    def _count(self, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
+    def _count(self, stage: Stage, call: Call, size: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        """(U,) long: tokens the stage is to leave of each image, of its ``size`` tokens and those still ``alive``."""
         if self.average is not None:
             counts = [self._share(stage, n) for n in size.tolist()]
             return torch.tensor(counts, dtype=torch.long, device=size.device)
@@ -242,12 +244,14 @@ class StagePolicy:
             tiles = [max(len(set(g[g >= 0].tolist())), 1) for g in call.units.grid[..., 0]]
             return torch.minimum(torch.tensor(tiles, device=size.device) * int(keep.value), size)
         if keep.kind == "flops":
-            return self._affordable(keep, stage, call, size)
+            return self._affordable(keep, stage, call, alive)
         return keep.counts(size)
 
     def _affordable(self, keep: Budget, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
-        """The largest counts, in one proportion for all images, that stay within a share of the stock FLOPs."""
+        """The largest counts, in one proportion of the ``size`` candidates of each image, that stay within a share of
+        the stock FLOPs; layers below the stage cost what they did."""
         first = next((layer for layer, cut in self.cuts.items() if cut is stage), 0)
+        spent = [call.slots(layer) for layer in range(first)]
         text = (call.attended & ~call.visual).sum(1).tolist()
         rows, sizes = call.units.row.tolist(), size.tolist()
         config, steps = self.adapter.base.config, max(sizes)
@@ -259,11 +263,8 @@ class StagePolicy:
             kept = list(text)
             for row, n in zip(rows, counts(step), strict=True):
                 kept[row] += n
-            widths = [
-                max(text) if hidden else call.length if layer < first else max(kept)
-                for layer, hidden in enumerate(self.hidden)
-            ]
-            return sum(decoder_flops(config, widths, batch=call.batch))
+            ahead = [max(text) if hidden else max(kept) for hidden in self.hidden[first:]]
+            return sum(decoder_flops(config, spent + ahead, batch=call.batch))
 
         limit = keep.value * sum(decoder_flops(config, [call.length] * self.depth, batch=call.batch))
         if prefill(1) > limit:
@@ -335,6 +336,11 @@ class StagePolicy:
                 )
             record, item, number = source
             value = torch.cat(values[record][item : item + number])
+            if len(value) != units.sizes[u]:
+                raise UnsupportedError(
+                    f"{self._model}: {len(value)} values of the vision tower stand against an image of "
+                    f"{units.sizes[u]} tokens; use a method that reads features only"
+                )
             if out is None:
                 out = value.new_full((*units.valid.shape, *value.shape[1:]), missing)
             out[u, : len(value)] = torch.nan_to_num(value, nan=missing)
@@ -416,18 +422,23 @@ def _segments(
 ) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
     """Independent pieces (q, k, (B, n) valid keys or None) of one vision attention call."""
     n = q.shape[2]
+    valid: torch.Tensor | None = None
+    borders = [0, n]
     if lengths is not None:  # flash attention takes all images in one call
         borders = lengths.tolist()
-    elif not torch.is_tensor(mask) or mask.ndim != 4:
-        return [(q, k, None)]
-    else:
+    elif torch.is_tensor(mask) and mask.ndim == 2:  # flash attention with key padding
+        valid = mask.bool()
+    elif torch.is_tensor(mask) and mask.ndim == 4:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         allowed = allowed[:, 0].expand(q.shape[0], n, n)
-        joined = torch.cat([allowed.new_zeros(1), allowed[0].diagonal(-1)]) if len(allowed) == 1 else None
-        if joined is None or bool(joined[1:].all()):
-            return [(q, k, None if bool(allowed.all()) else allowed.any(1))]
-        borders = [*torch.nonzero(~joined).flatten().tolist(), n]
-    return [(q[:, :, a:b], k[:, :, a:b], None) for a, b in pairwise(borders)]
+        valid = allowed.any(1)
+        if len(allowed) == 1:  # padding is seen by nobody and separates nothing: compare neighbours without it
+            shown = torch.nonzero(valid[0]).flatten()
+            apart = ~allowed[0, shown[1:], shown[:-1]]
+            borders = [0, *shown[1:][apart].tolist(), n]
+    if valid is not None and bool(valid.all()):
+        valid = None
+    return [(q[:, :, a:b], k[:, :, a:b], None if valid is None else valid[:, a:b]) for a, b in pairwise(borders)]
 
 
 def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

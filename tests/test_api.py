@@ -223,6 +223,18 @@ def test_a_budget_in_flops(llava):
         run(model, inputs)
 
 
+def test_a_budget_of_everything_does_not_ask_the_method(llava):
+    model, inputs = llava
+
+    def never(ctx):
+        raise RuntimeError("asked")
+
+    with visiontok.compress(model, never, keep=1.0):
+        run(model, inputs)
+    with visiontok.compress(model, never, keep=0.9), pytest.raises(RuntimeError, match="asked"):
+        run(model, inputs)
+
+
 def test_per_tile_budgets_count_tiles():
     model = build("llava_next")
     with visiontok.compress(model, "grid", keep=Budget.per_tile(3)) as compression:
@@ -484,6 +496,8 @@ def test_placeholders_without_their_images_are_named():
         find(rows, 3, 2)
     with pytest.raises(UnsupportedError, match=r"row 0 do not hold a whole number of images.*not be split between"):
         find(rows, 2, 2)
+    with pytest.raises(UnsupportedError, match="row 0 do not hold a whole number"):
+        find(rows, 2)
 
 
 def test_models_that_are_none():

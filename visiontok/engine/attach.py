@@ -274,12 +274,16 @@ class Attachment:
             call.mode = "stock"
             _thread.running[id(self)] = call
             return args, kwargs
-        self._enter(module, kwargs, call, keep, embeds, mask_2d)
+        if keep is not None:
+            call.kept = keep & visual
         call.check_last(torch.where(visual, call.kept, attended))
+        self._enter(module, kwargs, call, keep, embeds, mask_2d)
         kwargs[CALL] = _thread.running[id(self)] = call
         return args, kwargs
 
-    def _refuse_chunks(self, encoded: Any, records: list[Encoded], masks: Mapping[str, torch.Tensor], cache: Any) -> None:
+    def _refuse_chunks(
+        self, encoded: Any, records: list[Encoded], masks: Mapping[str, torch.Tensor], cache: Any
+    ) -> None:
         """A chunk of a prompt may hold a part of an image only, of which no budget can be kept.
 
         Raises:
@@ -330,8 +334,6 @@ class Attachment:
             cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
-        if keep is not None:
-            call.kept = keep & call.visual
         if keep is not None and (self.force or not bool(call.kept[call.visual].all())):
             entry = call.entry = Layout(torch.where(call.visual, call.kept, call.attended))
             if position_ids is None:  # what the stock language model would have numbered

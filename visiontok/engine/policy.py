@@ -156,8 +156,7 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            ctx = self._context(call, stage, None, call.units.gather(embeds), alive)
-            keep, features = self._ask(stage, ctx)
+            keep, features = self._ask(call, stage, None, embeds, alive)
             alive = alive & call.units.scatter(keep, call.length, call.batch)
             if features is not None:
                 embeds = embeds.clone() if embeds is call.embeds else embeds
@@ -171,8 +170,7 @@ class StagePolicy:
         if stage is not None:
             if call.entry is not None:
                 states = call.entry.fill(states)
-            ctx = self._context(call, stage, layer, call.units.gather(states), call.kept)
-            keep, features = self._ask(stage, ctx)
+            keep, features = self._ask(call, stage, layer, states, call.kept)
             if features is not None:
                 raise UnsupportedError(
                     f"{_name(stage)}: returned features at decoder layer {layer}; only prompt stages can change tokens"
@@ -180,8 +178,20 @@ class StagePolicy:
             call.kept = call.kept & call.units.scatter(keep, call.length, call.batch)
         return torch.zeros_like(call.kept) if self.hidden[layer] else call.kept
 
-    def _ask(self, stage: Stage, ctx: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The method's answer, checked: (U, N) keep mask and (U, N, D) new features or None."""
+    def _ask(
+        self, call: Call, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The method's answer, checked: (U, N) keep mask and (U, N, D) new features or None.
+
+        A budget of at least what is alive is the identity; the method is not asked.
+        """
+        units = call.units
+        valid = units.gather(alive[..., None])[..., 0] & units.valid
+        count = self._count(stage, call, units.valid.sum(1), valid.sum(1))
+        budgeted = stage.keep is not None or self.average is not None
+        if budgeted and bool((count >= valid.sum(1)).all()):
+            return valid, None
+        ctx = self._context(call, stage, layer, units.gather(states), valid, count)
         answer = stage.method.select(ctx)  # type: ignore[union-attr]
         selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
         keep, name = selection.keep, _name(stage)
@@ -199,7 +209,13 @@ class StagePolicy:
         return keep, features
 
     def _context(
-        self, call: Call, stage: Stage, layer: int | None, features: torch.Tensor, alive: torch.Tensor
+        self,
+        call: Call,
+        stage: Stage,
+        layer: int | None,
+        features: torch.Tensor,
+        valid: torch.Tensor,
+        count: torch.Tensor,
     ) -> Context:
         units = call.units
         if features.is_floating_point() and not bool(features.isfinite().all()):
@@ -208,16 +224,13 @@ class StagePolicy:
                 f"visual features {where} contain NaN or infinity, so no score means anything; check the pixels, or "
                 "load the model in bfloat16 or float32 if it overflows in float16"
             )
-        size = units.valid.sum(1)
-        valid = units.gather(alive[..., None])[..., 0] & units.valid
-        count = self._count(stage, call, size, valid.sum(1))
         return Context(
             stage="prompt" if layer is None else "decoder",
             layer=layer,
             features=features,
             valid=valid,
             count=torch.minimum(count, valid.sum(1)),
-            size=size,
+            size=units.valid.sum(1),
             grid=units.grid,
             row=units.row,
             image=torch.tensor(units.ordinal, device=units.row.device),

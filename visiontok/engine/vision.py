@@ -209,7 +209,7 @@ def locate(
         queue = list(items)
         for first in range(0, len(rows), repeat):  # beams repeat a row together with its images
             mine: list[tuple[int, int, torch.Tensor]] = []
-            while sum(len(g) for _, _, g in mine) < len(rows[first]):
+            while queue and sum(len(g) for _, _, g in mine) < len(rows[first]):
                 mine.append(queue.pop(0))
             if any(sum(len(g) for _, _, g in mine) != len(rows[b]) for b in range(first, first + repeat)):
                 raise UnsupportedError(

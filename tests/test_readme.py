@@ -31,7 +31,7 @@ def test_a_method_of_ones_own(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = block("def centre")
     (tmp_path / "mine.py").write_text("import visiontok\n" + source.split("\n\n")[0])
-    ran = source.replace(": ...", ":\n    model(**inputs)")
+    ran = source.replace("    ...", "    model(**inputs)")
     with torch.no_grad():
         exec(ran.replace("keep=32", "keep=4"), names)  # the README's own words
     with visiontok.compress(names["model"], names["centre"], keep=4) as compression, torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_method_of_ones_own(names, tmp_path, monkeypatch):
 def test_a_saved_and_combined_recipe(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
-        exec(block("from visiontok import Recipe").replace(": ...", ":\n    model(**inputs)"), names)
+        exec(block("from visiontok import Recipe").replace("    ...", "    model(**inputs)"), names)
     assert Recipe.load("mine.yaml").label == "divprune+fastv"
 
 

@@ -137,10 +137,10 @@ def test_a_new_image_on_a_used_cache_is_refused_where_masks_span_the_prompt(name
                   past_key_values=first.past_key_values)  # fmt: skip
 
 
-def sliding(text):
-    """A LLaVA whose language model slides over 8 tokens."""
+def sliding(text, window=8):
+    """A LLaVA whose language model slides over a few tokens."""
     torch.manual_seed(0)
-    config = T.LlavaConfig(text_config={**TEXT, **text, "sliding_window": 8}, vision_config=CLIP, **IMAGE_IDS)
+    config = T.LlavaConfig(text_config={**TEXT, **text, "sliding_window": window}, vision_config=CLIP, **IMAGE_IDS)
     model = T.AutoModelForImageTextToText.from_config(config).eval().double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -243,6 +243,18 @@ def test_a_crop_that_one_layer_refuses_crops_none():
     assert [layer.keys.shape[2] for layer in cache.layers] == lengths
     cache.crop(-2)
     assert [layer.keys.shape[2] for layer in cache.layers] == [n - 2 for n in lengths]
+
+
+def test_a_sliding_layer_that_stores_less_than_its_window_can_be_cropped():
+    """Stock refuses to crop once the window is full; what fills it are stored tokens, not those they stand for."""
+    model = sliding({"model_type": "mistral"}, window=40)
+    inputs = batch("llava", model, rows=1, pad=0)
+    with visiontok.compress(model, "grid", keep=2):
+        cache = generate(model, inputs).past_key_values
+        before = cache.layers[0].keys.shape[2]
+        assert before < 40 < cache.get_seq_length()
+        cache.crop(-2)
+        assert cache.layers[0].keys.shape[2] == before - 2
 
 
 def test_a_compressed_cache_is_refused_outside_its_block():

@@ -26,6 +26,7 @@ from zoo import (
     batch,
     build,
     config,
+    prepare,
 )
 
 import visiontok
@@ -44,14 +45,7 @@ def aya():
         text_config={"model_type": "llama", **TEXT}, vision_config=SIGLIP, image_token_id=IMAGE, downsample_factor=2
     )
     config.image_token_index = IMAGE
-    model = T.AutoModelForImageTextToText.from_config(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return prepare(T.AutoModelForImageTextToText.from_config(config))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import transformers as T
 from oracle import DenseMasked, greedy
 from schedules import SCHEDULES, recipe
 from test_engine import DEPTH, check_against_oracle, generate, masks
-from zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build
+from zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build, prepare
 
 import visiontok
 from visiontok import Recipe
@@ -141,14 +141,7 @@ def sliding(text, window=8):
     """A LLaVA whose language model slides over a few tokens."""
     torch.manual_seed(0)
     config = T.LlavaConfig(text_config={**TEXT, **text, "sliding_window": window}, vision_config=CLIP, **IMAGE_IDS)
-    model = T.AutoModelForImageTextToText.from_config(config).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return prepare(T.AutoModelForImageTextToText.from_config(config))
 
 
 @functools.cache

@@ -149,6 +149,11 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64
     model = T.AutoModelForImageTextToText.from_config(config(name), attn_implementation=attention)
     if "moe" in name:
         model.set_experts_implementation("eager")
+    return prepare(model, dtype)
+
+
+def prepare(model: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Evaluation mode, weights large enough that greedy paths differ, no end of sequence."""
     model = model.eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

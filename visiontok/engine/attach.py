@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..cost import VisionInputs
 from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
+from .call import Call
 from .layout import Layout
+from .masks import UNCHANGED, LayerMasks
 from .probe import CALL
 from .trace import Trace
 from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
@@ -54,87 +55,6 @@ class Policy(Protocol):
         ...
 
 
-class Call:
-    """Everything the hooks know about one forward; B rows, N prompt positions of this forward, E of them entering.
-
-    Attributes:
-        mode: ``prefill``; ``decode`` (layers store different numbers of tokens) or ``uniform`` (all the same).
-        visual: (B, N) bool, visual positions.
-        attended: (B, N) bool, positions that are not padding.
-        units: the images of the call.
-        records: the tower runs that made their features.
-        ids: (B, N) token ids, or None if the caller gave embeddings.
-        embeds: (B, N, D) inputs of the language model before any pruning.
-        alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
-        attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
-    """
-
-    def __init__(self, mode: str, trace: Trace) -> None:
-        self.mode = mode
-        self.trace = trace
-        self.cache: TwoLengthCache | None = None
-        self.mask_2d: torch.Tensor | None = None
-        self.masks: dict[Any, Any] = {}
-        self.history: torch.Tensor | None = None  # (B, P) mask of the tokens stored before this prefill
-        self.first_key: tuple[Any, ...] = ()
-
-    def begin_prefill(
-        self, visual: torch.Tensor, attended: torch.Tensor, units: Units, records: list[Encoded], ids: Any, embeds: Any
-    ) -> None:
-        """Fill in what only a prefill has."""
-        self.visual, self.attended, self.units, self.records = visual, attended, units, records
-        self.ids, self.embeds = ids, embeds
-        self.batch, self.length = visual.shape
-        self.entry: Layout | None = None
-        self.entry_valid: torch.Tensor | None = None
-        self.width = self.length
-        self.kept = visual
-        self.tail = int(visual.any(0).flip(0).long().cumsum(0).eq(0).sum())  # text behind every row's last visual token
-        self.layouts: dict[int, Layout | None] = {-1: None}
-        self.states: dict[int, torch.Tensor | None] = {}
-        self.alive: dict[int, torch.Tensor] = {}
-        self.levels: list[torch.Tensor] = []
-        self.full_mask: torch.Tensor | None = None
-        self.attention: dict[tuple[str, int], torch.Tensor] = {}
-
-    def enter(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """Prompt coordinates → entry coordinates."""
-        return x if self.entry is None else self.entry.gather(x, dim)
-
-    def entry_valid_or_ones(self) -> torch.Tensor:
-        """(B, E) bool: entry slots that hold a token."""
-        if self.entry_valid is not None:
-            return self.entry_valid
-        return torch.ones(self.batch, self.width, dtype=torch.bool, device=self.visual.device)
-
-    def check_last(self, alive: torch.Tensor) -> None:
-        """The token that predicts the next one must stay.
-
-        Raises:
-            UnsupportedError: if a row ends with a visual token that is not in ``alive`` (B, N).
-        """
-        position = torch.arange(self.length, device=alive.device)
-        last = torch.where(self.attended, position, 0).amax(1, keepdim=True)
-        lost = (self.visual & ~alive).gather(1, last)[:, 0]
-        if bool(lost.any()):
-            raise UnsupportedError(
-                f"prompt row {int(lost.nonzero()[0])} ends with a visual token that would be dropped, and with it the "
-                "prediction of the next token; put text behind the image"
-            )
-
-    def slots(self, layer: int) -> int:
-        """Slots per row in a layer."""
-        layout = self.layouts.get(layer)
-        return self.width if layout is None else layout.width
-
-    def to_prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, …) in the slots of ``layer`` → (B, N, …) in prompt positions; dropped positions repeat a neighbour."""
-        for layout in (self.layouts.get(layer), self.entry):
-            if layout is not None:
-                x = layout.fill(x)
-        return x
-
-
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
@@ -159,6 +79,7 @@ class Attachment:
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
         self.config = self.text.config
+        self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
@@ -218,7 +139,7 @@ class Attachment:
             )
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
-            kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x) if cache.is_uniform() else None
+            kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
         return args, kwargs
 
     def _looks_unpruned(self, ids: Any, masks: Mapping[str, torch.Tensor]) -> bool:
@@ -328,7 +249,7 @@ class Attachment:
         cache, past = self._cache(module, kwargs), 0
         if cache is not None:
             past = cache.get_seq_length()
-            call.first_key = self._mask_key(cache, 0)
+            call.first_key = self.masks.key(cache, 0)
             call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
             cache.serve()
@@ -358,13 +279,13 @@ class Attachment:
             call.full_mask = mask.get("full_attention")
             if call.entry is not None:
                 full = call.full_mask = None if call.full_mask is None else call.entry.gather_mask(call.full_mask)
-                window = None if full is None else self._windowed(full)
+                window = None if full is None else self.masks.windowed(full)
                 kwargs["attention_mask"] = mask | {"full_attention": full, "sliding_attention": window}
         elif self.adapter.own_mask and torch.is_tensor(mask) and mask.ndim == 4:
             if call.entry is not None:
                 kwargs["attention_mask"] = call.entry.gather_mask(mask)
         elif call.entry is not None or cache is not None:
-            kwargs["attention_mask"] = self._prefill_mask_2d(call, past)
+            kwargs["attention_mask"] = self.masks.entering(call, past)
         if self.adapter.deepstack and kwargs.get(self.adapter.deepstack[0]) is not None:
             where, levels = (kwargs.pop(name) for name in self.adapter.deepstack)
             for level in levels:  # one dense (B, E, D) plane per level
@@ -390,31 +311,6 @@ class Attachment:
             cache = DynamicCache(config=self.config)
         return None if cache is None else adopt(cache, len(self.layers))
 
-    def _prefill_mask_2d(self, call: Call, past: int) -> torch.Tensor | None:
-        """2-D mask over stored and entering tokens; None if nothing is masked.
-
-        Without a cache it is always given: a mask builder that gets neither mask nor cache takes gaps in the position
-        ids for the borders of packed sequences.
-        """
-        first = None if call.cache is None else call.cache.layers[0]
-        if first is not None and past:
-            return self._joined(first, call, call.entry_valid, call.width, call.visual.device)
-        if call.entry_valid is None and first is not None:
-            return None
-        return call.entry_valid_or_ones()
-
-    @staticmethod
-    def _joined(stored: Any, call: Call, valid: torch.Tensor | None, width: int, device: Any) -> torch.Tensor | None:
-        """2-D mask over what a layer stores and the ``width`` slots that enter it; None if nothing is masked."""
-        old = stored.valid_slots(call.batch, device, call.history)
-        if old is None and valid is None:
-            return None
-        if old is None:
-            old = torch.ones(call.batch, stored.physical_length(), dtype=torch.bool, device=device)
-        if valid is None:
-            valid = torch.ones(call.batch, width, dtype=torch.bool, device=device)
-        return torch.cat([old, valid.to(device)], 1)
-
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         trace = self.trace
@@ -423,27 +319,14 @@ class Attachment:
         cache.serve()
         call.mask_2d = self._mask_2d(kwargs, handover)
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
-            kwargs["attention_mask"] = self._stored_mask(cache, 0, mask, x)
+            kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x)
             if call.mode == "decode":
-                call.masks[self._mask_key(cache, 0)] = None  # the language model builds this one itself
+                call.masks[self.masks.key(cache, 0)] = None  # the language model builds this one itself
         kwargs[CALL] = _thread.running[id(self)] = call
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
         return mask if _is_2d(mask) else None
-
-    @staticmethod
-    def _stored_mask(cache: TwoLengthCache, layer: int, mask: Any, x: Any) -> torch.Tensor | None:
-        """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
-        batch, new = x.shape[:2]
-        stored = cache.layers[layer]
-        known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])
-        if known is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
-            return None
-        if known is None:
-            known = torch.ones(batch, stored.physical_length(), dtype=torch.bool, device=x.device)
-        fresh = torch.ones(batch, new, dtype=torch.bool, device=x.device) if mask is None else mask[:, -new:].bool()
-        return torch.cat([known, fresh], 1)
 
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
@@ -478,8 +361,8 @@ class Attachment:
             return args, kwargs
         x = args[0] if args else kwargs["hidden_states"]
         if call.mode == "decode":
-            mask = self._decode_mask(call, index, x)
-            if mask is not _UNCHANGED:
+            mask = self.masks.decode(call, index, x)
+            if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
             return args, kwargs
         if self.policy.changes:
@@ -492,15 +375,6 @@ class Attachment:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
         return args, kwargs
-
-    def _decode_mask(self, call: Call, index: int, x: torch.Tensor) -> Any:
-        cache: TwoLengthCache = call.cache  # type: ignore[assignment]  # a decode runs on one
-        key = self._mask_key(cache, index)
-        if key not in call.masks:
-            mask_2d = self._stored_mask(cache, index, call.mask_2d, x)
-            call.masks[key] = (self._build_mask(index, x, mask_2d, cache),)
-        built = call.masks[key]
-        return _UNCHANGED if built is None else built[0]
 
     def _relayout(self, call: Call, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
@@ -524,9 +398,9 @@ class Attachment:
         call.states[index] = states
         valid = call.entry_valid if layout is None else layout.valid
         # the language model built its mask for what layer 0 stores
-        stale = call.cache is not None and self._mask_key(call.cache, index)[1:] != call.first_key[1:]
+        stale = call.cache is not None and self.masks.key(call.cache, index)[1:] != call.first_key[1:]
         if layout is not None or (stale and not self.adapter.own_mask):
-            kwargs["attention_mask"] = self._prefill_mask(call, index, x, layout, kwargs.get("attention_mask"))
+            kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout, kwargs.get("attention_mask"))
         if layout is not None:
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
@@ -547,58 +421,6 @@ class Attachment:
             call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
         return call.masks[key][2]
 
-    def _prefill_mask(self, call: Call, index: int, x: torch.Tensor, layout: Any, given: Any) -> Any:
-        if self.adapter.own_mask:
-            sliding = self._kind(index) == "sliding_attention"
-            if sliding:
-                given = call.full_mask
-            if given is None:
-                ones = torch.ones(layout.length, layout.length, dtype=torch.bool, device=x.device)
-                given = ones.tril()[None, None]
-            key: Any = ("mask", id(layout), sliding)
-            if key not in call.masks:
-                gathered = layout.gather_mask(given)
-                call.masks[key] = (layout, given, self._windowed(gathered) if sliding else gathered)
-            return call.masks[key][2]
-        cache = call.cache
-        stored = None if cache is None else cache.layers[index]
-        key = ("mask", id(layout), self._mask_key(cache, index))
-        if key not in call.masks:
-            mask_2d = layout.valid if layout is not None else call.entry_valid
-            if stored is not None:
-                mask_2d = self._joined(stored, call, mask_2d, call.slots(index), x.device)
-            call.masks[key] = (layout, None, self._build_mask(index, x, mask_2d, cache))
-        return call.masks[key][2]
-
-    def _windowed(self, mask: torch.Tensor) -> torch.Tensor:
-        """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""
-        slot = torch.arange(mask.shape[-1], device=mask.device)
-        outside = slot[:, None] - slot >= self.config.sliding_window
-        return mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-    def _mask_key(self, cache: TwoLengthCache | None, index: int) -> tuple[Any, ...]:
-        kind = self._kind(index)
-        if cache is None:
-            return (kind,)
-        return kind, cache.layers[index].physical_length(), cache.layers[index].pattern
-
-    def _kind(self, index: int) -> str:
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds:
-            return kinds[index]
-        return "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
-
-    def _build_mask(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
-        build = create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
-        return build(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=mask_2d,
-            past_key_values=cache,
-            position_ids=None,
-            layer_idx=index,
-        )
-
     def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
         call: Call | None = kwargs.get(CALL)
@@ -614,9 +436,6 @@ class Attachment:
             states = call.states[index]
             call.states[index] = states + level * absent[..., None]  # type: ignore[operator]
         return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
-
-
-_UNCHANGED = object()
 
 
 def _modalities(kwargs: Mapping[str, Any]) -> set[str]:

@@ -25,7 +25,8 @@ from .vision import current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
-    from .attach import Attachment, Call
+    from .attach import Attachment
+    from .call import Call
 
 _DECODER = ("last_row", "text_rows")
 

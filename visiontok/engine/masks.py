@@ -1,0 +1,128 @@
+"""Attention masks that count stored tokens: per layer, in prefill and decode, from the stock mask builders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .cache import TwoLengthCache
+from .call import Call
+
+UNCHANGED = object()
+"""The mask that the language model made is right."""
+
+
+class LayerMasks:
+    """Builds the masks of one language model.
+
+    Args:
+        config: its config.
+        own_mask: the base model builds non-causal masks itself; they are gathered instead of rebuilt.
+    """
+
+    def __init__(self, config: Any, *, own_mask: bool) -> None:
+        self.config, self.own_mask = config, own_mask
+
+    def entering(self, call: Call, past: int) -> torch.Tensor | None:
+        """2-D mask over stored and entering tokens; None if nothing is masked.
+
+        Without a cache it is always given: a mask builder that gets neither mask nor cache takes gaps in the position
+        ids for the borders of packed sequences.
+        """
+        first = None if call.cache is None else call.cache.layers[0]
+        if first is not None and past:
+            return self._joined(first, call, call.entry_valid, call.width, call.visual.device)
+        if call.entry_valid is None and first is not None:
+            return None
+        return call.entry_valid_or_ones()
+
+    @staticmethod
+    def _joined(stored: Any, call: Call, valid: torch.Tensor | None, width: int, device: Any) -> torch.Tensor | None:
+        """2-D mask over what a layer stores and the ``width`` slots that enter it; None if nothing is masked."""
+        old = stored.valid_slots(call.batch, device, call.history)
+        if old is None and valid is None:
+            return None
+        if old is None:
+            old = torch.ones(call.batch, stored.physical_length(), dtype=torch.bool, device=device)
+        if valid is None:
+            valid = torch.ones(call.batch, width, dtype=torch.bool, device=device)
+        return torch.cat([old, valid.to(device)], 1)
+
+    @staticmethod
+    def stored(cache: TwoLengthCache, layer: int, mask: Any, x: Any) -> torch.Tensor | None:
+        """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
+        batch, new = x.shape[:2]
+        stored = cache.layers[layer]
+        known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])
+        if known is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
+            return None
+        if known is None:
+            known = torch.ones(batch, stored.physical_length(), dtype=torch.bool, device=x.device)
+        fresh = torch.ones(batch, new, dtype=torch.bool, device=x.device) if mask is None else mask[:, -new:].bool()
+        return torch.cat([known, fresh], 1)
+
+    def decode(self, call: Call, index: int, x: torch.Tensor) -> Any:
+        """Mask of one layer for a chunk in which nothing is dropped, or ``UNCHANGED``."""
+        cache: TwoLengthCache = call.cache  # type: ignore[assignment]  # a decode runs on one
+        key = self.key(cache, index)
+        if key not in call.masks:
+            mask_2d = self.stored(cache, index, call.mask_2d, x)
+            call.masks[key] = (self._build(index, x, mask_2d, cache),)
+        built = call.masks[key]
+        return UNCHANGED if built is None else built[0]
+
+    def prefill(self, call: Call, index: int, x: torch.Tensor, layout: Any, given: Any) -> Any:
+        """Mask of one layer that holds ``layout`` (None: every entry slot); ``given`` is the language model's."""
+        if self.own_mask:
+            sliding = self._kind(index) == "sliding_attention"
+            if sliding:
+                given = call.full_mask
+            if given is None:
+                ones = torch.ones(layout.length, layout.length, dtype=torch.bool, device=x.device)
+                given = ones.tril()[None, None]
+            key: Any = ("mask", id(layout), sliding)
+            if key not in call.masks:
+                gathered = layout.gather_mask(given)
+                call.masks[key] = (layout, given, self.windowed(gathered) if sliding else gathered)
+            return call.masks[key][2]
+        cache = call.cache
+        stored = None if cache is None else cache.layers[index]
+        key = ("mask", id(layout), self.key(cache, index))
+        if key not in call.masks:
+            mask_2d = layout.valid if layout is not None else call.entry_valid
+            if stored is not None:
+                mask_2d = self._joined(stored, call, mask_2d, call.slots(index), x.device)
+            call.masks[key] = (layout, None, self._build(index, x, mask_2d, cache))
+        return call.masks[key][2]
+
+    def windowed(self, mask: torch.Tensor) -> torch.Tensor:
+        """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""
+        slot = torch.arange(mask.shape[-1], device=mask.device)
+        outside = slot[:, None] - slot >= self.config.sliding_window
+        return mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+    def key(self, cache: TwoLengthCache | None, index: int) -> tuple[Any, ...]:
+        """Equal for layers that one mask serves."""
+        kind = self._kind(index)
+        if cache is None:
+            return (kind,)
+        return kind, cache.layers[index].physical_length(), cache.layers[index].pattern
+
+    def _kind(self, index: int) -> str:
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds:
+            return kinds[index]
+        return "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
+
+    def _build(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
+        build = create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
+        return build(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=mask_2d,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=index,
+        )

@@ -44,6 +44,8 @@ class Reader(Method):
             self.seen[f"last{offset}"] = ctx.attention.last_row(offset)
         for offset in self.needed.decoder_text_rows:
             self.seen[f"text{offset}"] = ctx.attention.text_rows(offset)
+        for offset in self.needed.decoder_received:
+            self.seen[f"received{offset}"] = ctx.attention.decoder_received(offset)
         self.seen["ctx"] = ctx
         keep = ctx.valid.clone()
         keep[:, 0] = False
@@ -194,7 +196,7 @@ def test_encoder_features_are_the_projector_input_of_their_token(name):
 def test_decoder_taps_equal_eager_attention(name, schedule, monkeypatch):
     model, eager = build(name, "sdpa", torch.float32), build(name, "eager", torch.float32)
     inputs = batch(name, model)
-    reader = Reader(Needs(decoder_last_row=(-1, -2), decoder_text_rows=(-1,)))
+    reader = Reader(Needs(decoder_last_row=(-1, -2), decoder_text_rows=(-1,), decoder_received=(-1,)))
     before = {
         "cut": (),
         "prompt and cut": (Stage(kind="prompt", method=Reader()),),
@@ -231,6 +233,9 @@ def test_decoder_taps_equal_eager_attention(name, schedule, monkeypatch):
                     asking = [slot[q] for q in positions if q > last]
                     expected = probabilities[row, asking, slot[p]].mean()
                     torch.testing.assert_close(taken["text-1"][u, n], expected, rtol=1e-3, atol=1e-6)
+                    everyone = [slot[q] for q in positions if inputs["attention_mask"][row, q]]
+                    expected = probabilities[row, everyone, slot[p]].mean()
+                    torch.testing.assert_close(taken["received-1"][u, n], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_tower_without_cls_says_so():

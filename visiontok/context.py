@@ -40,6 +40,10 @@ class Attention:
         """As :meth:`last_row`, averaged over all text tokens behind the last visual token of the prompt."""
         return self._read("text_rows", offset)
 
+    def decoder_received(self, offset: int = -1) -> torch.Tensor:
+        """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
+        return self._read("decoder_received", offset)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:

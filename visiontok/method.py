@@ -114,6 +114,7 @@ class Needs:
     vision_received: tuple[Layer, ...] = ()
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
+    decoder_received: tuple[int, ...] = ()
     encoder_features: bool = False
 
 

@@ -17,7 +17,8 @@ class Call:
     """Everything the hooks know about one forward; B rows, N prompt positions of this forward, E of them entering.
 
     Attributes:
-        mode: ``prefill``; ``decode`` (layers store different numbers of tokens) or ``uniform`` (all the same).
+        mode: ``prefill``, or ``stock`` where nothing is dropped in one; ``decode`` where layers store different slots,
+            ``uniform`` where all store the same.
         visual: (B, N) bool, visual positions.
         attended: (B, N) bool, positions that are not padding.
         units: the images of the call.

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .attach import Attachment
     from .call import Call
 
-_DECODER = ("last_row", "text_rows")
+_DECODER = ("last_row", "text_rows", "decoder_received")
+_TILE = 256  # query rows whose attention is held at a time
 
 
 def describe_tower(adapter: Adapter) -> Tower:
@@ -104,7 +105,7 @@ class StagePolicy:
         self._taps: dict[int, set[str]] = {}
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
-            for stat, offsets in (("last_row", needs.decoder_last_row), ("text_rows", needs.decoder_text_rows)):
+            for stat, offsets in zip(_DECODER, _offsets(needs), strict=True):
                 for offset in offsets:
                     tapped = layer + offset
                     if not 0 <= tapped < layer or hidden[tapped]:
@@ -399,17 +400,24 @@ class StagePolicy:
         layout = call.layouts[layer]
         valid = call.entry_valid if layout is None else layout.valid
         visible = _visible(mask, q, k, valid)
+        scale = kwargs.get("scaling")
         for stat in stats:
-            rows = slice(-1, None) if stat == "last_row" else slice(None)
-            scores = attention_rows(q[:, :, rows], k, scale=kwargs.get("scaling"), visible=visible[:, rows])
-            scores = scores[:, :, -q.shape[2] :]  # cached tokens are not candidates
             if stat == "last_row":
-                by_slot = scores[:, 0]
+                total = attention_rows(q[:, :, -1:], k, scale=scale, visible=visible[:, -1:])[:, 0]
             else:
-                asks = self._asking(call, layer)
+                asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
-                by_slot = (scores * weight[..., None]).sum(1)
+                total = weight.new_zeros(q.shape[0], k.shape[2])
+                for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
+                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows])
+                    total += (scores * weight[:, rows, None]).sum(1)
+            by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
+
+    @staticmethod
+    def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
+        """(B, M) float: slots that hold a token."""
+        return torch.ones(q.shape[0], q.shape[2], device=q.device) if valid is None else valid.float()
 
     @staticmethod
     def _asking(call: Call, layer: int) -> torch.Tensor:
@@ -483,5 +491,9 @@ def _name(stage: Stage) -> str:
 
 
 def _earliest_cut(stage: Stage) -> int:
-    needs = _needs(stage)
-    return max((-offset for offset in (*needs.decoder_last_row, *needs.decoder_text_rows)), default=0)
+    return max((-offset for offsets in _offsets(_needs(stage)) for offset in offsets), default=0)
+
+
+def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
+    """Decoder layers a method reads, per statistic of ``_DECODER``."""
+    return needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received

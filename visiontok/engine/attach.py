@@ -131,7 +131,7 @@ class Attachment:
         if any(bool(m.any()) for m in masks.values()):
             handover["masks"] = masks
             return args, kwargs
-        if (cache is None or not cache.get_seq_length()) and self._looks_unpruned(ids, masks):
+        if (cache is None or not cache.get_seq_length()) and self._may_hold_pictures(ids):
             warnings.warn(
                 f"visiontok: a call of {self.base.config.model_type} has image placeholders or embeddings but no "
                 "pixels or features whose tokens could be found; nothing is pruned in it",
@@ -142,11 +142,9 @@ class Attachment:
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
         return args, kwargs
 
-    def _looks_unpruned(self, ids: Any, masks: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a first call without visual tokens may hold pictures all the same."""
-        if ids is None:
-            return not any(bool(m.any()) for m in masks.values())
-        return any(bool((ids == token).any()) for token in self.adapter.placeholders().values())
+    def _may_hold_pictures(self, ids: Any) -> bool:
+        """Whether a first call in which no visual token was found may hold pictures all the same."""
+        return ids is None or any(bool((ids == token).any()) for token in self.adapter.placeholders().values())
 
     def _placeholders(self, base: Any, ids: Any, embeds: Any, present: set[str]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -189,7 +187,8 @@ class Attachment:
         call.trace.clock.mark("selection")
         keep, embeds = self.policy.prompt(call, x)
         call.trace.clock.mark("selected")
-        nothing = (keep is None or bool(keep[visual].all())) and not self.policy.changes and embeds is x
+        drops = keep is not None and not bool(keep[visual].all())
+        nothing = not drops and not self.policy.changes and embeds is x
         if nothing and not self.force and not isinstance(cache, TwoLengthCache):
             call.trace.nothing_dropped()
             call.mode = "stock"
@@ -198,7 +197,7 @@ class Attachment:
         if keep is not None:
             call.kept = keep & visual
         call.check_last(torch.where(visual, call.kept, attended))
-        self._enter(module, kwargs, call, keep, embeds, mask_2d)
+        self._enter(module, kwargs, call, embeds, mask_2d, repack=drops or (self.force and keep is not None))
         kwargs[CALL] = _thread.running[id(self)] = call
         return args, kwargs
 
@@ -242,10 +241,11 @@ class Attachment:
         )
 
     def _enter(
-        self, module: Any, kwargs: dict[str, Any], call: Call, keep: Any, embeds: torch.Tensor, mask_2d: Any
+        self, module: Any, kwargs: dict[str, Any], call: Call, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
     ) -> None:
         """Drop tokens before the first layer, adopt the cache, and hand the language model consistent inputs."""
         batch, length = call.batch, call.length
+        self._refuse_masks(kwargs)
         cache, past = self._cache(module, kwargs), 0
         if cache is not None:
             past = cache.get_seq_length()
@@ -255,7 +255,7 @@ class Attachment:
             cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
-        if keep is not None and (self.force or not bool(call.kept[call.visual].all())):
+        if repack:
             entry = call.entry = Layout(torch.where(call.visual, call.kept, call.attended))
             if position_ids is None:  # what the stock language model would have numbered
                 position_ids = (torch.arange(length, device=embeds.device) + past)[None]
@@ -265,16 +265,6 @@ class Attachment:
         elif mask_2d is not None and not bool(call.attended.all()):
             call.entry_valid = call.attended
         mask = kwargs.get("attention_mask")
-        if past and self.adapter.own_mask:
-            raise UnsupportedError(
-                f"{self.base.config.model_type}: a new image on a used cache is not supported on this family, whose "
-                "masks are built over the whole prompt; start again without past_key_values"
-            )
-        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
-            raise UnsupportedError(
-                f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
-                "follow dropped tokens; give the 2-D padding mask (batch, length)"
-            )
         if self.adapter.own_mask and isinstance(mask, dict):
             call.full_mask = mask.get("full_attention")
             if call.entry is not None:
@@ -301,6 +291,24 @@ class Attachment:
         if not self.policy.changes:
             alive = torch.where(call.visual, call.kept, call.attended)
             call.alive = dict.fromkeys(range(len(self.layers)), alive)
+
+    def _refuse_masks(self, kwargs: dict[str, Any]) -> None:
+        """Masks that cannot follow dropped tokens, before the caller's cache is touched.
+
+        Raises:
+            UnsupportedError: for a mask of the caller's that is not 2-D, and where the family's own mask spans a cache.
+        """
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if self.adapter.own_mask and cache is not None and cache.get_seq_length():
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: a new image on a used cache is not supported on this family, whose "
+                "masks are built over the whole prompt; start again without past_key_values"
+            )
+        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
+                "follow dropped tokens; give the 2-D padding mask (batch, length)"
+            )
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> TwoLengthCache | None:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")

@@ -60,17 +60,30 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
                 fresh = history[:, -tail:].bool().to(device)
             return torch.cat([known, fresh], 1)
 
+        def valid_with(
+            self, new: torch.Tensor | None, width: int, batch: int, device: Any, history: torch.Tensor | None
+        ) -> torch.Tensor | None:
+            """(B, P + width) bool: all physical slots, then ``new`` ones (None: all valid); None if all are valid."""
+            return self.join(self.valid_slots(batch, device, history), new, width, batch, device)
+
+        def join(
+            self, stored: torch.Tensor | None, new: torch.Tensor | None, width: int, batch: int, device: Any
+        ) -> torch.Tensor | None:
+            """What :meth:`valid_slots` gave, then ``width`` new slots; None stands for all valid, on either side."""
+            if stored is None and new is None:
+                return None
+            if stored is None:
+                stored = torch.ones(batch, self.physical_length(), dtype=torch.bool, device=device)
+            if new is None:
+                new = torch.ones(batch, width, dtype=torch.bool, device=device)
+            return torch.cat([stored, new.to(device)], 1)
+
         def note_prefill(
             self, logical: int, width: int, valid: torch.Tensor | None, batch: int, device: Any, history: Any, text: int
         ) -> None:
             """Announce, before ``update``, a chunk of ``width`` slots that stand for ``logical`` tokens."""
             past = self.physical_length()
-            stored = self.valid_slots(batch, device, history)
-            if valid is not None or stored is not None:
-                new = valid if valid is not None else torch.ones(batch, width, dtype=torch.bool, device=device)
-                if stored is None:
-                    stored = torch.ones(batch, past, dtype=torch.bool, device=device)
-                self.valid = torch.cat([stored, new.to(device)], 1)
+            self.valid = self.valid_with(valid, width, batch, device, history)
             self.pattern += (0 if valid is None else id(valid),)  # all masks of one prefill live at the same time
             self.dropped += logical - width
             self.prompt = past + width

@@ -33,22 +33,10 @@ class LayerMasks:
         """
         first = None if call.cache is None else call.cache.layers[0]
         if first is not None and past:
-            return self._joined(first, call, call.entry_valid, call.width, call.visual.device)
+            return first.valid_with(call.entry_valid, call.width, call.batch, call.visual.device, call.history)
         if call.entry_valid is None and first is not None:
             return None
         return call.entry_valid_or_ones()
-
-    @staticmethod
-    def _joined(stored: Any, call: Call, valid: torch.Tensor | None, width: int, device: Any) -> torch.Tensor | None:
-        """2-D mask over what a layer stores and the ``width`` slots that enter it; None if nothing is masked."""
-        old = stored.valid_slots(call.batch, device, call.history)
-        if old is None and valid is None:
-            return None
-        if old is None:
-            old = torch.ones(call.batch, stored.physical_length(), dtype=torch.bool, device=device)
-        if valid is None:
-            valid = torch.ones(call.batch, width, dtype=torch.bool, device=device)
-        return torch.cat([old, valid.to(device)], 1)
 
     @staticmethod
     def stored(cache: TwoLengthCache, layer: int, mask: Any, x: Any) -> torch.Tensor | None:
@@ -56,12 +44,10 @@ class LayerMasks:
         batch, new = x.shape[:2]
         stored = cache.layers[layer]
         known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])
-        if known is None and (mask is None or new == 1 or bool((mask[:, -new:] != 0).all())):
+        fresh = None if mask is None else mask[:, -new:].bool()
+        if known is None and (fresh is None or new == 1 or bool(fresh.all())):
             return None
-        if known is None:
-            known = torch.ones(batch, stored.physical_length(), dtype=torch.bool, device=x.device)
-        fresh = torch.ones(batch, new, dtype=torch.bool, device=x.device) if mask is None else mask[:, -new:].bool()
-        return torch.cat([known, fresh], 1)
+        return stored.join(known, fresh, new, batch, x.device)
 
     def decode(self, call: Call, index: int, x: torch.Tensor) -> Any:
         """Mask of one layer for a chunk in which nothing is dropped, or ``UNCHANGED``."""
@@ -93,7 +79,7 @@ class LayerMasks:
         if key not in call.masks:
             mask_2d = layout.valid if layout is not None else call.entry_valid
             if stored is not None:
-                mask_2d = self._joined(stored, call, mask_2d, call.slots(index), x.device)
+                mask_2d = stored.valid_with(mask_2d, call.slots(index), call.batch, x.device, call.history)
             call.masks[key] = (layout, None, self._build(index, x, mask_2d, cache))
         return call.masks[key][2]
 

@@ -9,10 +9,13 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers as T
-from oracle import greedy
-from schedules import SCHEDULES, cut, prompt
 from visiontok.adapters.base import Adapter, check, find, is_supported
-from zoo import (
+
+import visiontok
+from visiontok import Budget, Card, Method, Recipe
+from visiontok.conformance.oracle import greedy
+from visiontok.conformance.schedules import SCHEDULES, cut, prompt
+from visiontok.conformance.zoo import (
     ARCHITECTURES,
     BANNED,
     CLIP,
@@ -28,9 +31,6 @@ from zoo import (
     config,
     prepare,
 )
-
-import visiontok
-from visiontok import Budget, Card, Method, Recipe
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage, resolve_layer
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from schedules import cut, inject, leave, prompt
-from zoo import batch, build, visual
 
 import visiontok
 from visiontok import Budget, Card, Method, Needs, Recipe, Selection
+from visiontok.conformance.schedules import cut, inject, leave, prompt
+from visiontok.conformance.zoo import batch, build, visual
 from visiontok.engine.clock import Clock
 from visiontok.engine.trace import Trace
 from visiontok.engine.vision import locate

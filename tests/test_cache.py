@@ -10,14 +10,14 @@ import weakref
 import pytest
 import torch
 import transformers as T
-from oracle import DenseMasked, greedy
-from schedules import SCHEDULES, recipe
 from test_engine import DEPTH, check_against_oracle, generate, masks
-from zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build, prepare
 
 import visiontok
 from visiontok import Recipe
 from visiontok.api import Compression
+from visiontok.conformance.oracle import DenseMasked, greedy
+from visiontok.conformance.schedules import SCHEDULES, recipe
+from visiontok.conformance.zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build, prepare
 from visiontok.engine.vision import Encoded
 from visiontok.errors import UnsupportedError
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from oracle import DenseMasked, greedy
-from schedules import SCHEDULES, cut, leave, prompt, recipe
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from zoo import ANYRES, ARCHITECTURES, BANNED, IMAGE, QWEN, VIDEO, batch, build, visual
 
 import visiontok
 from visiontok import Recipe
 from visiontok.api import Compression
+from visiontok.conformance.oracle import DenseMasked, greedy
+from visiontok.conformance.schedules import SCHEDULES, cut, leave, prompt, recipe
+from visiontok.conformance.zoo import ANYRES, ARCHITECTURES, BANNED, IMAGE, QWEN, VIDEO, batch, build, visual
 from visiontok.errors import ConfigError, UnsupportedError
 
 pytestmark = pytest.mark.engine

@@ -40,6 +40,7 @@ LAYERS = {
     "visiontok.run": "run",
     "visiontok.cli": "cli",
     "visiontok.doctor": "doctor",
+    "visiontok.conformance": "conformance",
     "visiontok.eval": "eval",
     "visiontok.demo": "demo",
 }
@@ -68,7 +69,8 @@ MAY_IMPORT = {
     "overlay": {"errors", "engine"},
     "api": API,
     "run": API | {"package", "overlay", "run", "demo"},
-    "cli": API | {"package", "cli", "run", "doctor"},
+    "conformance": API | {"package", "conformance"},
+    "cli": API | {"package", "cli", "run", "doctor", "conformance"},
     "doctor": {"errors", "torchvision", "doctor"},
     "eval": API | {"package", "eval", "demo"},
     "demo": API | {"package", "demo"},

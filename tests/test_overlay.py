@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessor
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -17,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 
 import visiontok
 from visiontok import overlay as o
+from visiontok.conformance import zoo
 from visiontok.errors import UnsupportedError
 
 SQUARE = {"height": 32, "width": 32}

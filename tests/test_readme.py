@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import batch, build
 
 import visiontok
 from visiontok import Recipe
+from visiontok.conformance.zoo import batch, build
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

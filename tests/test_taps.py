@@ -11,10 +11,22 @@ import torch
 import transformers as T
 from visiontok.adapters.base import find
 from visiontok.adapters.paligemma import PaliGemmaAdapter
-from zoo import ARCHITECTURES, IMAGE, IMAGE_IDS, QWEN, SIGLIP, TEXT, VIT, batch, build, config, visual
 
 import visiontok
 from visiontok import Card, Method, Needs
+from visiontok.conformance.zoo import (
+    ARCHITECTURES,
+    IMAGE,
+    IMAGE_IDS,
+    QWEN,
+    SIGLIP,
+    TEXT,
+    VIT,
+    batch,
+    build,
+    config,
+    visual,
+)
 from visiontok.engine.policy import _segments, describe_tower
 from visiontok.engine.probe import attention_modules
 from visiontok.engine.vision import FeatureRecorder, record_of

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from visiontok import Card, Method, Recipe
-from visiontok.method import Stage
+from ..method import Card, Method, Stage
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,8 @@ def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean of the rows of each group, summed in ascending order of index, so that runs agree bit by bit.
 
+    Differentiable in ``x``.
+
     Args:
         x: (B, N, D).
         group: (B, N) long in 0 … count-1; -1 leaves a row out.
@@ -290,17 +292,18 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
         weight: (B, N).
 
     Returns:
-        means (B, M, D) float32, 0 for an empty group, and the summed weights (B, M) float32.
+        means (B, M, D) and the summed weights (B, M), in float32 or better; the mean of an empty group is 0.
     """
     b, n, d = x.shape
     inside = group >= 0
-    weight = torch.where(inside, weight.float(), 0.0)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = torch.where(inside, weight.to(x.dtype), 0.0)
     # One spare group per row takes what is left out.
     flat = torch.where(inside, group, count) + torch.arange(b, device=x.device)[:, None] * (count + 1)
     order = flat.flatten().sort(dim=0, stable=True).indices
     lengths = torch.zeros(b * (count + 1), dtype=torch.long, device=x.device)
     lengths.scatter_add_(0, flat.flatten(), torch.ones_like(order))
-    rows = torch.cat([torch.where(inside[..., None], x.float(), 0.0) * weight[..., None], weight[..., None]], -1)
+    rows = torch.cat([torch.where(inside[..., None], x, 0.0) * weight[..., None], weight[..., None]], -1)
     sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
     sums = sums.reshape(b, count + 1, d + 1)[:, :count]
     size = sums[..., d]

@@ -16,7 +16,7 @@ import visiontok
 from visiontok import Recipe
 from visiontok.api import Compression
 from visiontok.conformance.oracle import DenseMasked, greedy
-from visiontok.conformance.schedules import SCHEDULES, recipe
+from visiontok.conformance.schedules import SCHEDULES, cut, prompt, recipe
 from visiontok.conformance.zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build, prepare
 from visiontok.engine.vision import Encoded
 from visiontok.errors import UnsupportedError
@@ -104,7 +104,7 @@ def test_an_image_behind_a_padded_text_turn(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ["llava", "internvl"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
 def test_a_new_image_in_the_second_turn(name, schedule):
     model = build(name)
     first, second = (batch(name, model, rows=2, images=1, pad=2, seed=seed) for seed in (0, 3))
@@ -115,6 +115,8 @@ def test_a_new_image_in_the_second_turn(name, schedule):
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, 3, dtype=torch.long), second["attention_mask"]], 1)
         turn = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
+        if name == "gemma3":
+            turn["token_type_ids"] = (ids == IMAGE).long()
         two = generate(model, turn, 3, past_key_values=one.past_key_values)
         after = masks(compression)
     # the second prefill begins with the last token of the first answer, which was not stored yet
@@ -126,15 +128,31 @@ def test_a_new_image_in_the_second_turn(name, schedule):
     assert (torch.stack(two.logits, 1) - logits).abs().max() < 1e-6 * logits.abs().max()
 
 
+@pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
-def test_a_new_image_on_a_used_cache_is_refused_where_masks_span_the_prompt(name):
+def test_own_masks_of_a_new_image_lie_behind_what_is_stored(name, force):
+    """Keeping everything, two turns with an image each are the stock model's two turns, position ids given or not."""
     model = build(name)
-    inputs = batch(name, model, rows=1, pad=0, images=1)
-    with visiontok.compress(model, "grid", keep=2), torch.no_grad():
-        first = model(**inputs, use_cache=True)
-        with pytest.raises(UnsupportedError, match="a new image on a used cache"):
-            model(**inputs | {"attention_mask": torch.ones(1, 2 * inputs["input_ids"].shape[1])},
-                  past_key_values=first.past_key_values)  # fmt: skip
+    inputs = batch(name, model, rows=2, pad=2, images=1)
+    length = inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"]] * 2, 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + int(name == "paligemma")
+
+    def turns(numbered):
+        given = [{"position_ids": p} if numbered else {} for p in positions.split(length, 1)]
+        with torch.no_grad():
+            first = model(**inputs, **given[0], use_cache=True)
+            # stock reads the token types of a used cache from its beginning
+            types = torch.cat([inputs["token_type_ids"]] * 2, 1)
+            second = inputs | {"attention_mask": mask, "token_type_ids": types}
+            return model(**second, **given[1], past_key_values=first.past_key_values).logits[:, -1]
+
+    for numbered in (True, False):
+        stock = turns(numbered)
+        stages = (prompt(3.0), cut(1, 3.0)) if force else (prompt(3.0),)
+        with Compression(model, Recipe(stages=stages), force=force):
+            got = turns(numbered)
+        assert (got - stock).abs().max() < 1e-6 * stock.abs().max()
 
 
 def sliding(text, window=8):

@@ -87,6 +87,7 @@ def context(
             "count": torch.tensor(COUNTS)[units],
             "size": torch.tensor(SIZES)[units],
             "grid": grid[units, :width],
+            "has_grid": True,
             "attention": Attention(read),
             "has_cls": has_cls,
             "model_type": "test",

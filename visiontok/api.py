@@ -19,7 +19,7 @@ from .engine.attach import Attachment
 from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
-from .method import Card, Method, Needs, Selection, Stage
+from .method import Card, Contract, Mass, Method, Needs, Selection, Stage
 from .recipe import Recipe, of_method, recipe
 from .report import Report
 
@@ -52,7 +52,7 @@ class Compression:
         self._label = replace(recipe, stages=adapted).label
         policy = StagePolicy(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
         self._base = base
-        self._attachment = Attachment(adapter, policy, force=force)
+        self._attachment = Attachment(adapter, policy, outer=_around(model, base), force=force)
         try:
             policy.attach(self._attachment)
         except Exception:
@@ -85,6 +85,7 @@ class Compression:
         trace = self._attachment.trace
         if trace is None or trace.ledger is None:
             raise ConfigError("ledger: no image has gone through this model since compress(); run the model first")
+        trace.promises.settle(wait=True)
         return trace.ledger
 
     @property
@@ -118,9 +119,7 @@ def base_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
-    core: Any = model
-    if hasattr(core, "get_base_model"):  # PEFT
-        core = core.get_base_model()
+    core = _unwrapped(model)
     base = getattr(core, "model", core)
     if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
         return base
@@ -131,12 +130,28 @@ def base_model(model: nn.Module) -> nn.Module:
     )
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model inside PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """The modules around ``base`` that may be given labels; PEFT's wrapper skips the hooks of the one inside."""
+    return [m for m in dict.fromkeys((model, _unwrapped(model))) if m is not base]
+
+
 @dataclass(frozen=True)
 class Callback(Method):
     """A plain function as a method; see :func:`compress`."""
 
     card: ClassVar[Card] = Card(
-        name="callable", title="a function of the context", paper="-", venue="-", stage="prompt", needs="any"
+        name="callable",
+        title="a function of the context",
+        paper="-",
+        venue="-",
+        stage="prompt",
+        needs="any",
+        contract=Contract(count_from_grid=False),
     )
     function: Callable[[Context], torch.Tensor | Selection] = field(repr=False)
     needed: Needs = field(default_factory=Needs)
@@ -160,6 +175,7 @@ def compress(
     recipe: str | Path | Recipe | Method | Callable[[Context], torch.Tensor | Selection],
     *,
     keep: Budget | int | float | str | None = None,
+    mass: Mass | bool | None = None,
     seed: int | None = None,
     fidelity: Literal["fixed", "official"] | None = None,
     **options: Any,
@@ -173,6 +189,8 @@ def compress(
             :class:`~visiontok.Context` to a (U, N) bool keep mask or a :class:`~visiontok.Selection`.
         keep: int = tokens per image, float in (0, 1] = ratio. For one selection, what survives it; for schedules, the
             average over all decoder layers.
+        mass: True or a :class:`~visiontok.Mass`: kept tokens speak for those they replace, at every selection of the
+            recipe; False takes that away; the recipe's own by default.
         seed: of stochastic methods; the recipe's own by default.
         fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
         **options: options of the method; only with a name.
@@ -193,6 +211,8 @@ def compress(
     made = replace(made, **changes)
     if keep is not None:
         made = made.with_keep(Budget.parse(keep))
+    if mass is not None:
+        made = made.with_mass(Mass.parse(mass))
     return Compression(model, made)
 
 

@@ -60,6 +60,7 @@ class Context:
         count: (U,) long, how many to keep of each image.
         size: (U,) long, how many visual tokens each image had originally.
         grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
+        has_grid: whether any of ``grid`` is known.
         row: (U,) long, prompt row of each image.
         image: (U,) long, which image of its row it is.
         attention: attention statistics the method asked for.
@@ -81,6 +82,7 @@ class Context:
     count: torch.Tensor
     size: torch.Tensor
     grid: torch.Tensor
+    has_grid: bool
     row: torch.Tensor
     image: torch.Tensor
     attention: Attention
@@ -99,7 +101,7 @@ class Context:
         Raises:
             UnsupportedError: if the call did not reveal how tokens lie in their image.
         """
-        if bool(((self.grid >= 0).all(-1) & self.valid).any()):
+        if self.has_grid:
             return self.grid
         raise UnsupportedError(
             f"{self.model_type}: where tokens lie in their image is unknown for this call (features were given "

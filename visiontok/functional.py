@@ -7,6 +7,7 @@ outside ``valid`` are never kept.
 
 from .allocators import apportion, layer_average
 from .kernels import Picks
+from .mergers.absorb import absorb
 from .mergers.bipartite import bipartite
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
@@ -26,6 +27,7 @@ from .selectors.uniform import uniform
 
 __all__ = [
     "Picks",
+    "absorb",
     "anchors",
     "apportion",
     "attention_columns",

@@ -26,10 +26,11 @@ class TokenLedger:
         self.visual, self.attended, self.units, self.depth = visual, attended, units, depth
         self._alive: list[torch.Tensor] | None = None
         self._widths = [visual.shape[1]] * depth
+        self._masses: list[torch.Tensor | None] = [None] * depth
 
-    def fill(self, alive: list[torch.Tensor], widths: list[int]) -> None:
-        """Set the (B, N) masks of all layers and how many slots per row each computed."""
-        self._alive, self._widths = alive, widths
+    def fill(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
+        """Set per layer the (B, N) mask, how many slots per row it computed, and the (B, N) masses (None: all 1)."""
+        self._alive, self._widths, self._masses = alive, widths, masses
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -40,6 +41,20 @@ class TokenLedger:
         if not 0 <= layer < self.depth:
             raise ConfigError(f"layer={layer}: this model has decoder layers 0 … {self.depth - 1}")
         return self.visual | self.attended if self._alive is None else self._alive[layer]
+
+    def mass(self, layer: int) -> torch.Tensor:
+        """(B, N) float: how many original tokens each living token stands for in ``layer``; 0 where none is alive.
+
+        Raises:
+            ConfigError: for a layer outside the model.
+        """
+        alive, mass = self.alive(layer).float(), self._masses[layer]
+        return alive if mass is None else torch.where(self.visual, mass.to(alive.device) * alive, alive)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether any visual token is missing in any layer."""
+        return any(bool((self.visual & ~self.alive(layer)).any()) for layer in range(self.depth))
 
     def grid(self) -> torch.Tensor:
         """(B, N, 4) long: (image of the row, t, row, col) of each visual token; -1 for text and where unknown."""

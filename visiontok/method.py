@@ -6,6 +6,7 @@ that happens is a :class:`Stage`, and a list of stages is a :class:`visiontok.Re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -150,6 +151,53 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mass:
+    """Mass attention: a kept token speaks for the tokens of its image that it replaces.
+
+    Every dropped token goes to the kept one of largest cosine. A kept token that stands for n tokens, itself included,
+    takes over a share of their mean, and ``beta · log n`` is added to the attention logit of its key in every layer
+    from there on, in prefill and decode. With ``beta=1, merge=0`` that is attention over n copies of each kept token.
+
+    Attributes:
+        beta: factor of the log mass, at least 0; 0 merges only.
+        merge: share of the mean in the token's new value, in [0, 1]; 0 leaves values as they are.
+    """
+
+    beta: float = 1.0
+    merge: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("beta", self.beta, math.inf), ("merge", self.merge, 1.0)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                wanted = "a number in [0, 1]" if name == "merge" else "a number of at least 0"
+                raise ConfigError(f"mass.{name}={value!r}: must be {wanted}")
+        if self.beta == math.inf:
+            raise ConfigError("mass.beta=inf: must be finite")
+
+    def __str__(self) -> str:
+        """As labels name it: ``mass``, with what differs from the defaults."""
+        changed = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(["mass", *changed])
+
+    @classmethod
+    def parse(cls, value: Any) -> Mass | None:
+        """What a user means: True the defaults, False or None nothing, a mapping its fields.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping) and set(value) <= {"beta", "merge"}:
+            return cls(**value)
+        raise ConfigError(f"mass={value!r}: give True, a Mass, or a mapping with beta and merge")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One event on the way through the model.
 
@@ -161,6 +209,7 @@ class Stage:
         until: first layer after a ``skip``.
         method: who selects, for ``prompt`` and ``cut``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for ``prompt`` and ``cut``.
+        mass: whether kept tokens speak for the dropped ones, for ``prompt`` and ``cut``.
     """
 
     kind: StageKind
@@ -168,6 +217,7 @@ class Stage:
     layer: Layer | None = None
     until: Layer | None = None
     keep: Budget | None = None
+    mass: Mass | None = None
 
     def __post_init__(self) -> None:
         selects = self.kind in ("prompt", "cut")
@@ -186,6 +236,18 @@ class Stage:
             raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")
         if self.keep is not None and not selects:
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
+        if self.mass is not None and not selects:
+            raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
+
+    @property
+    def label(self) -> str:
+        """Its method as results name it, or its kind."""
+        if self.method is None:
+            return self.kind
+        name = self.method.label
+        if self.mass is None:
+            return name
+        return f"{name[:-1]}, {self.mass}]" if name.endswith("]") else f"{name}[{self.mass}]"
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .budget import Budget
 from .errors import ConfigError
-from .method import Method, Stage
+from .method import Mass, Method, Stage
 
 Fidelity = Literal["fixed", "official"]
 _FIELDS = {"name", "stages", "average", "seed", "fidelity"}
-_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep"}
+_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Recipe:
     @property
     def label(self) -> str:
         """The name results are reported under."""
-        return self.name or "+".join(s.method.label if s.method is not None else s.kind for s in self.stages)
+        return self.name or "+".join(stage.label for stage in self.stages)
 
     def __add__(self, other: Recipe) -> Recipe:
         """Both recipes' stages in one; seed and fidelity of the first.
@@ -86,6 +86,16 @@ class Recipe:
             return replace(self, stages=(replace(self.stages[0], keep=keep),))
         return replace(self, average=keep)
 
+    def with_mass(self, mass: Mass | None) -> Recipe:
+        """The recipe with mass attention at every selection, or without (None).
+
+        Raises:
+            ConfigError: if the recipe selects nothing.
+        """
+        if mass is not None and not any(s.method is not None for s in self.stages):
+            raise ConfigError(f"mass={mass}: {self.label} keeps no token that could speak for others")
+        return replace(self, stages=tuple(s if s.method is None else replace(s, mass=mass) for s in self.stages))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; methods by registered name.
 
@@ -110,6 +120,8 @@ class Recipe:
                     entry["options"] = options
             if stage.keep is not None:
                 entry["keep"] = stage.keep.to_json()
+            if stage.mass is not None:
+                entry["mass"] = asdict(stage.mass)
             stages.append(entry)
         out: dict[str, Any] = {"stages": stages}
         if self.average is not None:
@@ -144,7 +156,14 @@ class Recipe:
             if "kind" not in entry:
                 raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip)")
             stages.append(
-                Stage(kind=entry["kind"], layer=entry.get("layer"), until=entry.get("until"), method=method, keep=keep)
+                Stage(
+                    kind=entry["kind"],
+                    layer=entry.get("layer"),
+                    until=entry.get("until"),
+                    method=method,
+                    keep=keep,
+                    mass=Mass.parse(entry.get("mass")),
+                )
             )
         return cls(
             stages=tuple(stages),

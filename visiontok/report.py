@@ -77,7 +77,7 @@ class Report:
     ) -> Report:
         """Read the books of a call; ``label`` names what ran, with every default filled in."""
         per_layer, units = ledger.kept(), ledger.units
-        rows = units.row.tolist()
+        rows = units.rows
         images = tuple(
             ImageReport(rows[u], units.ordinal[u], units.modality[u], units.sizes[u], tuple(n[u] for n in per_layer))
             for u in range(len(units))
@@ -102,7 +102,7 @@ class Report:
         except ValueError:
             digest = None
         warnings = [adapter.notes] if adapter.notes else []
-        if not trace.dropped:
+        if not ledger.dropped:
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
             reason = (
                 "the budget is at least the number of visual tokens"
@@ -110,6 +110,9 @@ class Report:
                 else "the stages hide no visual token from any layer"
             )
             warnings.append(f"nothing was dropped: {reason}")
+        kernel = str(getattr(base, adapter.text).config._attn_implementation)
+        if "flash" in kernel and any(s.mass is not None and s.mass.beta for s in recipe.stages):
+            warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
         if not trace.encoders:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
         return cls(

@@ -62,15 +62,22 @@ class DenseMasked:
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])
 
 
-def greedy(model: Any, inputs: dict[str, Any], alive: Sequence[torch.Tensor], steps: int, banned: Sequence[int]) -> Any:
-    """Greedy decoding under the oracle, recomputing everything at every step.
+def greedy(
+    model: Any,
+    inputs: dict[str, Any],
+    alive: Sequence[torch.Tensor],
+    steps: int,
+    banned: Sequence[int],
+    oracle: DenseMasked | None = None,
+) -> Any:
+    """Greedy decoding under the oracle (:class:`DenseMasked` if none is given), recomputing everything at every step.
 
     Returns:
         sequences (B, N + steps) and the logits of each step (B, steps, V).
     """
     inputs, logits = dict(inputs), []
     paligemma = model.config.model_type == "paligemma"
-    with torch.no_grad(), DenseMasked(model, alive):
+    with torch.no_grad(), oracle or DenseMasked(model, alive):
         for _ in range(steps):
             ids = inputs["input_ids"]
             rest = {k: v for k, v in inputs.items() if k != "input_ids"}

@@ -7,6 +7,7 @@ Any later forward on such a cache is a *decode*: nothing is selected, but the ma
 
 Per-call state travels in the keyword arguments of the decoder layers, so two threads, or a replay by gradient
 checkpointing, never see each other's; only the step from the base model to its language model uses a thread-local slot.
+Decoder layers have hooks only where a recipe changes something inside the language model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,15 +26,22 @@ from ..cost import VisionInputs
 from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
-from .call import Call
+from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
-from .probe import CALL
+from .probe import CALL, Tap, attention_modules
 from .trace import Trace
 from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
+
+IGNORED = -100
+"""The label that Transformers' losses leave out."""
+_OTHER_RECIPE = (
+    "past_key_values: its layers hold different tokens, as another recipe left them; go on with that recipe, or start "
+    "again without the cache"
+)
 
 
 class Policy(Protocol):
@@ -41,13 +49,21 @@ class Policy(Protocol):
 
     changes: frozenset[int]
     """Decoder layers on whose input the set of visible visual tokens may change."""
+    selects: bool
+    """Whether tokens are chosen among those of an image, which must then be there as a whole."""
+    biased: int | None
+    """First decoder layer whose keys may get a bias; None for none."""
 
-    def prompt(self, call: Call, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(B, N) keep mask over the visual positions (None: all), and the embeddings (B, N, D), merged or not."""
         ...
 
-    def visible(self, call: Call, layer: int, states: torch.Tensor) -> torch.Tensor:
+    def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
         """(B, N) bool: visual tokens that ``layer`` sees; ``states`` (B, E, D) is every entry token's latest state."""
+        ...
+
+    def counts(self, call: Prefill, layer: int) -> Sequence[int]:
+        """Visual tokens of each unit that ``layer`` sees."""
         ...
 
     def wants_state(self, layer: int) -> bool:
@@ -58,7 +74,8 @@ class Policy(Protocol):
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
-        self.running: dict[int, Call] = {}  # language model pre-hook → post-hook
+        self.running: dict[int, Prefill | Decode] = {}  # language model pre-hook → post-hook
+        self.labels: dict[int, dict[str, torch.Tensor]] = {}  # model hook → language model post-hook
 
 
 _thread = _Thread()
@@ -70,10 +87,13 @@ class Attachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        outer: the modules around the base model whose forward may be given labels.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy, *, force: bool = False) -> None:
+    def __init__(
+        self, adapter: Adapter, policy: Policy, *, outer: Sequence[nn.Module] = (), force: bool = False
+    ) -> None:
         self.adapter, self.policy, self.force = adapter, policy, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
@@ -81,17 +101,22 @@ class Attachment:
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        # whether layers are rewritten one by one, or get what the language model was given
+        self._layered = force or bool(policy.changes) or policy.biased is not None
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
             self.text.register_forward_hook(self._text_post, with_kwargs=True),
         ]
-        for index, layer in enumerate(self.layers):
-            pre = functools.partial(self._layer_pre, index)
-            self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
-            if adapter.deepstack:
-                post = functools.partial(self._layer_post, index)
-                self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
+        self._removables += [m.register_forward_pre_hook(self._outer_pre, with_kwargs=True) for m in outer]
+        self._in_layers = self._layered or self._is_flash()
+        if self._in_layers:
+            for index, layer in enumerate(self.layers):
+                pre = functools.partial(self._layer_pre, index)
+                self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
+                if self._layered and adapter.deepstack:
+                    post = functools.partial(self._layer_post, index)
+                    self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
         for modality in ("image", "video"):
             if hasattr(type(self.base), f"get_{modality}_features"):
                 self._removables.append(FeatureRecorder(self.base, modality))
@@ -100,13 +125,22 @@ class Attachment:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
 
+    def tap_biased(self) -> None:
+        """Let the layers that get a bias choose a kernel that can take it; behind all other taps."""
+        if self.policy.biased is None:
+            return
+        for layer in self.layers[self.policy.biased :]:
+            for module in attention_modules(layer):
+                if not hasattr(module, "_visiontok_tap"):
+                    self.add(Tap(module, None))
+
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
         for removable in self._removables:
             removable.remove()
         self._removables = []
-        _thread.handover.pop(id(self), None)
-        _thread.running.pop(id(self), None)
+        for slot in (_thread.handover, _thread.running, _thread.labels):
+            slot.pop(id(self), None)
         begin_forward()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,6 +152,30 @@ class Attachment:
         """What the latest prefill did: this thread's, or else any thread's."""
         return self._latest.get(threading.get_ident(), self._latest.get(0))
 
+    def _is_flash(self) -> bool:
+        return "flash" in str(self.config._attn_implementation)
+
+    # ---- the model around: labels
+
+    def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
+
+        The innermost module's copy is the one that the loss reads.
+        """
+        given = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
+        copies = {name: labels.clone() for name, labels in given.items() if torch.is_tensor(labels)}
+        _thread.labels[id(self)] = copies
+        return args, kwargs | copies
+
+    def _ignore_labels(self, call: Prefill) -> None:
+        copies = _thread.labels.pop(id(self), {})
+        labels, shifted = copies.get("labels"), copies.get("shift_labels")
+        gone = call.visual & ~call.alive[len(self.layers) - 1]
+        if labels is not None and labels.shape == gone.shape:
+            labels[:, 1:].masked_fill_(gone[:, :-1].to(labels.device), IGNORED)
+        if shifted is not None and shifted.shape == gone.shape:
+            shifted.masked_fill_(gone.to(shifted.device), IGNORED)
+
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,28 +183,51 @@ class Attachment:
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
         begin_forward()
+        if (trace := self.trace) is not None:
+            trace.promises.settle(wait=False)
         handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
-        masks = self._placeholders(module, ids, embeds, _modalities(kwargs))
-        if any(bool(m.any()) for m in masks.values()):
-            handover["masks"] = masks
-            return args, kwargs
-        if (cache is None or not cache.get_seq_length()) and self._may_hold_pictures(ids):
-            warnings.warn(
-                f"visiontok: a call of {self.base.config.model_type} has image placeholders or embeddings but no "
-                "pixels or features whose tokens could be found; nothing is pruned in it",
-                stacklevel=2,
-            )
+        present = _modalities(kwargs)
+        first = cache is None or not cache.get_seq_length()
+        if ids is None or present or first:
+            # read before the vision tower starts: later, the host would wait for it
+            ids_host = None if ids is None else ids.cpu()
+            masks = self._placeholders(module, ids_host, embeds, present)
+            if any(bool(m.any()) for m in masks.values()):
+                length = ids.shape[1] if ids is not None else embeds.shape[1]
+                attended = mask[:, -length:].bool().cpu() if _is_2d(mask) else None
+                handover |= {"masks": masks, "ids_host": ids_host, "attended": attended}
+                if self.adapter.own_mask and not first:
+                    self._hide_past(kwargs, handover, length)
+                return args, kwargs
+            if first and self._may_hold_pictures(ids_host):
+                warnings.warn(
+                    f"visiontok: a call of {self.base.config.model_type} has image placeholders or embeddings but no "
+                    "pixels or features whose tokens could be found; nothing is pruned in it",
+                    stacklevel=2,
+                )
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
         return args, kwargs
 
-    def _may_hold_pictures(self, ids: Any) -> bool:
+    @staticmethod
+    def _hide_past(kwargs: dict[str, Any], handover: dict[str, Any], length: int) -> None:
+        """Let a family that makes its own masks make those of the new tokens; what is stored is put before them."""
+        handover["cache"] = kwargs.pop("past_key_values")
+        handover["numbered"] = kwargs.get("position_ids") is None
+        for name in ("attention_mask", "token_type_ids"):
+            if _is_2d(kwargs.get(name)):
+                kwargs[name] = kwargs[name][:, -length:]
+
+    def _may_hold_pictures(self, ids: torch.Tensor | None) -> bool:
         """Whether a first call in which no visual token was found may hold pictures all the same."""
         return ids is None or any(bool((ids == token).any()) for token in self.adapter.placeholders().values())
 
-    def _placeholders(self, base: Any, ids: Any, embeds: Any, present: set[str]) -> dict[str, torch.Tensor]:
+    def _placeholders(
+        self, base: Any, ids: torch.Tensor | None, embeds: Any, present: set[str]
+    ) -> dict[str, torch.Tensor]:
+        """Per modality (B, N) bool on the host."""
         found: dict[str, torch.Tensor] = {}
         for modality, token in self.adapter.placeholders().items():
             # a placeholder id without a picture is text; embeddings without ids may hold features already
@@ -154,7 +235,7 @@ class Attachment:
                 found[modality] = ids == token
             elif ids is None:  # as stock does: a placeholder is recognised by its embedding
                 row = base.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-                found[modality] = (embeds == row).all(-1)
+                found[modality] = (embeds == row).all(-1).cpu()
         return found
 
     # ---- language model
@@ -162,43 +243,45 @@ class Attachment:
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
+        if "cache" in handover:
+            kwargs["past_key_values"] = handover["cache"]
+            if handover["numbered"] and kwargs.get("position_ids") is not None:  # by the base model, from the beginning
+                kwargs["position_ids"] = kwargs["position_ids"] + handover["cache"].get_seq_length()
         cache, masks = kwargs.get("past_key_values"), handover.get("masks")
         if masks is None or next(iter(masks.values())).shape != kwargs["inputs_embeds"].shape[:2]:
             if isinstance(cache, TwoLengthCache):
                 self._begin_decode(kwargs, handover, cache)
             return args, kwargs
-        call = Call("prefill", Trace(len(self.layers)))
-        call.trace.clock.mark("prefill")
-        x, mask_2d = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover)
-        batch, length = x.shape[:2]
-        attended = (
-            torch.ones(batch, length, dtype=torch.bool, device=x.device)
-            if mask_2d is None
-            else mask_2d[:, -length:].bool()
-        )
+        trace = Trace(len(self.layers))
+        trace.clock.mark("prefill")
+        x, mask_2d, attended = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover), handover["attended"]
+        if attended is None:
+            attended = torch.ones(x.shape[:2], dtype=torch.bool)
         records = take_records(handover["encoded"])
         self._refuse_chunks(handover["encoded"], records, masks, cache)
-        visual = functools.reduce(torch.logical_or, masks.values()).to(x.device)
+        visual = functools.reduce(torch.logical_or, masks.values())
         units = self._units(masks, records)
-        call.begin_prefill(visual, attended, units, records, handover["ids"], x)
-        call.trace.ledger = TokenLedger(visual, attended, units, len(self.layers))
-        call.trace.encoders = [record.clock for record in records]
-        call.trace.inputs = [self._vision_inputs(record) for record in records]
-        call.trace.clock.mark("selection")
+        call = Prefill(trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
+        trace.ledger = TokenLedger(call.visual, call.attended, call.units, len(self.layers))
+        trace.encoders = [record.clock for record in records]
+        trace.inputs = [self._vision_inputs(record) for record in records]
+        trace.clock.mark("selection")
         keep, embeds = self.policy.prompt(call, x)
-        call.trace.clock.mark("selected")
-        drops = keep is not None and not bool(keep[visual].all())
+        trace.clock.mark("selected")
+        drops = list(call.counts) != units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
-        if nothing and not self.force and not isinstance(cache, TwoLengthCache):
-            call.trace.nothing_dropped()
-            call.mode = "stock"
-            _thread.running[id(self)] = call
+        _thread.running[id(self)] = call
+        stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
+        if nothing and not self.force and stock_masks:
+            trace.ran_stock()
+            call.stock = True
             return args, kwargs
         if keep is not None:
-            call.kept = keep & visual
-        call.check_last(torch.where(visual, call.kept, attended))
+            call.kept = keep & call.visual
+        call.check_last(torch.where(call.visual, call.kept, call.attended))
         self._enter(module, kwargs, call, embeds, mask_2d, repack=drops or (self.force and keep is not None))
-        kwargs[CALL] = _thread.running[id(self)] = call
+        if self._in_layers:
+            kwargs[CALL] = call
         return args, kwargs
 
     def _refuse_chunks(
@@ -207,15 +290,16 @@ class Attachment:
         """A chunk of a prompt may hold a part of an image only, of which no budget can be kept.
 
         Raises:
-            UnsupportedError: if features that were encoded elsewhere fill a chunk border or follow other tokens.
+            UnsupportedError: if a chunk whose border may lie in an image meets a recipe that selects.
         """
-        if not encoded or len(records) >= len([v for v in encoded.values() if v is not None]):
+        whole = not encoded or len(records) >= len([output for output in encoded.values() if output is not None])
+        if whole or not self.policy.selects:
             return
-        touches = any(bool(m[:, -1].any()) for m in masks.values())
-        if touches or (cache is not None and cache.get_seq_length()):
+        behind = cache is not None and cache.get_seq_length()
+        if any(bool(m[:, -1].any()) or (behind and bool(m[:, 0].any())) for m in masks.values()):
             raise UnsupportedError(
-                f"{self.base.config.model_type}: this prefill comes in chunks, which may split an image between calls; "
-                "drop prefill_chunk_size"
+                f"{self.base.config.model_type}: this prefill comes in chunks, one of which begins or ends within an "
+                "image, of which no budget can be kept; choose prefill_chunk_size so that images stay whole, or drop it"
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
@@ -241,10 +325,10 @@ class Attachment:
         )
 
     def _enter(
-        self, module: Any, kwargs: dict[str, Any], call: Call, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
+        self, module: Any, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
     ) -> None:
         """Drop tokens before the first layer, adopt the cache, and hand the language model consistent inputs."""
-        batch, length = call.batch, call.length
+        length = call.length
         self._refuse_masks(kwargs)
         cache, past = self._cache(module, kwargs), 0
         if cache is not None:
@@ -256,58 +340,87 @@ class Attachment:
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
         if repack:
-            entry = call.entry = Layout(torch.where(call.visual, call.kept, call.attended))
+            keep = torch.where(call.visual, call.kept, call.attended)
+            entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
             if position_ids is None:  # what the stock language model would have numbered
                 position_ids = (torch.arange(length, device=embeds.device) + past)[None]
             kwargs["inputs_embeds"] = entry.gather(embeds)
             kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
-        elif mask_2d is not None and not bool(call.attended.all()):
+        elif mask_2d is not None and call.padded:
             call.entry_valid = call.attended
-        mask = kwargs.get("attention_mask")
-        if self.adapter.own_mask and isinstance(mask, dict):
-            call.full_mask = mask.get("full_attention")
-            if call.entry is not None:
-                full = call.full_mask = None if call.full_mask is None else call.entry.gather_mask(call.full_mask)
-                window = None if full is None else self.masks.windowed(full)
-                kwargs["attention_mask"] = mask | {"full_attention": full, "sliding_attention": window}
-        elif self.adapter.own_mask and torch.is_tensor(mask) and mask.ndim == 4:
-            if call.entry is not None:
-                kwargs["attention_mask"] = call.entry.gather_mask(mask)
-        elif call.entry is not None or cache is not None:
-            kwargs["attention_mask"] = self.masks.entering(call, past)
+        call.entered = call.row_counts(call.counts if repack else call.units.sizes)
+        self._enter_mask(kwargs, call, past)
         if self.adapter.deepstack and kwargs.get(self.adapter.deepstack[0]) is not None:
-            where, levels = (kwargs.pop(name) for name in self.adapter.deepstack)
-            for level in levels:  # one dense (B, E, D) plane per level
-                dense = embeds.new_zeros(batch, length, level.shape[-1])
-                dense[where] = level.to(dense.dtype)
-                dense = call.enter(dense)
-                if call.entry is not None and call.entry.valid is not None:
-                    dense = dense * call.entry.valid[..., None]
-                call.levels.append(dense)
-        if not self.policy.changes and cache is not None:
+            self._enter_deepstack(kwargs, call, embeds)
+        if self._layered:
+            return
+        if cache is not None and not cache.is_uniform():
+            raise UnsupportedError(_OTHER_RECIPE)
+        depth = range(len(self.layers))
+        call.alive = dict.fromkeys(depth, torch.where(call.visual, call.kept, call.attended))
+        call.masses = dict.fromkeys(depth, None if call.mass is None else call.units.scatter(call.mass))
+        if cache is not None:
             for layer in cache.layers:
-                layer.note_prefill(length, call.width, call.entry_valid, batch, embeds.device, call.history, call.tail)
-        if not self.policy.changes:
-            alive = torch.where(call.visual, call.kept, call.attended)
-            call.alive = dict.fromkeys(range(len(self.layers)), alive)
+                layer.note_prefill(
+                    length, call.width, call.entry_valid, None, call.batch, embeds.device, call.history, call.tail
+                )
+
+    def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
+        mask = kwargs.get("attention_mask")
+        if self.adapter.own_mask and mask is not None and not _is_2d(mask):
+            full = mask.get("full_attention") if isinstance(mask, dict) else mask
+            if full is not None:
+                call.own["full_attention"] = full if call.entry is None else call.entry.gather_mask(full)
+            if not isinstance(mask, dict):
+                kwargs["attention_mask"] = call.own["full_attention"]
+            elif call.entry is not None:
+                window = None if full is None else self.masks.windowed(call.own["full_attention"])
+                kwargs["attention_mask"] = mask | {
+                    "full_attention": call.own.get("full_attention"), "sliding_attention": window,
+                }  # fmt: skip
+            if past and not self._layered:
+                first = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
+                x = kwargs["inputs_embeds"]
+                made = {kind: self.masks.prefill(call, i, x, None) for kind, i in first.items()}
+                kwargs["attention_mask"] = made if isinstance(mask, dict) else made["full_attention"]
+        elif call.entry is not None or call.cache is not None:
+            kwargs["attention_mask"] = self.masks.entering(call, past)
+
+    def _enter_deepstack(self, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor) -> None:
+        """Give the features of intermediate tower levels to the tokens that enter."""
+        mask_name, levels_name = self.adapter.deepstack  # type: ignore[misc]
+        where, levels = kwargs[mask_name], kwargs[levels_name]
+        if not self._layered:
+            if call.entry is not None:
+                kept = call.kept[where]
+                kwargs[levels_name] = [level[kept.to(level.device)] for level in levels]
+                kwargs[mask_name] = call.entry.gather(where & call.kept) & call.entry_valid_or_ones()
+            return
+        del kwargs[mask_name], kwargs[levels_name]
+        for level in levels:  # one dense (B, E, D) plane per level, added layer by layer
+            dense = embeds.new_zeros(call.batch, call.length, level.shape[-1])
+            dense = call.enter(dense.masked_scatter(where[..., None], level.to(dense.dtype)))
+            if call.entry is not None and call.entry.valid is not None:
+                dense = dense * call.entry.valid[..., None]
+            call.levels.append(dense)
 
     def _refuse_masks(self, kwargs: dict[str, Any]) -> None:
         """Masks that cannot follow dropped tokens, before the caller's cache is touched.
 
         Raises:
-            UnsupportedError: for a mask of the caller's that is not 2-D, and where the family's own mask spans a cache.
+            UnsupportedError: for a mask of the caller's that is not 2-D, and for a kernel that got no layer hooks.
         """
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if self.adapter.own_mask and cache is not None and cache.get_seq_length():
-            raise UnsupportedError(
-                f"{self.base.config.model_type}: a new image on a used cache is not supported on this family, whose "
-                "masks are built over the whole prompt; start again without past_key_values"
-            )
+        mask = kwargs.get("attention_mask")
         if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
             raise UnsupportedError(
                 f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
                 "follow dropped tokens; give the 2-D padding mask (batch, length)"
+            )
+        if self._is_flash() and not self._in_layers:
+            raise UnsupportedError(
+                f"attn_implementation={self.config._attn_implementation}: it was chosen after compress(), which "
+                "prepares flash attention differently; choose it first"
             )
 
     def _cache(self, module: Any, kwargs: dict[str, Any]) -> TwoLengthCache | None:
@@ -321,16 +434,20 @@ class Attachment:
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        trace = self.trace
-        call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
-        call.cache = cache
         cache.serve()
-        call.mask_2d = self._mask_2d(kwargs, handover)
+        masks = None
+        mask_2d = self._mask_2d(kwargs, handover)
+        skip: Any = None
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x)
-            if call.mode == "decode":
-                call.masks[self.masks.key(cache, 0)] = None  # the language model builds this one itself
-        kwargs[CALL] = _thread.running[id(self)] = call
+            if cache.layers[0].bias is None:
+                skip = self.masks.key(cache, 0)  # the language model builds this one itself
+        if not cache.is_uniform():
+            if not self._in_layers:
+                raise UnsupportedError(_OTHER_RECIPE)
+            masks = self.masks.decode(cache, mask_2d, x, skip)
+            kwargs[CALL] = Decode(self.trace, masks)
+        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.trace, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
@@ -340,11 +457,12 @@ class Attachment:
         call = _thread.running.pop(id(self), None)
         if call is None:
             return None
-        if call.mode in ("decode", "uniform"):
-            call.trace.note_step()
+        if isinstance(call, Decode):
+            if call.trace is not None:
+                call.trace.note_step()
             return None
         call.trace.clock.mark("prefilled")
-        if call.mode == "prefill":
+        if not call.stock:
             hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
             hidden = call.to_prompt(len(self.layers) - 1, hidden)
             if isinstance(output, tuple):
@@ -352,30 +470,32 @@ class Attachment:
             else:
                 output.last_hidden_state = hidden
             depth = range(len(self.layers))
-            call.trace.finish([call.alive[i] for i in depth], [call.slots(i) for i in depth])
+            call.trace.finish(
+                [call.alive[i] for i in depth], [call.slots(i) for i in depth], [call.masses.get(i) for i in depth]
+            )
+            self._ignore_labels(call)
         self._latest[0] = self._latest[threading.get_ident()] = call.trace
         return output
 
     # ---- decoder layers
 
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call: Call | None = kwargs.get(CALL)
+        call = kwargs.get(CALL)
         if call is None:
             return None
-        # It stays in the keywords only for those who read it further down: a tap in this layer, the DeepStack hook.
-        if call.mode != "prefill" or not (self.policy.wants_state(index) or self.adapter.deepstack):
-            kwargs.pop(CALL)
-        if call.mode == "uniform":
-            return args, kwargs
-        x = args[0] if args else kwargs["hidden_states"]
-        if call.mode == "decode":
-            mask = self.masks.decode(call, index, x)
+        if isinstance(call, Decode):
+            del kwargs[CALL]
+            mask = call.masks[index]  # type: ignore[index]  # a uniform decode has no call in the keywords
             if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
             return args, kwargs
-        if self.policy.changes:
+        # It stays in the keywords only for those who read it further down: a tap in this layer, the DeepStack hook.
+        if not (self.policy.wants_state(index) or (self.adapter.deepstack and self._layered)):
+            del kwargs[CALL]
+        x = args[0] if args else kwargs["hidden_states"]
+        if self._layered:
             x = self._relayout(call, index, x, kwargs)
-        if "flash" in str(self.config._attn_implementation) and torch.is_tensor(kwargs.get("position_ids")):
+        if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
             kwargs["position_ids"] = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
@@ -384,31 +504,29 @@ class Attachment:
         kwargs["hidden_states"] = x
         return args, kwargs
 
-    def _relayout(self, call: Call, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _relayout(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
         before = call.layouts[index - 1]
         states = call.states.get(index - 1)
-        if index in self.policy.changes and index not in call.layouts:
-            latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
-            visible = self.policy.visible(call, index, latest) & call.kept
-            call.alive[index] = torch.where(call.visual, visible, call.attended)
-            call.check_last(call.alive[index])
-            wanted = call.enter(call.alive[index]) & call.entry_valid_or_ones()
-            unchanged = bool((wanted | ~call.entry_valid_or_ones()).all())
-            call.layouts[index] = None if unchanged and not self.force else Layout(wanted)
-        elif index not in call.layouts:
-            call.layouts[index] = before
-            call.alive[index] = call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
-        layout = call.layouts[index]
-        if layout is not before:
+        if index not in call.layouts:  # else this is a replay by gradient checkpointing
+            self._decide(call, index, x, states)
+        layout, edit = call.layouts[index], call.edits.get(index)
+        if layout is not before or edit is not None:
             states = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
+            if edit is not None:
+                states = edit(states)
             x = states if layout is None else layout.gather(states)
         call.states[index] = states
-        valid = call.entry_valid if layout is None else layout.valid
-        # the language model built its mask for what layer 0 stores
-        stale = call.cache is not None and self.masks.key(call.cache, index)[1:] != call.first_key[1:]
-        if layout is not None or (stale and not self.adapter.own_mask):
-            kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout, kwargs.get("attention_mask"))
+        cache, bias = call.cache, call.slot_bias(index)
+        # the language model built its mask for what layer 0 stores, or a family's own one for nothing stored
+        stale = cache is not None and (
+            bool(cache.layers[index].physical_length())
+            if self.adapter.own_mask
+            else self.masks.key(cache, index)[1:] != call.first_key[1:]
+        )
+        biased = bias is not None or (cache is not None and cache.layers[index].bias is not None)
+        if layout is not None or stale or biased:
+            kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
         if layout is not None:
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
@@ -416,14 +534,34 @@ class Attachment:
             position_ids = kwargs.get("position_ids")
             if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
                 kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
-        if call.cache is not None:
-            call.cache.layers[index].note_prefill(
-                call.length, call.slots(index), valid, call.batch, x.device, call.history, call.tail
+        if cache is not None:
+            valid = call.entry_valid if layout is None else layout.valid
+            cache.layers[index].note_prefill(
+                call.length, call.slots(index), valid, bias, call.batch, x.device, call.history, call.tail
             )
         return x
 
+    def _decide(self, call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None) -> None:
+        """Which tokens layer ``index`` holds, and with which bias."""
+        before = call.layouts[index - 1]
+        if index in self.policy.changes:
+            latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
+            visible = self.policy.visible(call, index, latest) & call.kept
+            call.alive[index] = torch.where(call.visual, visible, call.attended)
+            call.check_last(call.alive[index])
+            wanted = call.enter(call.alive[index]) & call.entry_valid_or_ones()
+            counts = counted(wanted, call.row_counts(self.policy.counts(call, index)))
+            unchanged = counts == call.entered
+            call.layouts[index] = None if unchanged and not self.force else Layout(wanted, counts)
+        else:
+            call.layouts[index] = before
+            call.alive[index] = call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
+        hidden = not any(self.policy.counts(call, index))
+        call.biases[index] = None if hidden else call.bias
+        call.masses[index] = None if call.mass is None else call.units.scatter(call.mass)
+
     @staticmethod
-    def _gathered(call: Call, layout: Layout, embeddings: Any) -> Any:
+    def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
         if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
             call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
@@ -431,8 +569,8 @@ class Attachment:
 
     def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
-        call: Call | None = kwargs.get(CALL)
-        if call is None or call.mode != "prefill" or index >= len(call.levels):
+        call = kwargs.get(CALL)
+        if not isinstance(call, Prefill) or index >= len(call.levels):
             return None
         level, layout = call.levels[index], call.layouts.get(index)
         added = level

@@ -7,6 +7,7 @@ same object, only its classes change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
         prompt = 0  # physical slots up to the end of the last prefill
         floor = 0  # physical slots up to its last visual token; with tokens dropped, these cannot be cropped
         valid: torch.Tensor | None = None  # (B, prompt) bool over the first physical slots; None: all hold a token
+        bias: torch.Tensor | None = None  # (B, prompt) float over the same, added to the logits of these keys
         pattern: tuple[int, ...] = ()  # one number per prefill; equal in layers that store the same slots
 
         served = False  # whether an attachment has prepared the masks of the present forward
@@ -78,13 +80,33 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
                 new = torch.ones(batch, width, dtype=torch.bool, device=device)
             return torch.cat([stored, new.to(device)], 1)
 
+        def bias_with(self, new: torch.Tensor | None, width: int) -> torch.Tensor | None:
+            """(B, P + width) float: the bias of all physical slots, then ``width`` new ones; None if there is none."""
+            if self.bias is None and new is None:
+                return None
+            like: torch.Tensor = self.bias if new is None else new  # type: ignore[assignment]
+            stored = like.new_zeros(len(like), self.physical_length())
+            if self.bias is not None:
+                stored[:, : self.prompt] = self.bias.to(like.device)
+            return torch.cat([stored, like.new_zeros(len(like), width) if new is None else new], 1)
+
         def note_prefill(
-            self, logical: int, width: int, valid: torch.Tensor | None, batch: int, device: Any, history: Any, text: int
+            self,
+            logical: int,
+            width: int,
+            valid: torch.Tensor | None,
+            bias: torch.Tensor | None,
+            batch: int,
+            device: Any,
+            history: Any,
+            text: int,
         ) -> None:
             """Announce, before ``update``, a chunk of ``width`` slots that stand for ``logical`` tokens."""
             past = self.physical_length()
             self.valid = self.valid_with(valid, width, batch, device, history)
-            self.pattern += (0 if valid is None else id(valid),)  # all masks of one prefill live at the same time
+            self.bias = self.bias_with(bias, width)
+            # all masks of one prefill live at the same time
+            self.pattern += (0 if valid is None else id(valid), 0 if bias is None else id(bias))
             self.dropped += logical - width
             self.prompt = past + width
             self.floor = self.prompt - text
@@ -108,27 +130,29 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
             finally:
                 self.dropped = dropped
             self.prompt = min(self.prompt, self.physical_length())
-            if self.valid is not None:
-                self.valid = self.valid[:, : self.prompt]
+            self._each(lambda slots: slots[:, : self.prompt])
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             super().reorder_cache(beam_idx)
-            if self.valid is not None:
-                self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+            self._each(lambda slots: slots.index_select(0, beam_idx.to(slots.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            if self.valid is not None:
-                self.valid = self.valid.repeat_interleave(repeats, 0)
+            self._each(lambda slots: slots.repeat_interleave(repeats, 0))
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
             super().batch_select_indices(indices)
-            if self.valid is not None:
-                self.valid = self.valid[indices.to(self.valid.device), ...]
+            self._each(lambda slots: slots[indices.to(slots.device), ...])
 
         def reset(self) -> None:
             super().reset()
-            self.dropped, self.prompt, self.floor, self.valid, self.pattern = 0, 0, 0, None, ()
+            self.dropped, self.prompt, self.floor, self.pattern = 0, 0, 0, ()
+            self.valid = self.bias = None
+
+        def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            """Change what is known per slot as the keys were changed."""
+            self.valid = None if self.valid is None else change(self.valid)
+            self.bias = None if self.bias is None else change(self.bias)
 
     return Layer
 
@@ -166,8 +190,9 @@ class TwoLengthCache(DynamicCache):
         super().crop(tokens_to_remove)
 
     def is_uniform(self) -> bool:
-        """Whether every layer stores the same slots, so that one mask serves all."""
-        return len({(layer.physical_length(), layer.pattern) for layer in self.layers}) <= 1
+        """Whether every layer stores the same slots without a bias, so that the language model's mask serves all."""
+        kinds = {(layer.physical_length(), layer.pattern) for layer in self.layers}
+        return len(kinds) <= 1 and (not self.layers or self.layers[0].bias is None)
 
 
 def adopt(cache: Cache, depth: int) -> TwoLengthCache:

@@ -2,60 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedError
 from .cache import TwoLengthCache
+from .host import Promises, stops_host, upload
 from .layout import Layout
 from .trace import Trace
 from .vision import Encoded, Units
 
 
-class Call:
-    """Everything the hooks know about one forward; B rows, N prompt positions of this forward, E of them entering.
+class Decode:
+    """A forward on a compressed cache in which nothing is dropped.
 
     Attributes:
-        mode: ``prefill``, or ``stock`` where nothing is dropped in one; ``decode`` where layers store different slots,
-            ``uniform`` where all store the same.
+        masks: per decoder layer the mask it gets, or ``UNCHANGED`` for the language model's own; None if all layers
+            take the language model's.
+    """
+
+    def __init__(self, trace: Trace | None, masks: list[Any] | None) -> None:
+        self.trace, self.masks = trace, masks
+
+
+class Prefill:
+    """A forward that carries images; B rows, N prompt positions of this forward, E of them entering.
+
+    Attributes:
         visual: (B, N) bool, visual positions.
         attended: (B, N) bool, positions that are not padding.
         units: the images of the call.
         records: the tower runs that made their features.
-        ids: (B, N) token ids, or None if the caller gave embeddings.
+        ids: (B, N) token ids, or None if the caller gave embeddings; ``prompts`` are the same on the host, per row and
+            without padding.
         embeds: (B, N, D) inputs of the language model before any pruning.
+        counts: visual tokens of each unit that are alive, on the host.
+        kept: (B, N) bool, visual positions that are alive.
+        mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
+        bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
+        biases: per decoder layer the ``bias`` it runs with; ``masses`` the (B, N) masses.
+        edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
+        stock: nothing is dropped, and the language model runs untouched.
     """
 
-    def __init__(self, mode: str, trace: Trace) -> None:
-        self.mode = mode
-        self.trace = trace
-        self.cache: TwoLengthCache | None = None
-        self.mask_2d: torch.Tensor | None = None
-        self.masks: dict[Any, Any] = {}
-        self.history: torch.Tensor | None = None  # (B, P) mask of the tokens stored before this prefill
-        self.first_key: tuple[Any, ...] = ()
-
-    def begin_prefill(
-        self, visual: torch.Tensor, attended: torch.Tensor, units: Units, records: list[Encoded], ids: Any, embeds: Any
+    def __init__(
+        self,
+        trace: Trace,
+        units: Units,
+        records: list[Encoded],
+        visual: torch.Tensor,
+        attended: torch.Tensor,
+        ids: torch.Tensor | None,
+        ids_host: torch.Tensor | None,
+        embeds: torch.Tensor,
     ) -> None:
-        """Fill in what only a prefill has."""
-        self.visual, self.attended, self.units, self.records = visual, attended, units, records
+        """``visual`` and ``attended`` are given on the host."""
+        self.trace, self.units, self.records = trace, units.to(embeds.device), records
         self.ids, self.embeds = ids, embeds
         self.batch, self.length = visual.shape
+        self.prompts = None if ids_host is None else [r[a].tolist() for r, a in zip(ids_host, attended, strict=True)]
+        self.padded = not bool(attended.all())
+        self.texts: list[int] = (attended & ~visual).sum(1).tolist()  # text tokens of each row
+        self.tail = int(visual.any(0).flip(0).long().cumsum(0).eq(0).sum())  # text behind every row's last visual token
+        place = torch.where(attended, torch.arange(self.length), 0).amax(1, keepdim=True)
+        self._ends = bool(visual.gather(1, place).any())
+        self._last = upload(place, embeds.device)
+        self.visual, self.attended = upload(visual, embeds.device), upload(attended, embeds.device)
+        self.kept = self.visual
+        self.counts: list[int] = units.sizes
+        self.mass: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+        self.promises: Promises = trace.promises
+        self.stock = False
+        self.cache: TwoLengthCache | None = None
+        self.history: torch.Tensor | None = None  # (B, P) mask of the tokens stored before this prefill
+        self.first_key: tuple[Any, ...] = ()
+        self.masks: dict[Any, Any] = {}
+        self.own: dict[str, torch.Tensor] = {}  # masks of families that make their own, without what is stored
         self.entry: Layout | None = None
         self.entry_valid: torch.Tensor | None = None
         self.width = self.length
-        self.kept = visual
-        self.tail = int(visual.any(0).flip(0).long().cumsum(0).eq(0).sum())  # text behind every row's last visual token
+        self.entered: list[int] = []  # tokens of each row that enter
         self.layouts: dict[int, Layout | None] = {-1: None}
         self.states: dict[int, torch.Tensor | None] = {}
         self.alive: dict[int, torch.Tensor] = {}
+        self.biases: dict[int, torch.Tensor | None] = {}
+        self.masses: dict[int, torch.Tensor | None] = {}
+        self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
-        self.full_mask: torch.Tensor | None = None
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
+
+    def row_counts(self, counts: Sequence[int]) -> list[int]:
+        """Tokens of each row, text included, if so many of each unit are alive."""
+        rows = list(self.texts)
+        for row, n in zip(self.units.rows, counts, strict=True):
+            rows[row] += n
+        return rows
 
     def enter(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Prompt coordinates → entry coordinates."""
@@ -73,12 +119,12 @@ class Call:
         Raises:
             UnsupportedError: if a row ends with a visual token that is not in ``alive`` (B, N).
         """
-        position = torch.arange(self.length, device=alive.device)
-        last = torch.where(self.attended, position, 0).amax(1, keepdim=True)
-        lost = (self.visual & ~alive).gather(1, last)[:, 0]
-        if bool(lost.any()):
+        if not self._ends:
+            return
+        lost = (self.visual & ~alive).gather(1, self._last)[:, 0].tolist()
+        if any(lost):
             raise UnsupportedError(
-                f"prompt row {int(lost.nonzero()[0])} ends with a visual token that would be dropped, and with it the "
+                f"prompt row {lost.index(True)} ends with a visual token that would be dropped, and with it the "
                 "prediction of the next token; put text behind the image"
             )
 
@@ -87,9 +133,27 @@ class Call:
         layout = self.layouts.get(layer)
         return self.width if layout is None else layout.width
 
+    def slot_bias(self, layer: int) -> torch.Tensor | None:
+        """(B, M) float: the bias of the slots of ``layer``; None for nothing."""
+        bias, layout = self.biases.get(layer), self.layouts.get(layer)
+        if bias is None:
+            return None
+        key = ("bias", id(bias), id(layout))
+        if key not in self.masks:  # the value keeps both objects alive, so their ids stay theirs
+            entered = self.enter(bias)
+            self.masks[key] = (bias, layout, entered if layout is None else layout.gather(entered))
+        return self.masks[key][2]
+
     def to_prompt(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """(B, M, …) in the slots of ``layer`` → (B, N, …) in prompt positions; dropped positions repeat a neighbour."""
         for layout in (self.layouts.get(layer), self.entry):
             if layout is not None:
                 x = layout.fill(x)
         return x
+
+
+def counted(keep: torch.Tensor, known: Sequence[int] | None) -> list[int]:
+    """True entries per row of ``keep`` (B, N); ``known`` spares an accelerator's answer, the CPU's costs nothing."""
+    if known is not None and stops_host(keep.device):
+        return list(known)
+    return keep.sum(1).tolist()

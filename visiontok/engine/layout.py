@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -13,17 +15,19 @@ class Layout:
     Attributes:
         keep: (B, N) bool, parent positions that are present.
         slots: (B, M) long, slot → parent position; M is the largest row count.
+        counts: tokens of each row.
         valid: (B, M) bool, slots that hold a kept token; None when every slot does.
     """
 
-    def __init__(self, keep: torch.Tensor) -> None:
-        counts = keep.sum(1)
+    def __init__(self, keep: torch.Tensor, counts: Sequence[int]) -> None:
+        """``counts``: true entries of each row of ``keep``, on the host."""
         self.keep = keep
+        self.counts = list(counts)
         self.length = keep.shape[1]
-        self.width = max(int(counts.max()), 1)
+        self.width = max(*counts, 1)
         # a stable sort puts dropped positions first and keeps the kept ones in order behind them
         self.slots = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, self.length - self.width :]
-        self.valid = None if bool((counts == self.width).all()) else keep.gather(1, self.slots)
+        self.valid = None if all(n == self.width for n in counts) else keep.gather(1, self.slots)
 
     def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """(…, B or 1, N, …) → (…, B, M, …): the kept slice of ``x`` along ``dim``; the batch stands just before it.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .cache import TwoLengthCache
-from .call import Call
+from .call import Prefill
 
 UNCHANGED = object()
 """The mask that the language model made is right."""
+_KINDS = ("full_attention", "sliding_attention")
 
 
 class LayerMasks:
@@ -24,8 +26,11 @@ class LayerMasks:
 
     def __init__(self, config: Any, *, own_mask: bool) -> None:
         self.config, self.own_mask = config, own_mask
+        # A bias per key needs a mask of numbers, which only the builder for sdpa leads to.
+        self._dense = copy.copy(config)
+        self._dense.__dict__["_attn_implementation_internal"] = "sdpa"
 
-    def entering(self, call: Call, past: int) -> torch.Tensor | None:
+    def entering(self, call: Prefill, past: int) -> torch.Tensor | None:
         """2-D mask over stored and entering tokens; None if nothing is masked.
 
         Without a cache it is always given: a mask builder that gets neither mask nor cache takes gaps in the position
@@ -49,66 +54,109 @@ class LayerMasks:
             return None
         return stored.join(known, fresh, new, batch, x.device)
 
-    def decode(self, call: Call, index: int, x: torch.Tensor) -> Any:
-        """Mask of one layer for a chunk in which nothing is dropped, or ``UNCHANGED``."""
-        cache: TwoLengthCache = call.cache  # type: ignore[assignment]  # a decode runs on one
-        key = self.key(cache, index)
-        if key not in call.masks:
-            mask_2d = self.stored(cache, index, call.mask_2d, x)
-            call.masks[key] = (self._build(index, x, mask_2d, cache),)
-        built = call.masks[key]
-        return UNCHANGED if built is None else built[0]
+    def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, skip: Any) -> list[Any]:
+        """The mask of each layer for a chunk in which nothing is dropped.
 
-    def prefill(self, call: Call, index: int, x: torch.Tensor, layout: Any, given: Any) -> Any:
-        """Mask of one layer that holds ``layout`` (None: every entry slot); ``given`` is the language model's."""
-        if self.own_mask:
-            sliding = self._kind(index) == "sliding_attention"
-            if sliding:
-                given = call.full_mask
-            if given is None:
-                ones = torch.ones(layout.length, layout.length, dtype=torch.bool, device=x.device)
-                given = ones.tril()[None, None]
-            key: Any = ("mask", id(layout), sliding)
-            if key not in call.masks:
-                gathered = layout.gather_mask(given)
-                call.masks[key] = (layout, given, self.windowed(gathered) if sliding else gathered)
-            return call.masks[key][2]
-        cache = call.cache
+        Args:
+            cache: what is stored.
+            mask_2d: the caller's mask over all logical tokens, or None.
+            x: (B, new, D), what enters.
+            skip: :meth:`key` of the layers whose mask the language model builds itself; these are ``UNCHANGED``.
+        """
+        built: dict[Any, Any] = {skip: UNCHANGED}
+        out = []
+        for index, layer in enumerate(cache.layers):
+            key = self.key(cache, index)
+            if key not in built:
+                mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=layer.bias is not None)
+                built[key] = self._biased(mask, layer.bias_with(None, x.shape[1]), index, x, cache)
+            out.append(built[key])
+        return out
+
+    def prefill(self, call: Prefill, index: int, x: torch.Tensor, layout: Any) -> Any:
+        """Mask of one layer that holds ``layout`` (None: every entry slot)."""
+        cache, bias = call.cache, call.slot_bias(index)
         stored = None if cache is None else cache.layers[index]
-        key = ("mask", id(layout), self.key(cache, index))
+        kind = self.kind(index)
+        key = ("mask", id(layout), id(bias), kind, None if cache is None else self.key(cache, index))
         if key not in call.masks:
-            mask_2d = layout.valid if layout is not None else call.entry_valid
-            if stored is not None:
-                mask_2d = stored.valid_with(mask_2d, call.slots(index), call.batch, x.device, call.history)
-            call.masks[key] = (layout, None, self._build(index, x, mask_2d, cache))
+            past = 0 if stored is None else stored.physical_length()
+            biases = bias if stored is None or not past else stored.bias_with(bias, x.shape[1])
+            if self.own_mask:
+                mask = self._own(call, layout, kind, stored)
+            else:
+                mask_2d = layout.valid if layout is not None else call.entry_valid
+                if stored is not None:
+                    mask_2d = stored.valid_with(mask_2d, call.slots(index), call.batch, x.device, call.history)
+                mask = self._build(index, x, mask_2d, cache, dense=biases is not None)
+            call.masks[key] = (layout, bias, self._biased(mask, biases, index, x, cache))
         return call.masks[key][2]
 
-    def windowed(self, mask: torch.Tensor) -> torch.Tensor:
+    def _own(self, call: Prefill, layout: Any, kind: str, stored: Any) -> torch.Tensor:
+        """The family's own mask of what is new, for the slots of ``layout``, behind what is stored."""
+        mask = call.own.get("full_attention")
+        if mask is None:
+            width = call.width
+            mask = torch.ones(width, width, dtype=torch.bool, device=call.visual.device).tril()[None, None]
+        if layout is not None:
+            mask = layout.gather_mask(mask)
+        past = 0 if stored is None else stored.physical_length()
+        if past:
+            rows = mask.shape[2]
+            seen = stored.valid_slots(call.batch, mask.device, call.history)
+            before = mask.new_zeros(call.batch, 1, rows, past)  # nothing added: seen
+            if mask.dtype == torch.bool:
+                before = ~before
+            if seen is not None:
+                before = before.masked_fill(~seen[:, None, None], _hidden(mask))
+            mask = torch.cat([before, mask.expand(call.batch, -1, -1, -1)], 3)
+        return self.windowed(mask, stored) if kind == "sliding_attention" else mask
+
+    def windowed(self, mask: torch.Tensor, stored: Any = None) -> torch.Tensor:
         """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""
-        slot = torch.arange(mask.shape[-1], device=mask.device)
-        outside = slot[:, None] - slot >= self.config.sliding_window
-        return mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+        rows, columns = mask.shape[-2:]
+        slot = torch.arange(columns, device=mask.device)
+        outside = slot[columns - rows :, None] - slot >= self.config.sliding_window
+        mask = mask.masked_fill(outside, _hidden(mask))
+        # what has left the window is no longer stored
+        return mask if stored is None else mask[..., stored.get_mask_sizes(rows)[1] :]
 
-    def key(self, cache: TwoLengthCache | None, index: int) -> tuple[Any, ...]:
+    def key(self, cache: TwoLengthCache, index: int) -> tuple[Any, ...]:
         """Equal for layers that one mask serves."""
-        kind = self._kind(index)
-        if cache is None:
-            return (kind,)
-        return kind, cache.layers[index].physical_length(), cache.layers[index].pattern
+        layer = cache.layers[index]
+        return self.kind(index), layer.physical_length(), layer.pattern
 
-    def _kind(self, index: int) -> str:
+    def kind(self, index: int) -> str:
         kinds = getattr(self.config, "layer_types", None)
         if kinds:
             return kinds[index]
-        return "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
+        return _KINDS[getattr(self.config, "sliding_window", None) is not None]
 
-    def _build(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None) -> Any:
-        build = create_sliding_window_causal_mask if self._kind(index) == "sliding_attention" else create_causal_mask
+    def _biased(self, mask: Any, bias: torch.Tensor | None, index: int, x: torch.Tensor, cache: Any) -> Any:
+        """``mask`` (None: causal) plus ``bias`` (B, stored + new) on the keys, as numbers (B, 1, new, keys)."""
+        if bias is None:
+            return mask
+        rows = x.shape[1]
+        length, offset = (rows, 0) if cache is None else cache.layers[index].get_mask_sizes(rows)
+        if mask is None:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=x.device).tril(length - rows)[None, None]
+        if mask.dtype == torch.bool:
+            zero = torch.zeros((), dtype=x.dtype, device=x.device)
+            mask = torch.where(mask, zero, torch.finfo(x.dtype).min)
+        return mask + bias[:, None, None, offset : offset + length].to(mask.dtype)
+
+    def _build(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None, *, dense: bool) -> Any:
+        build = create_sliding_window_causal_mask if self.kind(index) == "sliding_attention" else create_causal_mask
         return build(
-            config=self.config,
+            config=self._dense if dense else self.config,
             inputs_embeds=x,
             attention_mask=mask_2d,
             past_key_values=cache,
             position_ids=None,
             layer_idx=index,
         )
+
+
+def _hidden(mask: torch.Tensor) -> Any:
+    """What an entry of ``mask`` holds where nothing is seen."""
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

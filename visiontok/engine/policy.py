@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,8 +17,10 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import attention_columns, attention_rows
-from ..method import Needs, Selection, Stage, Tower, resolve_layer
+from ..functional import absorb, attention_columns, attention_rows, nearest_kept
+from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
+from .call import Prefill, counted
+from .host import stops_host, upload
 from .probe import Tap, attention_modules
 from .vision import current_record
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
     from .attach import Attachment
-    from .call import Call
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -102,6 +103,10 @@ class StagePolicy:
         self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts))
+        self.selects = bool(self._selecting)
+        places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
+        weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
+        self.biased = min(weighing, default=None)
         self._taps: dict[int, set[str]] = {}
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
@@ -110,7 +115,7 @@ class StagePolicy:
                     tapped = layer + offset
                     if not 0 <= tapped < layer or hidden[tapped]:
                         raise ConfigError(
-                            f"layer={layer}: {_name(stage)} reads the attention of layer {tapped}, where no visual "
+                            f"layer={layer}: {stage.label} reads the attention of layer {tapped}, where no visual "
                             "token is; cut later"
                         )
                     self._taps.setdefault(tapped, set()).add(stat)
@@ -136,12 +141,13 @@ class StagePolicy:
                 for name in layers:
                     if stat == "cls" and not self.adapter.cls_token:
                         continue  # the context says so when the method asks
-                    index = resolve_layer(name, len(tower), name=f"vision layer of {_name(stage)}")
+                    index = resolve_layer(name, len(tower), name=f"vision layer of {stage.label}")
                     wanted.setdefault(index, set()).add(stat)
             if needs.encoder_features:
                 self._tap_projector(attachment)
         for index, stats in wanted.items():
             attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
+        attachment.tap_biased()
         self.tower_depth = len(tower)
 
     @property
@@ -152,90 +158,138 @@ class StagePolicy:
         """Whether a tap of this decoder layer must see the call."""
         return layer in self._taps
 
-    def prompt(self, call: Call, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
         if not self.prompt_stages:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            keep, features = self._ask(call, stage, None, embeds, alive)
-            alive = alive & call.units.scatter(keep, call.length, call.batch)
-            if features is not None:
-                embeds = embeds.clone() if embeds is call.embeds else embeds
-                rows = call.units.row[:, None].expand_as(keep)[keep]
-                embeds[rows, call.units.slots[keep]] = features[keep].to(embeds.dtype)
+            answer = self._ask(call, stage, None, embeds, alive)
+            if answer is None:
+                continue
+            before, alive = alive, alive & call.units.scatter(answer.keep)
+            if answer.features is not None:
+                embeds = call.units.put(embeds, answer.features, answer.keep)
+            if stage.mass is not None:
+                embeds = self._weigh(call, stage.mass, embeds, before, alive)(embeds)
         return alive, embeds
 
-    def visible(self, call: Call, layer: int, states: torch.Tensor) -> torch.Tensor:
+    def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
         """Run the cut at this layer, if any; see :class:`visiontok.engine.attach.Policy`."""
         stage = self.cuts.get(layer)
         if stage is not None:
-            if call.entry is not None:
-                states = call.entry.fill(states)
-            keep, features = self._ask(call, stage, layer, states, call.kept)
-            if features is not None:
-                raise UnsupportedError(
-                    f"{_name(stage)}: returned features at decoder layer {layer}; only prompt stages can change tokens"
-                )
-            call.kept = call.kept & call.units.scatter(keep, call.length, call.batch)
+            full = states if call.entry is None else call.entry.fill(states)
+            answer = self._ask(call, stage, layer, full, call.kept)
+            if answer is not None:
+                if answer.features is not None:
+                    raise UnsupportedError(
+                        f"{stage.label}: returned features at decoder layer {layer}; only prompt stages may"
+                    )
+                before, call.kept = call.kept, call.kept & call.units.scatter(answer.keep)
+                if stage.mass is not None:
+                    edit = self._weigh(call, stage.mass, full, before, call.kept)
+                    call.edits[layer] = functools.partial(_in_entry, call, edit)
         return torch.zeros_like(call.kept) if self.hidden[layer] else call.kept
 
-    def _ask(
-        self, call: Call, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The method's answer, checked: (U, N) keep mask and (U, N, D) new features or None.
+    def counts(self, call: Prefill, layer: int) -> Sequence[int]:
+        """Visual tokens of each unit that ``layer`` sees; see :class:`visiontok.engine.attach.Policy`."""
+        return [0] * len(call.counts) if self.hidden[layer] else call.counts
 
-        A budget of at least what is alive is the identity; the method is not asked.
+    @staticmethod
+    def _weigh(
+        call: Prefill, mass: Mass, states: torch.Tensor, before: torch.Tensor, alive: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Let the tokens ``alive`` (B, N) speak for those of ``before`` that have just gone.
+
+        The assignment is made here, on ``states`` (B, N, D); what is returned moves the values of such states, and can
+        be repeated when gradient checkpointing runs the layer again.
         """
         units = call.units
+        keep = units.gather(alive[..., None])[..., 0]
+        present = units.gather(before[..., None])[..., 0] & units.valid
+        size = present.float() if call.mass is None else call.mass * present
+        features = units.gather(states)
+        group = nearest_kept(features.detach(), keep, present, most=max([1, *call.counts]))
+        call.mass = absorb(features[..., :1].detach(), group, size, 0.0)[1]
+        if mass.beta:
+            exact = torch.promote_types(states.dtype, torch.float32)
+            call.bias = units.scatter(mass.beta * call.mass.to(exact).clamp_min(1).log())
+
+        def edit(x: torch.Tensor) -> torch.Tensor:
+            if not mass.merge:
+                return x
+            return units.put(x, absorb(units.gather(x), group, size, mass.merge)[0], keep)
+
+        return edit
+
+    def _ask(
+        self, call: Prefill, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
+    ) -> Selection | None:
+        """The method's answer, checked; None where the budget is at least what is alive, so that it is not asked."""
+        units = call.units
         valid = units.gather(alive[..., None])[..., 0] & units.valid
-        count = self._count(stage, call, units.valid.sum(1), valid.sum(1))
+        counts = self._counts(stage, call)
         budgeted = stage.keep is not None or self.average is not None
-        if budgeted and bool((count >= valid.sum(1)).all()):
-            return valid, None
-        ctx = self._context(call, stage, layer, units.gather(states), valid, count)
+        if budgeted and all(n >= known for n, known in zip(counts, call.counts, strict=True)):
+            return None
+        ctx = self._context(call, stage, layer, units.gather(states), valid, counts)
         answer = stage.method.select(ctx)  # type: ignore[union-attr]
         selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
-        keep, name = selection.keep, _name(stage)
+        keep, name = selection.keep, stage.label
         if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != ctx.valid.shape:
             found = f"{tuple(keep.shape)} {keep.dtype}" if torch.is_tensor(keep) else type(keep).__name__
             raise ConfigError(f"{name}: select() returned {found}; it must return a bool mask {tuple(ctx.valid.shape)}")
         keep = keep.to(ctx.valid.device) & ctx.valid
-        if bool((ctx.valid.any(1) & ~keep.any(1)).any()):
+        wanted = [min(n, known) for n, known in zip(counts, call.counts, strict=True)]
+        fixed = budgeted and self.fidelity == "fixed" and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
+        found_counts = counted(keep, wanted if fixed else None)
+        if any(known and not n for n, known in zip(found_counts, call.counts, strict=True)):
             raise ConfigError(f"{name}: select() kept no token of an image; keep at least one, or use an exit stage")
+        if fixed and stops_host(keep.device):
+            call.promises.expect(
+                (keep.sum(1) == upload(torch.tensor(wanted), keep.device)).all(),
+                lambda: ConfigError(
+                    f"{name}: select() kept another number of tokens than the budget {wanted}, against its card's "
+                    "contract count_from_grid; keep as many, or set count_from_grid=False"
+                ),
+            )
+        call.counts = found_counts
         features = selection.features
         if features is not None and features.shape != ctx.features.shape:
             raise ConfigError(
                 f"{name}: Selection.features has shape {tuple(features.shape)}, expected {tuple(ctx.features.shape)}"
             )
-        return keep, features
+        return Selection(keep=keep, features=features)
 
     def _context(
         self,
-        call: Call,
+        call: Prefill,
         stage: Stage,
         layer: int | None,
         features: torch.Tensor,
         valid: torch.Tensor,
-        count: torch.Tensor,
+        counts: Sequence[int],
     ) -> Context:
-        units = call.units
-        if features.is_floating_point() and not bool(features.isfinite().all()):
-            where = "before the language model" if layer is None else f"on the input of decoder layer {layer}"
-            raise ConfigError(
+        units, device = call.units, features.device
+        where = "before the language model" if layer is None else f"on the input of decoder layer {layer}"
+        call.promises.expect(
+            torch.stack(features.detach().aminmax()).isfinite().all(),  # both ends are NaN if any value is
+            lambda: ConfigError(
                 f"visual features {where} contain NaN or infinity, so no score means anything; check the pixels, or "
                 "load the model in bfloat16 or float32 if it overflows in float16"
-            )
+            ),
+        )
         return Context(
             stage="prompt" if layer is None else "decoder",
             layer=layer,
             features=features,
             valid=valid,
-            count=torch.minimum(count, valid.sum(1)),
-            size=units.valid.sum(1),
+            count=upload(torch.tensor([min(n, m) for n, m in zip(counts, call.counts, strict=True)]), device),
+            size=upload(torch.tensor(units.sizes), device),
             grid=units.grid,
+            has_grid=units.has_grid,
             row=units.row,
-            image=torch.tensor(units.ordinal, device=units.row.device),
+            image=upload(torch.tensor(units.ordinal), device),
             attention=Attention(functools.partial(self._read, call, layer)),
             has_cls=self.adapter.cls_token,
             model_type=self._model,
@@ -247,45 +301,39 @@ class StagePolicy:
             generator=functools.partial(self._generator, call),
         )
 
-    def _count(self, stage: Stage, call: Call, size: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        """(U,) long: tokens the stage is to leave of each image, of its ``size`` tokens and those still ``alive``."""
+    def _counts(self, stage: Stage, call: Prefill) -> list[int]:
+        """Tokens the stage is to leave of each image."""
+        units, keep = call.units, stage.keep
         if self.average is not None:
-            counts = [self._share(stage, n) for n in size.tolist()]
-            return torch.tensor(counts, dtype=torch.long, device=size.device)
-        keep = stage.keep
+            return [self._share(stage, n) for n in units.sizes]
         if keep is None:
-            return size
+            return units.sizes
         if keep.kind == "per_tile":
-            tiles = [max(len(set(g[g >= 0].tolist())), 1) for g in call.units.grid[..., 0]]
-            return torch.minimum(torch.tensor(tiles, device=size.device) * int(keep.value), size)
+            return [min(tiles * int(keep.value), n) for tiles, n in zip(units.tiles, units.sizes, strict=True)]
         if keep.kind == "flops":
-            return self._affordable(keep, stage, call, alive)
-        return keep.counts(size)
+            return self._affordable(keep, stage, call)
+        return keep.counts(torch.tensor(units.sizes)).tolist()
 
-    def _affordable(self, keep: Budget, stage: Stage, call: Call, size: torch.Tensor) -> torch.Tensor:
-        """The largest counts, in one proportion of the ``size`` candidates of each image, that stay within a share of
-        the stock FLOPs; layers below the stage cost what they did."""
+    def _affordable(self, keep: Budget, stage: Stage, call: Prefill) -> list[int]:
+        """The largest counts, in one proportion of the candidates of each image, that stay within a share of the stock
+        FLOPs; layers below the stage cost what they did."""
         first = next((layer for layer, cut in self.cuts.items() if cut is stage), 0)
         spent = [call.slots(layer) for layer in range(first)]
-        text = (call.attended & ~call.visual).sum(1).tolist()
-        rows, sizes = call.units.row.tolist(), size.tolist()
+        sizes = call.counts
         config, steps = self.adapter.base.config, max(sizes)
 
         def counts(step: int) -> list[int]:
             return [max((2 * step * n + steps) // (2 * steps), min(n, 1)) for n in sizes]
 
         def prefill(step: int) -> int:
-            kept = list(text)
-            for row, n in zip(rows, counts(step), strict=True):
-                kept[row] += n
-            ahead = [max(text) if hidden else max(kept) for hidden in self.hidden[first:]]
+            most, text = max(call.row_counts(counts(step))), max(call.texts)
+            ahead = [text if hidden else most for hidden in self.hidden[first:]]
             return sum(decoder_flops(config, spent + ahead, batch=call.batch))
 
         limit = keep.value * sum(decoder_flops(config, [call.length] * self.depth, batch=call.batch))
         if prefill(1) > limit:
             raise ConfigError(f"keep={keep}: even one token per image costs more; raise the share or cut earlier")
-        best = bisect.bisect_right(range(1, steps + 1), limit, key=prefill)
-        return torch.tensor(counts(best), dtype=torch.long, device=size.device)
+        return counts(bisect.bisect_right(range(1, steps + 1), limit, key=prefill))
 
     def _share(self, stage: Stage, n: int) -> int:
         """Tokens that ``stage`` leaves of an image of ``n``, so that the average over all layers is the wanted one."""
@@ -299,16 +347,15 @@ class StagePolicy:
         counts = layer_average(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
         return counts[self._selecting.index(stage)]
 
-    def _generator(self, call: Call, unit: int) -> torch.Generator:
-        row = int(call.units.row[unit])
-        ids = b"" if call.ids is None else repr(call.ids[row][call.attended[row]].tolist()).encode()
+    def _generator(self, call: Prefill, unit: int) -> torch.Generator:
+        ids = b"" if call.prompts is None else repr(call.prompts[call.units.rows[unit]]).encode()
         text = f"{self.seed}/{call.units.ordinal[unit]}/".encode() + ids
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     # ---- taps
 
-    def _read(self, call: Call, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
+    def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
         if stat in _DECODER:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:
@@ -329,7 +376,7 @@ class StagePolicy:
             values.append([g.mean(1)[:, 0] for g in self.adapter.group(record, [c[..., None] for c in calls])])
         return self._by_unit(call, values, missing=-1.0)
 
-    def _encoder_features(self, call: Call) -> torch.Tensor:
+    def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []
         for record in call.records:
             x = record.encoder_features
@@ -339,7 +386,7 @@ class StagePolicy:
             values.append([g.flatten(1) for g in groups])
         return self._by_unit(call, values, missing=0.0)
 
-    def _by_unit(self, call: Call, values: list[list[torch.Tensor]], *, missing: float) -> torch.Tensor:
+    def _by_unit(self, call: Prefill, values: list[list[torch.Tensor]], *, missing: float) -> torch.Tensor:
         """Per record and item (n, …) values → (U, N, …), NaN (no patch) replaced by ``missing``."""
         units = call.units
         out: torch.Tensor | None = None
@@ -389,30 +436,38 @@ class StagePolicy:
         self,
         layer: int,
         stats: frozenset[str],
-        call: Call | None,
+        call: Prefill | None,
         q: torch.Tensor,
         k: torch.Tensor,
         mask: Any,
         kwargs: Any,
     ) -> None:
-        if call is None or call.mode != "prefill":
+        if not isinstance(call, Prefill):
             return
         layout = call.layouts[layer]
         valid = call.entry_valid if layout is None else layout.valid
         visible = _visible(mask, q, k, valid)
+        bias = self._bias(call, layer, k)
         scale = kwargs.get("scaling")
         for stat in stats:
             if stat == "last_row":
-                total = attention_rows(q[:, :, -1:], k, scale=scale, visible=visible[:, -1:])[:, 0]
+                total = attention_rows(q[:, :, -1:], k, scale=scale, visible=visible[:, -1:], bias=bias)[:, 0]
             else:
                 asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
                 total = weight.new_zeros(q.shape[0], k.shape[2])
                 for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
-                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows])
+                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
                     total += (scores * weight[:, rows, None]).sum(1)
             by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
+
+    @staticmethod
+    def _bias(call: Prefill, layer: int, k: torch.Tensor) -> torch.Tensor | None:
+        """(B, K) float: what is added to the logits of the keys of ``layer``."""
+        # the cache already counts the keys of this call; without one they are all there is
+        bias = call.slot_bias(layer) if call.cache is None else call.cache.layers[layer].bias
+        return None if bias is None else bias[:, -k.shape[2] :]
 
     @staticmethod
     def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
@@ -420,7 +475,7 @@ class StagePolicy:
         return torch.ones(q.shape[0], q.shape[2], device=q.device) if valid is None else valid.float()
 
     @staticmethod
-    def _asking(call: Call, layer: int) -> torch.Tensor:
+    def _asking(call: Prefill, layer: int) -> torch.Tensor:
         """(B, M) float: slots of ``layer`` that hold text behind the row's last visual token."""
         position = torch.arange(call.length, device=call.visual.device)
         last = torch.where(call.visual, position, -1).amax(1, keepdim=True)
@@ -431,6 +486,13 @@ class StagePolicy:
             if layout.valid is not None:
                 asks = asks & layout.valid
         return asks.float()
+
+
+def _in_entry(call: Prefill, edit: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """Apply ``edit``, which works on the whole prompt, to the states of the tokens that entered."""
+    if call.entry is None:
+        return edit(states)
+    return call.entry.gather(edit(call.entry.fill(states)))
 
 
 def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -484,10 +546,6 @@ def _layer(stage: Stage) -> int | float:
 
 def _needs(stage: Stage) -> Needs:
     return stage.method.needs() if stage.method is not None else Needs()
-
-
-def _name(stage: Stage) -> str:
-    return stage.method.label if stage.method is not None else stage.kind
 
 
 def _earliest_cut(stage: Stage) -> int:

@@ -27,8 +27,12 @@ def _tapped_attention(
 ) -> Any:
     call = kwargs.pop(CALL, None)
     config, eager, sink = module._visiontok_tap
-    sink(call, query, key, attention_mask, kwargs)
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    if sink is not None:
+        sink(call, query, key, attention_mask, kwargs)
+    name = config._attn_implementation
+    if "flash" in str(name) and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
+        name = "sdpa"  # a bias per key, which flash attention has no argument for
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -41,10 +45,10 @@ class Tap:
     Args:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
         sink: called as ``sink(call, query, key, attention_mask, kwargs)`` with query (B, H, Q, d) and key
-            (B, Hkv, K, d); must be picklable.
+            (B, Hkv, K, d); must be picklable. None only lets the module take a bias per key.
     """
 
-    def __init__(self, module: Any, sink: Sink) -> None:
+    def __init__(self, module: Any, sink: Sink | None) -> None:
         self.module = module
         config: Any = module.config
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -7,6 +7,7 @@ import torch
 from ..cost import VisionInputs
 from ..ledger import TokenLedger
 from .clock import Clock
+from .host import Promises
 
 
 class Trace:
@@ -17,7 +18,7 @@ class Trace:
         clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
         inputs: what went into the tower in each run; None for a family outside the cost model.
-        dropped: whether any visual token was dropped anywhere.
+        promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
             cache is stock too and is not watched.
     """
@@ -28,18 +29,19 @@ class Trace:
         self.clock = Clock()
         self.encoders: list[Clock] = []
         self.inputs: list[VisionInputs | None] = []
-        self.dropped = True
+        self.promises = Promises()
         self.steps: int | None = 0
 
-    def nothing_dropped(self) -> None:
-        """The recipe kept every token, and the call runs stock."""
-        self.dropped, self.steps = False, None
+    def ran_stock(self) -> None:
+        """The recipe kept every token, and the call ran untouched."""
+        self.steps = None
 
-    def finish(self, alive: list[torch.Tensor], widths: list[int]) -> None:
-        """The prefill is through; per layer the (B, N) mask of living tokens and the slots per row."""
+    def finish(
+        self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None] | None = None
+    ) -> None:
+        """The prefill is through; per layer the (B, N) mask of living tokens, the slots per row, and the masses."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths)
-            self.dropped = any(bool((self.ledger.visual & ~mask).any()) for mask in alive)
+            self.ledger.fill(alive, widths, masses or [None] * len(alive))
         self.clock.mark("finished")
 
     def note_step(self) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .clock import Clock
+from .host import stops_host, upload
 
 Modality = Literal["image", "video"]
 
@@ -75,6 +76,8 @@ class FeatureRecorder:
         inputs = {**inputs, **inputs.get("kwargs", {})}
         if self.modality == "video" and "pixel_values" in inputs:  # LLaVA-OneVision up to transformers 5.17
             inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+        # sizes are read now, while the device has nothing to do, and not behind the tower
+        inputs = {name: x.cpu() if _is_sizes(x) and stops_host(x.device) else x for name, x in inputs.items()}
         _thread.current = record = Encoded(self.modality, inputs)
         record.clock.mark("start")
         try:
@@ -92,6 +95,10 @@ class FeatureRecorder:
     def remove(self) -> None:
         """Uncover the class's method again."""
         del self.base.__dict__[self.name]
+
+
+def _is_sizes(x: Any) -> bool:
+    return torch.is_tensor(x) and x.ndim <= 3 and not x.is_floating_point() and not x.is_complex()
 
 
 def current_record() -> Encoded | None:
@@ -124,7 +131,8 @@ def record_of(output: Any) -> Encoded | None:
 class Units:
     """The images (and videos) of a call; each is one unit of budget.
 
-    U units, N the visual tokens of the largest.
+    U units, N the visual tokens of the largest. Everything is known on the host before it goes to the device, so that
+    nothing has to be read back.
 
     Attributes:
         row: (U,) long, batch row of each unit.
@@ -134,6 +142,10 @@ class Units:
         valid: (U, N) bool.
         grid: (U, N, 3) long, (t, row, col) of each token; -1 where a slot has no patch (newlines) or nothing is known.
         source: for each unit (index of the record, index of the first item in it, number of items), or None.
+        rows: list of U ints, ``row`` on the host.
+        sizes: list of U ints, visual tokens of each unit.
+        tiles: list of U ints, how many different t the grid of each unit has (at least 1).
+        has_grid: whether the grid of any token is known.
     """
 
     row: torch.Tensor
@@ -143,17 +155,29 @@ class Units:
     valid: torch.Tensor
     grid: torch.Tensor
     source: list[tuple[int, int, int] | None]
+    batch: int
+    length: int
+    rows: list[int] = field(init=False)
+    sizes: list[int] = field(init=False)
+    tiles: list[int] = field(init=False)
+    has_grid: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows, self.sizes = self.row.tolist(), self.valid.sum(1).tolist()
+        self.tiles = [max(len(set(t[t >= 0].tolist())), 1) for t in self.grid[..., 0]]
+        self.has_grid = bool(((self.grid >= 0).all(-1) & self.valid).any())
+        # flat prompt position of every slot; those of no token lie behind the end
+        self._place = torch.where(self.valid, self.row[:, None] * self.length + self.slots, self.batch * self.length)
 
     def __len__(self) -> int:
         return len(self.ordinal)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Visual tokens of each unit."""
-        return self._sizes
-
-    def __post_init__(self) -> None:
-        self._sizes: list[int] = self.valid.sum(1).tolist()
+    def to(self, device: torch.device) -> Units:
+        """The same units with their tensors on ``device``."""
+        moved = copy.copy(self)
+        for name in ("row", "slots", "valid", "grid", "_place"):
+            setattr(moved, name, upload(getattr(self, name), device))
+        return moved
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, …) → (U, N, …): the rows of ``x`` at the visual tokens, zero where not valid."""
@@ -161,13 +185,18 @@ class Units:
         valid = self.valid.to(x.device)
         return out * valid.view(*valid.shape, *[1] * (out.ndim - 2)).to(out.dtype)
 
-    def scatter(self, values: torch.Tensor, length: int, batch: int) -> torch.Tensor:
-        """(U, N) bool → (B, length) bool: ``values`` at their prompt positions, False elsewhere."""
-        out = torch.zeros(batch, length, dtype=torch.bool, device=values.device)
-        valid = self.valid.to(values.device)
-        rows = self.row.to(values.device)[:, None].expand_as(valid)[valid]
-        out[rows, self.slots.to(values.device)[valid]] = values[valid]
-        return out
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """(U, N) → (B, L): ``values`` at their prompt positions, zero (False) elsewhere."""
+        out = values.new_zeros(self.batch * self.length + 1)
+        out = out.scatter(0, self._place.to(values.device).flatten(), values.flatten())
+        return out[:-1].view(self.batch, self.length)
+
+    def put(self, x: torch.Tensor, values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) with the rows of the tokens in ``keep`` (U, N) replaced by ``values`` (U, N, D); a new tensor."""
+        place = torch.where(keep & self.valid, self._place, self.batch * self.length).to(x.device).flatten()
+        flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[-1])])
+        flat = flat.scatter(0, place[:, None].expand(-1, x.shape[-1]), values.to(x.dtype).flatten(0, 1))
+        return flat[:-1].view_as(x)
 
 
 def locate(
@@ -180,7 +209,7 @@ def locate(
     """Match the images of a call with their placeholders.
 
     Args:
-        masks: per modality (B, N) bool, the placeholder positions.
+        masks: per modality (B, L) bool on the host, the placeholder positions.
         grids: per modality the items in the order they were encoded, each (record index, item index, (n, 3) grid);
             None where the call carries no record (then every run of placeholders is one image).
         join_adjacent: items whose placeholders touch are tiles of one image.
@@ -191,7 +220,7 @@ def locate(
     """
     units: list[tuple[int, Modality, list[int], torch.Tensor, tuple[int, int, int] | None]] = []
     for modality, mask in masks.items():
-        rows = [torch.nonzero(r).flatten().tolist() for r in mask.cpu()]
+        rows = [torch.nonzero(r).flatten().tolist() for r in mask]
         items = grids[modality]
         if items is None:
             for b, positions in enumerate(rows):
@@ -239,15 +268,17 @@ def locate(
         valid[i, : len(run)] = True
         grid[i, : len(run)] = where
         ordinal.append(ordinal[-1] + 1 if i and units[i - 1][0] == b else 0)
-    device = next(iter(masks.values())).device
+    batch, length = next(iter(masks.values())).shape
     return Units(
-        torch.tensor([u[0] for u in units], dtype=torch.long, device=device),
+        torch.tensor([u[0] for u in units], dtype=torch.long),
         ordinal,
         [u[1] for u in units],
-        slots.to(device),
-        valid.to(device),
-        grid.to(device),
+        slots,
+        valid,
+        grid,
         [u[4] for u in units],
+        batch,
+        length,
     )
 
 

@@ -9,7 +9,7 @@ from ..kernels import nearest
 from ..kernels.batching import mask, rows, unrow
 
 
-def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None) -> Tensor:
+def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None, most: int | None = None) -> Tensor:
     """For every token the place of the kept token of largest cosine; a kept token goes to itself.
 
     With ``merge(features, nearest_kept(features, keep), N)`` the rows of kept tokens hold the means of those they
@@ -19,6 +19,7 @@ def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None) ->
         features: (N, D) or (B, N, D).
         keep: (N,) or (B, N) bool, at least one per row.
         valid: (N,) or (B, N) bool; other tokens get -1.
+        most: the largest number of kept tokens of a row, where it is known; read from ``keep`` otherwise.
 
     Returns:
         long (N,) or (B, N) in 0 … N-1.
@@ -27,7 +28,8 @@ def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None) ->
     ok = mask(valid, x)
     here = torch.arange(x.shape[1], device=x.device).expand(ok.shape)
     # Compare with the kept rows only, gathered to the front.
-    most = max([1, *kept.sum(-1).tolist()])
+    if most is None:
+        most = max([1, *kept.sum(-1).tolist()])
     order = (~kept).long().sort(dim=-1, stable=True).indices[:, :most]
     front = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
     _, index = nearest(x, front, kept.gather(1, order)[:, None])

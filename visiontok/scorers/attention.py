@@ -32,7 +32,9 @@ def attention_columns(
     return unrow(received, q, 3)
 
 
-def attention_rows(q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Attention of chosen query rows, mean over heads, softmax over all keys given.
 
     Args:
@@ -41,6 +43,7 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float | None = None, visible:
             denominator needs them.
         scale: factor on the logits; 1/√d by default.
         visible: (R, N) or (B, R, N) bool, what each row may see; a row that sees nothing gets 0.
+        bias: (N,) or (B, N), added to the logits of each key.
 
     Returns:
         (R, N) or (B, R, N) float32.
@@ -53,6 +56,8 @@ def attention_rows(q: Tensor, k: Tensor, *, scale: float | None = None, visible:
     with torch.autocast(q.device.type, enabled=False):
         logits = qs.unflatten(1, (groups, qs.shape[1] // groups)) @ ks.mT[:, :, None]
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + rows(bias, 1, "bias").float()[:, None, None, None]
     if visible is not None:
         hidden = ~rows(visible, 2, "visible")[:, None, None]
         logits = logits.masked_fill(hidden, -torch.inf)

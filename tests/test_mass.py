@@ -141,28 +141,6 @@ def test_every_architecture_and_eager_attention(name):
         check(model, batch(name, model), (weighed(prompt(0.7)), weighed(cut(2))), tolerance)
 
 
-def test_flex_attention():
-    expected = generate_with("sdpa")
-    got = generate_with("flex_attention")
-    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def generate_with(attention):
-    model = copy.deepcopy(build("llava", "sdpa", torch.float32))
-    model.set_attn_implementation(attention)
-    inputs = batch("llava", model)
-    with visiontok.compress(model, Recipe(stages=(weighed(prompt(0.7)), weighed(cut(2))))), torch.no_grad():
-        first = model(**inputs, use_cache=True)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-        step = model(
-            input_ids=torch.tensor([[7], [8]]),
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=first.past_key_values,
-        )
-    return torch.cat([first.logits[:, -1:], step.logits], 1)
-
-
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
 def test_a_kept_token_counts_as_many_copies(name):
     """β = 1, m = 0 is the stock model with each kept token repeated, at its own position, as often as its mass says."""
@@ -368,32 +346,34 @@ def test_attention_taps_see_the_bias():
     )
 
 
-def test_flash_attention_falls_back_where_keys_have_a_bias():
-    """Flash attention has no bias per key: biased layers run sdpa, others do not, and the report says so."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+@pytest.mark.parametrize("kind", ["flash", "flex"])
+def test_kernels_without_a_bias_give_way_to_sdpa(kind):
+    """Layers whose keys have a bias run sdpa, others keep their kernel, and the report says so."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask, flex_attention_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     calls = []
 
-    def pretend_flash(module, q, k, v, mask, **kwargs):
-        assert mask is None or mask.ndim == 2
+    def pretended(module, q, k, v, mask, **kwargs):
+        assert not torch.is_tensor(mask) or mask.ndim == 2
         calls.append(module.layer_idx)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, None, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS.register("pretend_flash", pretend_flash)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("pretend_flash", flash_attention_mask)
+    ALL_ATTENTION_FUNCTIONS.register(f"pretended_{kind}", pretended)
+    mask_function = {"flash": flash_attention_mask, "flex": flex_attention_mask}[kind]
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"pretended_{kind}", mask_function)
     reference = build("llava")
     model = copy.deepcopy(reference)
     for module in model.model.language_model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation = "pretend_flash"
+            module.config._attn_implementation = f"pretended_{kind}"
     inputs = batch("llava", model, rows=1, pad=0)
     recipe = Recipe(stages=(weighed(cut(2)),))
     with visiontok.compress(reference, recipe):
         expected = generate(reference, inputs)
     with visiontok.compress(model, recipe) as compression:
         got = generate(model, inputs)
-        assert any("sdpa" in note for note in compression.report.warnings)
+        assert f"run sdpa instead of pretended_{kind}" in str(compression.report.warnings)
     assert torch.equal(got.sequences, expected.sequences)
     assert set(calls) == {0, 1}
 

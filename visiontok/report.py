@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cost import Account, VisionInputs, account
+from .engine.probe import TAKE_BIAS
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Report:
             )
             warnings.append(f"nothing was dropped: {reason}")
         kernel = str(getattr(base, adapter.text).config._attn_implementation)
-        if "flash" in kernel and any(s.mass is not None and s.mass.beta for s in recipe.stages):
+        if kernel not in TAKE_BIAS and any(s.mass is not None and s.mass.beta for s in recipe.stages):
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
         if not trace.encoders:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")

@@ -17,6 +17,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "visiontok_tap"
+TAKE_BIAS = ("eager", "sdpa")
+"""Attention implementations that take a mask of numbers. Flash attention has no such argument; FlexAttention has one
+that corrupts memory on the CPU (torch 2.13)."""
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
 
 Sink = Callable[..., None]
@@ -30,8 +33,8 @@ def _tapped_attention(
     if sink is not None:
         sink(call, query, key, attention_mask, kwargs)
     name = config._attn_implementation
-    if "flash" in str(name) and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
-        name = "sdpa"  # a bias per key, which flash attention has no argument for
+    if name not in TAKE_BIAS and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
+        name = "sdpa"  # only a bias per key leads to such a mask here
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 

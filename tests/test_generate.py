@@ -448,7 +448,9 @@ class Conversation:
         return other
 
     def check(self):
-        for answer, whole, alive in self.log:
+        # 5.17 counts the answer of PaliGemma's first turn as prefix when it is computed again
+        first = int(OLD and self.name == "paligemma")
+        for answer, whole, alive in self.log[first:]:
             check_same(answer, by_oracle(self.compression.model, alive, whole, 3))
 
 

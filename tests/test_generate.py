@@ -191,11 +191,11 @@ def test_endings(name, ending):
     inputs = batch(name, model, images=1)
     length = inputs["input_ids"].shape[1]
     with visiontok.compress(model, recipe("inject, cut, exit")) as compression:
-        plain = run(model, inputs, 6).sequences
+        plain = run(model, inputs, 5).sequences
         options = ENDINGS[ending](plain, length)
-        got = run(model, inputs, 6, **options)
+        got = run(model, inputs, 5, **options)
         alive = alive_in(compression, inputs)
-    check_same(got, by_oracle(model, alive, inputs, 6, **options))
+    check_same(got, by_oracle(model, alive, inputs, 5, **options))
     if ending == "max_length":
         assert torch.equal(got.sequences, plain[:, : length + 3])
     else:
@@ -315,7 +315,7 @@ def test_candidates(name, schedule, candidates, monkeypatch):
     model = build(name)
     inputs = batch(name, model, rows=1, pad=0)
     inputs["input_ids"][0, -5:] = torch.tensor([7, 8, 7, 8, 7])
-    steps, accepted = 10, []
+    steps, accepted = 7, []
     generator = candidate_generator.PromptLookupCandidateGenerator
     monkeypatch.setattr(generator, "update_candidate_strategy", lambda self, ids, scores, n: accepted.append(int(n)))
     with visiontok.compress(model, recipe(schedule)) as compression:
@@ -325,7 +325,7 @@ def test_candidates(name, schedule, candidates, monkeypatch):
         got = run(model, inputs, steps, prompt_lookup_num_tokens=3, streamer=(streamer := Recorder()))
         alive = alive_in(compression, inputs)
     if candidates == "two right, one wrong":
-        assert accepted == [2, 2, 2, 0]
+        assert accepted == [2, 2, 0]
     sequences, logits = greedy(model, inputs, alive, steps, BANNED)
     assert torch.equal(got.sequences, sequences)
     assert torch.equal(torch.cat([tokens[0] for tokens in streamer.given]), sequences[0])
@@ -497,8 +497,6 @@ def test_a_copied_cache_goes_another_way(name, schedule):
         chat.hear(TEXT)
         one.hear(MORE)
         other.hear(MORE)
-        chat.hear(MORE)
-        one.hear(TEXT)
     for each in (chat, one, other):
         each.check()
 

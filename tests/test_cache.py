@@ -48,36 +48,6 @@ def test_layers_of_one_width_may_hold_different_slots(name, schedule):
     check_against_oracle(model, inputs, SCHEDULES[schedule], 1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["prompt", "cut", "inject, cut, exit"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_prompt_lookup(name, schedule):
-    """Assisted decoding feeds several tokens at once, crops what it rejects, and does so in the prefill already."""
-    model = build(name)
-    inputs = batch(name, model, rows=1, pad=0)
-    inputs["input_ids"][0, -5:] = torch.tensor([7, 8, 7, 8, 7])
-    with visiontok.compress(model, recipe(schedule)):
-        expected = generate(model, inputs, 12).sequences
-        got = generate(model, inputs, 12, prompt_lookup_num_tokens=3).sequences
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("schedule", ["prompt", "cut", "pyramid", "inject, cut, exit"])
-def test_a_padded_second_turn(schedule):
-    model = build("llava")
-    inputs = batch("llava", model)
-    ids, mask = left_padded([7, 8], [11, 12, 13, 14, 15])
-    with visiontok.compress(model, recipe(schedule)) as compression:
-        first = generate(model, inputs, 3)
-        alive = masks(compression)
-        ids = torch.cat([first.sequences, ids], 1)
-        mask = torch.cat([inputs["attention_mask"], mask.new_ones(2, 3), mask], 1)
-        turn = {"input_ids": ids, "attention_mask": mask}
-        second = generate(model, turn, 4, past_key_values=first.past_key_values)
-    sequences, logits = greedy(model, inputs | turn, alive, 4, BANNED)
-    assert torch.equal(second.sequences, sequences)
-    assert (torch.stack(second.logits, 1) - logits).abs().max() < 1e-6 * logits.abs().max()
-
-
 @pytest.mark.parametrize("schedule", ["prompt", "cut", "inject", "prompt, inject, exit"])
 def test_an_image_behind_a_padded_text_turn(schedule):
     model = build("llava")

@@ -224,46 +224,6 @@ def test_a_call_without_image_is_stock():
     assert all(torch.equal(a, b) for a, b in zip(got.logits, stock.logits, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
-def test_text_turn_on_a_compressed_cache(name):
-    """A second turn re-uses the cache: lengths must be logical, masks physical."""
-    model = build(name)
-    inputs = batch(name, model, rows=1, pad=0)
-    for schedule in ("prompt", "pyramid", "inject, cut, exit"):
-        with visiontok.compress(model, recipe(schedule)) as compression:
-            first = generate(model, inputs, 3)
-            alive = masks(compression)
-            ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
-            turn = {k: v for k, v in inputs.items() if "pixel" not in k and "sizes" not in k}
-            turn |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            full = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            for key in ("mm_token_type_ids", "token_type_ids"):
-                if key in inputs:
-                    turn[key] = full[key] = (ids == IMAGE).to(inputs[key].dtype)
-            second = generate(model, turn, 3, past_key_values=first.past_key_values)
-        sequences, logits = greedy(model, full, alive, 3, BANNED)
-        assert torch.equal(second.sequences, sequences)
-        assert (torch.stack(second.logits, 1) - logits).abs().max() < 1e-6 * logits.abs().max()
-
-
-def test_manual_decoding_without_position_ids():
-    model = build("qwen2_5_vl")
-    inputs = batch("qwen2_5_vl", model, rows=1, pad=0)
-    more = torch.tensor([[17, 18]])
-    with visiontok.compress(model, recipe("prompt")) as compression, torch.no_grad():
-        bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
-        first = model(**bare, use_cache=True)
-        got = model(input_ids=more, past_key_values=first.past_key_values).logits
-        alive = masks(compression)
-    ids = torch.cat([inputs["input_ids"], more], 1)
-    full = inputs | {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
-    }  # fmt: skip
-    with DenseMasked(model, alive), torch.no_grad():
-        expected = model(**full, use_cache=False).logits[:, -2:]
-    assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
-
-
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_draw_depends_on_the_prompt_not_on_the_batch(name):
     model = build(name)
@@ -287,22 +247,6 @@ def test_a_draw_depends_on_the_prompt_not_on_the_batch(name):
     beams = kept(alone, 3, num_beams=3)
     assert len(beams) == 3
     assert all(torch.equal(row, single[0]) for row in beams)
-
-
-def test_a_beam_search_with_several_images():
-    """Beams repeat a row together with all its images; compared with the oracle inside the same beam search."""
-    import transformers
-
-    if transformers.__version__ < "5.18":
-        pytest.skip("transformers 5.17 expands two images of a row as A A B B, so its beams see wrong images")
-    model = build("llava")
-    inputs = batch("llava", model)
-    with visiontok.compress(model, "random", keep=5) as compression:
-        got = generate(model, inputs, num_beams=3).sequences
-        alive = masks(compression)
-    with DenseMasked(model, alive):
-        expected = generate(model, inputs, num_beams=3, use_cache=False).sequences
-    assert torch.equal(got, expected)
 
 
 def test_half_precision_and_inference_mode():

@@ -13,7 +13,11 @@ from ..recipe import Recipe
 
 @dataclass(frozen=True)
 class About(Method):
-    """Keeps about a fraction of the candidates; images differ in how many they keep."""
+    """Keeps about a fraction of the candidates; images and prompts differ in how many they keep.
+
+    The choice depends on how the prompt begins and on which of its images it is, so beams of one prompt agree, and so
+    do prompts that go on differently.
+    """
 
     fraction: float = 0.5
     draw: int = 0
@@ -21,10 +25,12 @@ class About(Method):
 
     def select(self, ctx):
         keep = torch.zeros_like(ctx.valid)
-        g = torch.Generator().manual_seed(self.draw)
         for u, valid in enumerate(ctx.valid):
+            row, image = int(ctx.row[u]), int(ctx.image[u])
+            begin = [] if ctx.text_ids is None else ctx.text_ids[row][ctx.text_valid[row]][:2].tolist()
+            g = torch.Generator().manual_seed(hash((self.draw, image, *begin)) % 2**63)
             candidates = valid.nonzero()[:, 0]
-            n = max(1, int(len(candidates) * self.fraction) - u % 2)
+            n = max(1, int(len(candidates) * self.fraction) - image % 2 - sum(begin) % 2)
             keep[u, candidates[torch.randperm(len(candidates), generator=g)[:n]]] = True
         return keep
 

@@ -529,10 +529,9 @@ def test_decoding_by_hand(name, schedule, rows):
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-6, atol=1e-6)
 
 
-# ---- to come: the engine refuses these as yet
+# ---- images and prompts in pieces
 
 
-@pytest.mark.xfail(strict=True, reason="masks that span the whole prompt are not built on a used cache yet")
 @on_every_schedule
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_new_images_where_masks_span_the_prompt(name, schedule):
@@ -553,7 +552,6 @@ CHUNKED = {
 
 
 @pytest.mark.skipif(OLD, reason="transformers 5.17 cannot chunk a prompt with images")
-@pytest.mark.xfail(strict=True, reason="chunked prefill is refused as yet")
 @pytest.mark.parametrize("case", CHUNKED)
 @on_every_model
 def test_chunked_prefill(name, case):

@@ -31,7 +31,8 @@ class About(Method):
             g = torch.Generator().manual_seed(hash((self.draw, image, *begin)) % 2**63)
             candidates = valid.nonzero()[:, 0]
             n = max(1, int(len(candidates) * self.fraction) - image % 2 - sum(begin) % 2)
-            keep[u, candidates[torch.randperm(len(candidates), generator=g)[:n]]] = True
+            chosen = torch.randperm(len(candidates), generator=g)[:n].to(valid.device)
+            keep[u] = keep[u].scatter(0, candidates[chosen], True)
         return keep
 
 

@@ -114,9 +114,6 @@ class Attachment:
             for index, layer in enumerate(self.layers):
                 pre = functools.partial(self._layer_pre, index)
                 self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
-                if self._layered and adapter.deepstack:
-                    post = functools.partial(self._layer_post, index)
-                    self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
         for modality in ("image", "video"):
             if hasattr(type(self.base), f"get_{modality}_features"):
                 self._removables.append(FeatureRecorder(self.base, modality))
@@ -258,7 +255,9 @@ class Attachment:
         if attended is None:
             attended = torch.ones(x.shape[:2], dtype=torch.bool)
         records = take_records(handover["encoded"])
-        self._refuse_chunks(handover["encoded"], records, masks, cache)
+        trace.chunk = self._is_chunk(handover["encoded"], records)
+        if trace.chunk and self.policy.selects:
+            self._refuse_split_images(masks, cache)
         visual = functools.reduce(torch.logical_or, masks.values())
         units = self._units(masks, records)
         call = Prefill(trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
@@ -284,17 +283,17 @@ class Attachment:
             kwargs[CALL] = call
         return args, kwargs
 
-    def _refuse_chunks(
-        self, encoded: Any, records: list[Encoded], masks: Mapping[str, torch.Tensor], cache: Any
-    ) -> None:
+    @staticmethod
+    def _is_chunk(encoded: Any, records: list[Encoded]) -> bool:
+        """Whether this is a part of a prompt, for which ``generate()`` hands over features without their record."""
+        return len(records) < len([output for output in (encoded or {}).values() if output is not None])
+
+    def _refuse_split_images(self, masks: Mapping[str, torch.Tensor], cache: Any) -> None:
         """A chunk of a prompt may hold a part of an image only, of which no budget can be kept.
 
         Raises:
-            UnsupportedError: if a chunk whose border may lie in an image meets a recipe that selects.
+            UnsupportedError: if a border of the chunk may lie in an image.
         """
-        whole = not encoded or len(records) >= len([output for output in encoded.values() if output is not None])
-        if whole or not self.policy.selects:
-            return
         behind = cache is not None and cache.get_seq_length()
         if any(bool(m[:, -1].any()) or (behind and bool(m[:, 0].any())) for m in masks.values()):
             raise UnsupportedError(
@@ -397,6 +396,11 @@ class Attachment:
                 kwargs[levels_name] = [level[kept.to(level.device)] for level in levels]
                 kwargs[mask_name] = call.entry.gather(where & call.kept) & call.entry_valid_or_ones()
             return
+        if len(levels) >= len(self.layers):
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: {len(levels)} DeepStack levels for {len(self.layers)} decoder layers; "
+                "the last layer must come behind the last level"
+            )
         del kwargs[mask_name], kwargs[levels_name]
         for level in levels:  # one dense (B, E, D) plane per level, added layer by layer
             dense = embeds.new_zeros(call.batch, call.length, level.shape[-1])
@@ -489,8 +493,7 @@ class Attachment:
             if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
             return args, kwargs
-        # It stays in the keywords only for those who read it further down: a tap in this layer, the DeepStack hook.
-        if not (self.policy.wants_state(index) or (self.adapter.deepstack and self._layered)):
+        if not self.policy.wants_state(index):  # a tap in this layer reads it further down
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:
@@ -507,7 +510,7 @@ class Attachment:
     def _relayout(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
         before = call.layouts[index - 1]
-        states = call.states.get(index - 1)
+        x, states = self._add_level(call, index - 1, x, call.states.get(index - 1))
         if index not in call.layouts:  # else this is a replay by gradient checkpointing
             self._decide(call, index, x, states)
         layout, edit = call.layouts[index], call.edits.get(index)
@@ -567,21 +570,23 @@ class Attachment:
             call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
         return call.masks[key][2]
 
-    def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
-        call = kwargs.get(CALL)
-        if not isinstance(call, Prefill) or index >= len(call.levels):
-            return None
-        level, layout = call.levels[index], call.layouts.get(index)
-        added = level
-        if layout is not None:
-            added = layout.gather(level)
-            if layout.valid is not None:
-                added = added * layout.valid[..., None]
-            absent = call.enter(call.kept) & ~layout.keep
-            states = call.states[index]
-            call.states[index] = states + level * absent[..., None]  # type: ignore[operator]
-        return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
+    @staticmethod
+    def _add_level(
+        call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """DeepStack: add the level's features behind layer ``index``, also to tokens that it did not see.
+
+        On the way into the next layer, for what leaves this one is recorded by ``output_hidden_states``.
+        """
+        if not 0 <= index < len(call.levels):
+            return x, states
+        level, layout = call.levels[index], call.layouts[index]
+        if layout is None:
+            return x + level, states
+        added = layout.gather(level)
+        if layout.valid is not None:
+            added = added * layout.valid[..., None]
+        return x + added, states + level * ~layout.keep[..., None]  # type: ignore[operator]
 
 
 def _modalities(kwargs: Mapping[str, Any]) -> set[str]:

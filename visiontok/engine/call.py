@@ -119,7 +119,7 @@ class Prefill:
         Raises:
             UnsupportedError: if a row ends with a visual token that is not in ``alive`` (B, N).
         """
-        if not self._ends:
+        if not self._ends or self.trace.chunk:  # a later chunk predicts
             return
         lost = (self.visual & ~alive).gather(1, self._last)[:, 0].tolist()
         if any(lost):

@@ -18,6 +18,7 @@ class Trace:
         clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
         inputs: what went into the tower in each run; None for a family outside the cost model.
+        chunk: whether this was a part of a prompt only.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
             cache is stock too and is not watched.
@@ -29,6 +30,7 @@ class Trace:
         self.clock = Clock()
         self.encoders: list[Clock] = []
         self.inputs: list[VisionInputs | None] = []
+        self.chunk = False
         self.promises = Promises()
         self.steps: int | None = 0
 

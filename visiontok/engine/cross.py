@@ -105,7 +105,7 @@ class CrossCache(DynamicCache):
     columns = 0
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
-    served = False  # whether an attachment has prepared the masks of the present forward
+    served: frozenset[int] = frozenset()  # layers for whose next update an attachment has prepared the masks
 
     def extend(self, slots: torch.Tensor, valid: torch.Tensor | None, columns: int) -> None:
         """Announce, before ``update``, tokens at ``slots`` of ``columns`` new columns."""
@@ -119,15 +119,20 @@ class CrossCache(DynamicCache):
             slots = torch.cat([self.slots, slots + self.columns], 1)
         self.slots, self.valid, self.columns = slots, valid, self.columns + columns
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.served:
+    def serve(self, depth: int) -> None:
+        """Allow the next update of each of ``depth`` layers: the masks are taken care of."""
+        self.served = frozenset(range(depth))
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx not in self.served:
             raise UnsupportedError(
                 "past_key_values holds a compressed image, whose masks only the attached recipe can build; go on "
                 "inside the compress() block, or start again without the cache"
             )
-        return super().update(*args, **kwargs)
+        self.served -= {layer_idx}
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
@@ -150,7 +155,7 @@ class CrossCache(DynamicCache):
         """As in the base class, of the text; the stock cache would take visual tokens away as well."""
         for index, layer in enumerate(self.layers):
             if index not in self.cross:
-                layer.crop(tokens_to_remove)
+                layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # every layer is a DynamicLayer
 
     def reset(self) -> None:
         super().reset()
@@ -172,12 +177,13 @@ def adopt(cache: Any, cross: frozenset[int], batch: int, device: torch.device) -
             f"past_key_values={found}: the cross-attention layers are to store fewer visual tokens than the stock "
             "model, which needs a DynamicCache; drop cache_implementation / past_key_values"
         )
-    cache.__class__ = CrossCache
-    cache.cross = cross
     stored = int(cache.get_seq_length(min(cross)))
+    cache.__class__ = CrossCache
+    adopted: Any = cache
+    adopted.cross = cross
     if stored:  # an image of an earlier, uncompressed turn
-        cache.extend(torch.arange(stored, device=device).expand(batch, -1), None, stored)
-    return cache  # type: ignore[no-any-return]
+        adopted.extend(torch.arange(stored, device=device).expand(batch, -1), None, stored)
+    return adopted
 
 
 class _Thread(threading.local):
@@ -198,7 +204,7 @@ class CrossAttachment:
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(self, adapter: Adapter, policy: CrossPolicy, *, force: bool = False) -> None:
+    def __init__(self, adapter: Adapter, policy: StagePolicy, *, force: bool = False) -> None:
         self.adapter, self.policy, self.force = adapter, policy, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
@@ -246,36 +252,39 @@ class CrossAttachment:
             self._prefill(module, kwargs, given)
         elif isinstance(cache, CrossCache):
             _thread.running[id(self)] = Call("decode", self.trace or Trace(0))
-            cache.served = True
             if cache.slots is not None:
-                kwargs |= self._masks(kwargs, cache.slots, cache.valid, cache.columns)
+                _check_columns(kwargs.get("cross_attention_mask"), cache.columns)
+                kwargs |= self._masks(kwargs, cache.slots, cache.valid)
+            cache.serve(len(self.layers))
         return args, kwargs
 
     def _prefill(self, module: Any, kwargs: dict[str, Any], given: Any) -> None:
         """Select, and leave only the kept tokens in the keyword arguments of the language model."""
         call = _thread.running[id(self)] = Call("prefill", Trace(len(self.layers)))
         call.trace.clock.mark("prefill")
-        ids, text = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        ids, text, states = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs["cross_attention_states"]
         if text is None:
             text = module.get_input_embeddings()(ids)
+        device = states.device
+        text = text.to(device)
         batch, length = text.shape[:2]
-        states = kwargs["cross_attention_states"].reshape(batch, -1, text.shape[-1])  # (B, V, D)
+        states = states.reshape(batch, -1, text.shape[-1])  # (B, V, D)
         width = states.shape[1]
         records = take_records(None)
-        columns = self._columns(records, given, batch, width).to(text.device)  # (B, M, C)
+        columns = self._columns(records, given, batch, width).to(device)  # (B, M, C)
         cache = kwargs.get("past_key_values")
         if not bool(columns.any()) and not isinstance(cache, CrossCache):  # places for images, but no image
             del _thread.running[id(self)]
             return
         units = self._units(columns, records)
         columns = columns.flatten(1)
-        attended = _attended(kwargs.get("attention_mask"), batch, length, text.device)
+        attended = _attended(kwargs.get("attention_mask"), batch, length, device)
         stock = [width if layer in self.cross else length for layer in range(len(self.layers))]
 
         visual = torch.cat([columns, torch.zeros_like(attended)], 1)
         x, prompt, written = torch.cat([states, text], 1), None, attended
         if ids is not None:  # as in other models: the image token stands for each visual token, and is no text
-            token = self.adapter.placeholders()["image"]
+            ids, token = ids.to(device), self.adapter.placeholders()["image"]
             prompt = torch.cat([ids.new_full((batch, width), token), ids], 1)
             written = attended & (ids != token)
         call.begin_prefill(visual, torch.cat([columns, written], 1), units, records, prompt, x)
@@ -299,16 +308,18 @@ class CrossAttachment:
         if layout.valid is not None:  # keys and values of 0: a row without any token gets 0 from its attention
             kept = kept.masked_fill(~layout.valid[..., None], 0)
         kwargs["cross_attention_states"] = kept
-        slots, valid, held = layout.slots, layout.valid, width
-        cache = self._cache(module, cache, kwargs.get("use_cache"), batch, text.device)
+        slots: Any = layout.slots
+        valid = layout.valid
+        cache = self._cache(module, cache, kwargs.get("use_cache"))
         if cache is not None:
-            kwargs["past_key_values"] = cache
+            _check_columns(kwargs.get("cross_attention_mask"), _columns_in(cache, min(self.cross)) + width)
+            cache = kwargs["past_key_values"] = adopt(cache, self.cross, batch, device)
             cache.extend(slots, valid, width)
-            cache.served = True
-            slots, valid, held = cache.slots, cache.valid, cache.columns
-        kwargs |= self._masks(kwargs, slots, valid, held)
+            cache.serve(len(self.layers))
+            slots, valid = cache.slots, cache.valid
+        kwargs |= self._masks(kwargs, slots, valid)
         call.kept = torch.cat([keep & columns, attended], 1)
-        call.width = layout.width  # of a cross-attention layer
+        call.width = layout.width
 
     def _columns(self, records: list[Encoded], given: Any, batch: int, width: int) -> torch.Tensor:
         """(B, M, C) bool, which columns show a picture; M image places of C columns are the ``width`` columns.
@@ -320,7 +331,7 @@ class CrossAttachment:
         if given is None:
             return torch.ones(batch, 1, width, dtype=torch.bool)
         tiles = given.bool().any(1)  # (B, M, T), images of earlier turns first
-        per_tile = self.base.vision_model.num_patches
+        per_tile = getattr(self.base, self.adapter.tower).num_patches
         return tiles[:, -(width // per_tile // tiles.shape[2]) :].repeat_interleave(per_tile, 2)
 
     def _units(self, columns: torch.Tensor, records: list[Encoded]) -> Units:
@@ -345,36 +356,31 @@ class CrossAttachment:
             [(0, u, 1) if records else None for u in range(len(rows))],
         )
 
-    def _cache(self, module: Any, cache: Any, use_cache: bool | None, batch: int, device: Any) -> CrossCache | None:
+    def _cache(self, module: Any, cache: Any, use_cache: bool | None) -> Any:
+        """The cache that the language model will fill, if any."""
         if use_cache is None:
             use_cache = self.text.config.use_cache
         checkpointing = module.training and module.gradient_checkpointing
         if cache is None and use_cache and not checkpointing:
-            cache = DynamicCache(config=self.text.config)
-        return None if cache is None else adopt(cache, self.cross, batch, device)
+            return DynamicCache(config=self.text.config)
+        return cache
 
-    def _masks(
-        self, kwargs: dict[str, Any], slots: torch.Tensor, valid: torch.Tensor | None, columns: int
-    ) -> dict[str, Any]:
+    def _masks(self, kwargs: dict[str, Any], slots: torch.Tensor, valid: torch.Tensor | None) -> dict[str, Any]:
         """The mask over the stored tokens, (B, 1, Q, W), and which text sees any of them, (B, 1, Q, 1).
 
         Text that sees no image attends to everything and has no feed-forward part: so the stock model does it, and so
         it is done for text of whose images nothing is left, as a mask made for the kept tokens alone would be.
         """
-        mask, sees = kwargs.get("cross_attention_mask"), kwargs.get("full_text_row_masked_out_mask")
+        mask, sees = kwargs.get("cross_attention_mask"), kwargs["full_text_row_masked_out_mask"]
         if mask is None and valid is None:
             return {}
         batch, width = slots.shape
         if mask is None:
             text = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-            mask = torch.zeros(batch, 1, text.shape[1], width, dtype=self.base.dtype, device=text.device)
+            mask = torch.zeros(batch, 1, text.shape[1], width, dtype=self.base.dtype, device=slots.device)
             sees = torch.ones_like(mask[..., :1])
-        elif mask.shape[-1] != columns:
-            raise ConfigError(
-                f"cross_attention_mask has {mask.shape[-1]} columns, but the images of this call and of its cache have "
-                f"{columns} tokens; give it for all images of the conversation"
-            )
         else:
+            slots, valid = slots.to(mask.device), None if valid is None else valid.to(mask.device)
             mask = mask.gather(3, slots[:, None, None].expand(-1, 1, mask.shape[2], -1))
         hidden = torch.finfo(mask.dtype).min
         held = torch.ones_like(slots, dtype=torch.bool) if valid is None else valid
@@ -385,8 +391,6 @@ class CrossAttachment:
 
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = _thread.running.pop(id(self), None)
-        if isinstance(kwargs.get("past_key_values"), CrossCache):
-            kwargs["past_key_values"].served = False
         if call is None:
             return
         if call.mode == "decode":
@@ -396,13 +400,32 @@ class CrossAttachment:
         if call.mode == "prefill":
             depth = range(len(self.layers))
             stock = call.trace.ledger.stock  # type: ignore[union-attr]  # a prefill has one
+            # what cross-attention layers hold of this call's images
             widths = [call.width if layer in self.cross else stock[layer] for layer in depth]
             call.trace.finish([call.kept] * len(self.layers), widths)
         self._latest[0] = self._latest[threading.get_ident()] = call.trace
 
 
+def _columns_in(cache: Any, layer: int) -> int:
+    """Columns that the stock model would hold in a cross-attention layer."""
+    return cache.columns if isinstance(cache, CrossCache) else int(cache.get_seq_length(layer))
+
+
+def _check_columns(mask: Any, columns: int) -> None:
+    """Before a cache is touched.
+
+    Raises:
+        ConfigError: if the mask is for other images.
+    """
+    if mask is not None and mask.shape[-1] != columns:
+        raise ConfigError(
+            f"cross_attention_mask has {mask.shape[-1]} columns, but the images of this call and of its cache have "
+            f"{columns} tokens; give it for all images of the conversation"
+        )
+
+
 def _attended(mask: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
     """(B, L) bool, text that is not padding."""
     if torch.is_tensor(mask) and mask.ndim == 2:
-        return mask[:, -length:].bool()
+        return mask[:, -length:].bool().to(device)
     return torch.ones(batch, length, dtype=torch.bool, device=device)

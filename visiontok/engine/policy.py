@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .attach import Attachment
     from .call import Call
+    from .cross import CrossAttachment
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -115,7 +116,7 @@ class StagePolicy:
                         )
                     self._taps.setdefault(tapped, set()).add(stat)
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach(self, attachment: Attachment | CrossAttachment) -> None:
         """Add the attention taps the methods asked for.
 
         Raises:
@@ -363,7 +364,7 @@ class StagePolicy:
             raise UnsupportedError(f"{self._model}: this call has no image")
         return out.to(units.row.device)
 
-    def _tap_projector(self, attachment: Attachment) -> None:
+    def _tap_projector(self, attachment: Attachment | CrossAttachment) -> None:
         if self.adapter.projector is None:
             raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
         module = self.adapter.base.get_submodule(self.adapter.projector)

@@ -652,11 +652,11 @@ def test_what_is_refused_says_why():
             generate(model, inputs, cache_implementation="static")
         cache = generate(model, inputs, 1).past_key_values
         short = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": cache}
-        mask = inputs["cross_attention_mask"][:, -1:]
+        mask = inputs["cross_attention_mask"].repeat(1, 2, 1, 1)  # longer than all text so far
         with pytest.raises(ConfigError, match="cross_attention_mask has 68 columns"), torch.no_grad():
             model(**short, cross_attention_mask=mask[:, :, :1], attention_mask=None)
         before = cache.columns, cache.layers[1].keys.shape
-        again = {k: v for k, v in inputs.items() if k != "attention_mask"}
+        again = {k: v for k, v in inputs.items() if k != "attention_mask"} | {"cross_attention_mask": mask}
         with pytest.raises(ConfigError, match="have 272 tokens"), torch.no_grad():
             model(**again, past_key_values=cache)
         assert (cache.columns, cache.layers[1].keys.shape) == before

@@ -34,6 +34,7 @@ _FAMILIES = {
     "glm4v": "qwen_vl",
     "gemma3": "gemma3",
     "paligemma": "paligemma",
+    "mllama": "mllama",
 }
 
 
@@ -57,6 +58,8 @@ class Adapter:
         deepstack: keywords of the language model for (visual mask, per-level features), or None.
         cls_token: the tower's first token of every crop is a CLS token.
         join_adjacent: items whose placeholders touch are tiles of one image.
+        cross_attention: visual tokens are no part of the prompt, decoder layers of their own attend to them; then the
+            vision tower runs inside the base model's forward, and :meth:`columns` is needed.
         notes: what a user should know about budgets on this family.
     """
 
@@ -68,6 +71,7 @@ class Adapter:
     deepstack: ClassVar[tuple[str, str] | None] = None
     cls_token: ClassVar[bool] = False
     join_adjacent: ClassVar[bool] = False
+    cross_attention: ClassVar[bool] = False
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -96,6 +100,13 @@ class Adapter:
         """Per encoded item a (n, 3) long tensor: (t, row, col) of each of its language-model tokens, -1 for none."""
         pooled = record.output.pooler_output
         return [torch.full((len(item), 3), -1) for item in pooled]
+
+    def columns(self, record: Record) -> torch.Tensor:
+        """(B, M, C) bool: which of the C cross-attention states of each of M image places per row show a picture.
+
+        Places with any are the items of :meth:`grids`, in row-major order. Cross-attention families only.
+        """
+        raise NotImplementedError
 
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Bring values of tower patches to the language-model tokens they become.

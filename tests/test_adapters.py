@@ -106,14 +106,10 @@ def test_hybrid_and_cross_attention_models_are_refused():
     )
     with pytest.raises(UnsupportedError, match=r"qwen3_5: visiontok needs plain attention layers .*linear_attention"):
         visiontok.compress(hybrid, "divprune", keep=2)
-    mllama = T.MllamaConfig(
-        text_config={**TEXT, "cross_attention_layers": [1]},
-        vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
-        | {"image_size": 32, "patch_size": 8, "intermediate_size": 48, "vision_output_dim": 64}
-        | {"intermediate_layers_indices": [0]},
-    )
-    with pytest.raises(UnsupportedError, match="cross-attention"):
-        visiontok.compress(T.AutoModelForImageTextToText.from_config(mllama), "divprune", keep=2)
+    vision = {"embed_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    idefics = T.IdeficsConfig(**TEXT, vision_config=vision, cross_layer_interval=2)
+    with pytest.raises(UnsupportedError, match="cross-attention models without an adapter"):
+        visiontok.compress(T.IdeficsForVisionText2Text(idefics), "divprune", keep=2)
 
 
 def test_a_hybrid_language_model_inside_a_known_family_is_refused():

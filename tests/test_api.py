@@ -281,7 +281,7 @@ def test_decoding_is_timed_where_it_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     trace = Trace(1)
     Event.now = 100.0  # the host has long gone on
-    trace.finish([], [])
+    trace.finish([], [], [])
     assert trace.seconds()["decode"] is None
     for Event.now in (101.0, 102.0, 105.0):
         trace.note_step()

@@ -16,6 +16,7 @@ from . import _torchvision as _torchvision
 from .budget import Budget
 from .context import Context
 from .engine.attach import Attachment
+from .engine.cross import CrossAttachment, CrossPolicy
 from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
@@ -50,9 +51,14 @@ class Compression:
         # what really runs: defaults that depend on the model are filled in, and named in the label
         adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
         self._label = replace(recipe, stages=adapted).label
-        policy = StagePolicy(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
+        decide = CrossPolicy if adapter.cross_attention else StagePolicy
+        policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
         self._base = base
-        self._attachment = Attachment(adapter, policy, outer=_around(model, base), force=force)
+        self._attachment: Attachment | CrossAttachment
+        if adapter.cross_attention:
+            self._attachment = CrossAttachment(adapter, policy, force=force)
+        else:
+            self._attachment = Attachment(adapter, policy, outer=_around(model, base), force=force)
         try:
             policy.attach(self._attachment)
         except Exception:
@@ -117,16 +123,20 @@ def base_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: if there is none.
     """
+    from visiontok.adapters.base import is_supported
+
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
     core = _unwrapped(model)
     base = getattr(core, "model", core)
-    if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
-        return base
+    if hasattr(base, "config"):
+        known = is_supported(getattr(base.config, "model_type", ""))
+        if known or hasattr(type(base), "get_image_features"):
+            return base
     raise UnsupportedError(
         f"{type(model).__name__}: no model found in it that puts image features in the place of placeholder tokens "
-        "(get_image_features); cross-attention and Q-Former models have no such tokens to drop, others are loaded with "
-        "AutoModelForImageTextToText"
+        "(get_image_features); Q-Former models and cross-attention models without an adapter have no such tokens to "
+        "drop, others are loaded with AutoModelForImageTextToText"
     )
 
 

@@ -52,6 +52,12 @@ _PIXEL_SHUFFLE = frozenset({"idefics3", "smolvlm"})
 _QWEN_MERGERS = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"})
 _PROJECTORS = _LLAVA_LIKE | _PIXEL_SHUFFLE | _QWEN_MERGERS | {"glm4v", "gemma3", "paligemma"}
 
+# Cross-attention: some decoder layers hold visual tokens only, and text attends to them. Compared in
+# tests/test_mllama.py.
+_CROSS_ATTENTION = frozenset({"mllama_text_model"})
+_CROSS_TOWERS = frozenset({"mllama_vision_model"})
+_CROSS_PROJECTORS = frozenset({"mllama"})
+
 CONVENTIONS = ("A", "B", "C", "D")
 
 
@@ -74,6 +80,13 @@ class _Block:
         projections = 2 * self.width * (2 * self.query_width + 2 * self.kv_width)
         return tokens * (projections + self.mlp) + 4 * self.query_width * pairs
 
+    def cross_flops(self, text: int, new: int, keys: int) -> int:
+        """FLOPs for `text` tokens that attend to `keys` visual ones, `new` of them not cached; without any: skipped."""
+        if not keys:
+            return 0
+        projections = 4 * self.width * (text * self.query_width + new * self.kv_width)
+        return projections + text * self.mlp + 4 * self.query_width * text * keys
+
 
 # ------------------------------------------------------------------------------------------------- language model
 
@@ -93,7 +106,7 @@ def _kv_heads(config: Any) -> int:
 def _decoder_blocks(config: Any) -> list[_Block]:
     text = _text(config)
     family = text.model_type
-    if family not in _GATED_MLP | _PLAIN_MLP | _EXPERTS:
+    if family not in _GATED_MLP | _PLAIN_MLP | _EXPERTS | _CROSS_ATTENTION:
         raise UnsupportedError(
             f"the decoder layers of model_type={family!r} are not in visiontok's cost model; measure them with "
             "torch.utils.flop_counter.FlopCounterMode"
@@ -110,6 +123,12 @@ def _decoder_blocks(config: Any) -> list[_Block]:
         mlp = routed if family in _EXPERTS and _is_sparse(text, layer) else dense
         blocks.append(_Block(width, text.num_attention_heads * head, _kv_heads(text) * head, mlp))
     return blocks
+
+
+def _cross_layers(config: Any) -> frozenset[int]:
+    """Decoder layers whose keys and values are visual tokens."""
+    text = _text(config)
+    return frozenset(text.cross_attention_layers if text.model_type in _CROSS_ATTENTION else ())
 
 
 def _is_sparse(text: Any, layer: int) -> bool:
@@ -133,11 +152,13 @@ def decoder_flops(
     """FLOPs of every decoder layer, without the language-model head.
 
     Layer l with n queries, m keys, width d, query width q, key-value width k and a gated MLP of width f costs
-    `2 n d (2 q + 2 k) + 4 q n m + 6 n d f` per row. Experts cost their top-k and the router.
+    `2 n d (2 q + 2 k) + 4 q n m + 6 n d f` per row. Experts cost their top-k and the router. In a cross-attention layer
+    n, the text of the other layers, is the queries, and the v visual tokens cost `4 v d k`.
 
     Args:
         config: The model's configuration, or its `text_config`.
-        tokens: Tokens that enter each layer, per row of the batch, padding included: it is computed too.
+        tokens: Tokens that enter each layer, per row of the batch, padding included: it is computed too. For a
+            cross-attention layer the visual tokens, v.
         keys: Tokens each layer's queries attend to, where it differs from `tokens` (decoding with a cache).
         batch: Rows.
 
@@ -151,7 +172,12 @@ def decoder_flops(
     blocks = _decoder_blocks(config)
     queries = _per_layer("tokens", tokens, len(blocks))
     attended = queries if keys is None else _per_layer("keys", keys, len(blocks))
-    return [batch * block.flops(n, n * m) for block, n, m in zip(blocks, queries, attended, strict=True)]
+    cross = _cross_layers(config)
+    text = max((n for layer, n in enumerate(queries) if layer not in cross), default=0)
+    return [
+        batch * (block.cross_flops(text, n, m) if layer in cross else block.flops(n, n * m))
+        for layer, (block, n, m) in enumerate(zip(blocks, queries, attended, strict=True))
+    ]
 
 
 def lm_head_flops(config: Any, tokens: int = 1) -> int:
@@ -196,7 +222,8 @@ class VisionInputs:
     """What enters the vision tower in one call.
 
     Args:
-        grids: One `(t, h, w)` per image, crop or video: frames (after temporal patching), patch rows, patch columns.
+        grids: One `(t, h, w)` per image, crop or video: frames (after temporal patching) or Mllama's tiles, patch rows,
+            patch columns.
         embedded: Patches the patch embedding computes; more than the grids hold where images of different sizes are
             padded to one (Pixtral). Defaults to the patches of `grids`.
     """
@@ -241,6 +268,10 @@ class VisionInputs:
                 sizes = [(int(h), int(w)) for h, w in _listed(call["image_sizes"])]
                 grids += [(1, h // patch_h, w // patch_w) for h, w in sizes]
                 embedded += len(sizes) * rows * columns
+            elif config.model_type in _CROSS_PROJECTORS:  # places for images and tiles that stay empty run as well
+                images, tiles = int(pixels.shape[0] * pixels.shape[1]), int(pixels.shape[2])
+                grids += [(tiles, rows, columns)] * images
+                embedded += images * tiles * rows * columns
             else:
                 crops = _crops(config, call, key)
                 grids += [(1, rows, columns)] * crops
@@ -307,7 +338,7 @@ class VisionFlops:
 def _tower_block(vision: Any) -> tuple[_Block, int]:
     """The tower's layer and how often it is repeated."""
     family = vision.model_type
-    if family not in _TOWERS:
+    if family not in _TOWERS | _CROSS_TOWERS:
         raise UnsupportedError(
             f"the vision tower of model_type={family!r} is not in visiontok's cost model; measure it with "
             "torch.utils.flop_counter.FlopCounterMode"
@@ -320,6 +351,8 @@ def _tower_block(vision: Any) -> tuple[_Block, int]:
         width, inner = vision.hidden_size, vision.intermediate_size
     matrices = 3 if family in _GATED_TOWERS else 2
     depth = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
+    if family in _CROSS_TOWERS:
+        depth += vision.num_global_layers
     return _Block(width, width, width, 2 * matrices * width * inner), depth
 
 
@@ -359,6 +392,8 @@ def attention_lengths(config: Any, inputs: VisionInputs) -> list[list[int]]:
     _, depth = _tower_block(vision)
     if vision.model_type == "pixtral":
         return [[inputs.patches] if inputs.grids else []] * depth
+    if vision.model_type in _CROSS_TOWERS:  # all tiles of an image together, each padded to a multiple of 8
+        return [[t * (-(-(h * w + 1) // 8) * 8) for t, h, w in inputs.grids]] * depth
     prefix = 1 if vision.model_type in ("clip_vision_model", "internvl_vision") else 0
     whole = [h * w + prefix for t, h, w in inputs.grids for _ in range(t)]
     if vision.model_type != "qwen2_5_vl_vision":
@@ -390,7 +425,7 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
             f"config of model_type={config.model_type!r} has no vision_config; give the whole model's config"
         )
     block, depth = _tower_block(vision)
-    if config.model_type not in _PROJECTORS:
+    if config.model_type not in _PROJECTORS | _CROSS_PROJECTORS:
         raise UnsupportedError(
             f"the projector of model_type={config.model_type!r} is not in visiontok's cost model; measure it with "
             "torch.utils.flop_counter.FlopCounterMode"
@@ -422,6 +457,8 @@ def _projector(config: Any, width: int, lengths: Sequence[int], inputs: VisionIn
     """FLOPs from the tower's output, in sequences of `lengths` tokens, to the language model's input."""
     family, vision, out = config.model_type, config.vision_config, config.text_config.hidden_size
     tokens = sum(lengths)
+    if family in _CROSS_PROJECTORS:
+        return _linear(sum(t * (h * w + 1) for t, h, w in inputs.grids), vision.vision_output_dim, out)
     if family == "gemma3":  # average-pooled to a fixed number before the projection
         return _linear(len(lengths) * config.mm_tokens_per_image, width, out)
     if family == "paligemma":
@@ -671,7 +708,7 @@ def account(
         inputs: What enters the stock vision tower, all rows together (`VisionInputs.from_call`).
         stock: Tokens per decoder layer and row in the stock model, text and padding included.
         kept: The same as run.
-        text: Tokens per row if every visual token were gone.
+        text: Tokens per row if every visual token were gone; a cross-attention layer would have none.
         batch: Rows.
         dtype_bytes: Bytes per element of the cache.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
@@ -689,7 +726,8 @@ def account(
     layers: list[tuple[int, ...] | None] = [None, None, None]
     caches: list[int | None] = [None, None]
     try:
-        text_only = [text] * len(stock)
+        cross = _cross_layers(config)
+        text_only = [0 if layer in cross else text for layer in range(len(stock))]
         layers = [tuple(decoder_flops(config, counts, batch=batch)) for counts in (stock, kept, text_only)]
         caches = [kv_bytes(config, counts, dtype_bytes=dtype_bytes, batch=batch) for counts in (stock, kept)]
     except UnsupportedError as error:

@@ -20,12 +20,20 @@ class TokenLedger:
         attended: (B, N) bool, positions that are not padding.
         units: the images of the call.
         depth: number of decoder layers.
+        stock: slots per row that each layer of the stock model computes and caches, if these are not the N positions.
+
+    In a cross-attention model visual tokens have no place in the prompt: the N positions are the columns of the
+    cross-attention states, then the text. A token is alive in all layers or in none, and the slots of a
+    cross-attention layer hold visual tokens only, those of the others text only.
     """
 
-    def __init__(self, visual: torch.Tensor, attended: torch.Tensor, units: Units, depth: int) -> None:
+    def __init__(
+        self, visual: torch.Tensor, attended: torch.Tensor, units: Units, depth: int, stock: list[int] | None = None
+    ) -> None:
         self.visual, self.attended, self.units, self.depth = visual, attended, units, depth
+        self.stock = [visual.shape[1]] * depth if stock is None else stock
         self._alive: list[torch.Tensor] | None = None
-        self._widths = [visual.shape[1]] * depth
+        self._widths = self.stock
         self._masses: list[torch.Tensor | None] = [None] * depth
 
     def fill(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:

@@ -83,7 +83,7 @@ class Report:
             ImageReport(rows[u], units.ordinal[u], units.modality[u], units.sizes[u], tuple(n[u] for n in per_layer))
             for u in range(len(units))
         )
-        batch, length = ledger.visual.shape
+        batch = len(ledger.visual)
         text = int((ledger.attended & ~ledger.visual).sum(1).max())
         config: Any = base.config
         dtype = next(getattr(base, adapter.text).parameters()).dtype
@@ -92,7 +92,7 @@ class Report:
         costs = account(
             config,
             VisionInputs(tuple(g for i in grids for g in i.grids), sum(embedded) if grids else None),
-            stock=[length] * ledger.depth,
+            stock=ledger.stock,
             kept=ledger.tokens(),
             text=text,
             batch=batch,

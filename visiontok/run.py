@@ -28,7 +28,7 @@ from visiontok.api import Compression, as_recipe, base_model, compress
 from visiontok.budget import Budget
 from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
-from visiontok.errors import ConfigError
+from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.images import load_image
 from visiontok.overlay import overlay as draw_overlay
 from visiontok.recipes import find as find_method
@@ -451,7 +451,13 @@ class _Loaded:
 
     @functools.cached_property
     def base(self) -> Any:
-        return base_model(self.model)
+        base: Any = base_model(self.model)
+        if not hasattr(type(base), "get_image_features"):
+            raise UnsupportedError(
+                f"{self.name}: a model of type {base.config.model_type} encodes pictures inside its forward, where "
+                "this comparison cannot time it; use visiontok.compress() in Python, whose report has the times"
+            )
+        return base
 
     @functools.cached_property
     def text(self) -> Any:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
     from .attach import Attachment
+    from .cross import CrossAttachment
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -120,7 +121,7 @@ class StagePolicy:
                         )
                     self._taps.setdefault(tapped, set()).add(stat)
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach(self, attachment: Attachment | CrossAttachment) -> None:
         """Add the attention taps the methods asked for.
 
         Raises:
@@ -410,7 +411,7 @@ class StagePolicy:
             raise UnsupportedError(f"{self._model}: this call has no image")
         return out.to(units.row.device)
 
-    def _tap_projector(self, attachment: Attachment) -> None:
+    def _tap_projector(self, attachment: Attachment | CrossAttachment) -> None:
         if self.adapter.projector is None:
             raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
         module = self.adapter.base.get_submodule(self.adapter.projector)

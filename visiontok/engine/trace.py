@@ -38,12 +38,10 @@ class Trace:
         """The recipe kept every token, and the call ran untouched."""
         self.steps = None
 
-    def finish(
-        self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None] | None = None
-    ) -> None:
+    def finish(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
         """The prefill is through; per layer the (B, N) mask of living tokens, the slots per row, and the masses."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths, masses or [None] * len(alive))
+            self.ledger.fill(alive, widths, masses)
         self.clock.mark("finished")
 
     def note_step(self) -> None:

@@ -101,6 +101,33 @@ def _is_sizes(x: Any) -> bool:
     return torch.is_tensor(x) and x.ndim <= 3 and not x.is_floating_point() and not x.is_complex()
 
 
+class TowerRecorder:
+    """Remembers the same where a model encodes pictures inside its forward: from the tower's input to the projector's
+    output."""
+
+    def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+        self._handles = [
+            tower.register_forward_pre_hook(self._start, with_kwargs=True),
+            projector.register_forward_hook(self._end),
+        ]
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _thread.current = record = Encoded("image", dict(kwargs))
+        record.clock.mark("start")
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record, _thread.current = _thread.current, None
+        if record is not None:
+            record.output = output
+            record.clock.mark("end")
+            _thread.forward.append(record)
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
 def current_record() -> Encoded | None:
     """The vision-tower run in progress on this thread."""
     return _thread.current
@@ -108,7 +135,7 @@ def current_record() -> Encoded | None:
 
 def begin_forward() -> None:
     """Forget tower runs that belong to no forward, or to one that failed."""
-    _thread.forward = []
+    _thread.current, _thread.forward = None, []
 
 
 def take_records(outputs: Mapping[str, Any] | None) -> list[Encoded]:

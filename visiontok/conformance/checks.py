@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..api import Callback, Compression
 from ..budget import Budget
-from ..errors import ConfigError, VisiontokError
+from ..errors import ConfigError
 from ..ledger import TokenLedger
 from ..recipe import Recipe
 from ..report import Report
@@ -23,15 +23,19 @@ from . import zoo
 from .oracle import greedy
 from .spy import Asked, alone, ask, contract, keeps, padded, permuted, spied, take, without_ties
 
-STEPS = 3
+if TYPE_CHECKING:
+    from visiontok.adapters.base import Adapter
+
+STEPS = 4
+DRAWS = 5
 CLOSE = 1e-6  # of the largest logit, in float64
 
 
-class Failed(Exception):
+class Failed(Exception):  # noqa: N818  # a verdict
     """The claim does not hold. The message is a sentence about the subject."""
 
 
-class NotApplicable(Exception):
+class NotApplicable(Exception):  # noqa: N818
     """The subject makes no such claim. The message says why."""
 
 
@@ -131,18 +135,15 @@ class Case:
 
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("prompt", "cut")]
     recipe = case.need_budget(Budget.ratio(1.0))
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("prompt", "cut")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
     for force, what in ((False, "keep=1.0"), (True, "keep=1.0, sent through the whole machinery,")):
         got = case.run(recipe, force=force).logits
         if not torch.equal(got[where], stock[where]):
-            raise Failed(f"{what} changes the logits by up to {_gap(got[where], stock[where]):.2g}; they must be equal")
-    with torch.no_grad():
-        if not torch.equal(case.model(**case.inputs).logits, stock):
-            raise Failed("after it is removed, the model is not the stock model any more")
+            raise Failed(f"{what} changes the logits by up to {gap(got[where], stock[where]):.2g} of the largest")
 
 
 def rows(case: Case) -> None:
@@ -156,9 +157,9 @@ def rows(case: Case) -> None:
                     f"prompt {b} keeps other tokens in a batch than alone (decoder layer {layer}): a token's fate "
                     "must not depend on the other rows, so reduce over dim 1, never over the images"
                 )
-        gap = _gap(together.logits[b, mask], single.logits[0])
-        if gap > CLOSE:
-            raise Failed(f"prompt {b} has other logits in a batch than alone (by {gap:.2g} of the largest)")
+        far = gap(together.logits[b, mask], single.logits[0])
+        if far > CLOSE:
+            raise Failed(f"prompt {b} has other logits in a batch than alone (by {far:.2g} of the largest)")
 
 
 def images(case: Case) -> None:
@@ -194,24 +195,7 @@ def budget(case: Case) -> None:
 
 def oracle(case: Case) -> None:
     """Greedy generation equals the dense masked oracle of what the ledger says, in every token and logit."""
-    log: list[Asked] = []
-    with Compression(case.model, spied(case.asking, log)) as compression, torch.no_grad():
-        out = case.model.generate(
-            **case.inputs,
-            max_new_tokens=STEPS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            suppress_tokens=list(zoo.BANNED),
-        )
-        ledger = compression.ledger
-        alive = [ledger.alive(layer) for layer in range(ledger.depth)]
-    sequences, logits = greedy(case.model, case.inputs, alive, STEPS, zoo.BANNED, merged=_merged(ledger, log))
-    gap = _gap(torch.stack(out.logits, 1), logits)
-    if not torch.equal(out.sequences, sequences) or gap > CLOSE:
-        raise Failed(
-            f"generation differs from the stock model that is shown the same tokens (logits by {gap:.2g} of the largest)"
-        )
+    against_oracle(case.model, case.inputs, case.asking, zoo.BANNED)
 
 
 def permutation(case: Case) -> None:
@@ -221,19 +205,14 @@ def permutation(case: Case) -> None:
             raise NotApplicable("it draws at random")
         if not asked.contract.order_free:
             raise NotApplicable("its contract says order_free=False")
-        for seed in range(2):
-            ctx, order = without_ties(asked.context, seed), _shuffles(asked.context.size, asked.context.valid, seed)
-            plain, shuffled = ask(asked.method, ctx), ask(asked.method, permuted(ctx, order))
-            keep = take(plain.answer.keep & ctx.valid, order)
-            if not torch.equal(keep, shuffled.answer.keep & shuffled.context.valid):
-                raise Failed(
-                    "which tokens stay depends on their index in the sequence: rank by what they are, take places from "
-                    "ctx.grid, or declare Contract(order_free=False)"
-                )
-            if plain.answer.features is not None and shuffled.answer.features is not None:
-                gap = _gap(take(plain.answer.features, order)[keep], shuffled.answer.features[keep])
-                if gap > CLOSE:
-                    raise Failed("what merged tokens become depends on their index in the sequence")
+        # Symmetric distances and regular grids tie even where tokens are random. So a few images may differ, and a
+        # method is order-free if it is so on either kind of grid.
+        share = min(_moved(asked, scattered=scattered) for scattered in (False, True))
+        if share > 0.25:
+            raise Failed(
+                f"which tokens stay depends on their index in the sequence (in {share:.0%} of the shuffled images): "
+                "rank by what they are, take places from ctx.grid, or declare Contract(order_free=False)"
+            )
 
 
 def something_dropped(case: Case) -> None:
@@ -302,14 +281,18 @@ def bfloat16(case: Case) -> None:
         raise Failed("on a bfloat16 model its logits are not finite")
     wanted, got = ([image.kept for image in r.report.images] for r in (case.plain, run))
     if case.exact and wanted != got:
-        raise Failed(f"on a bfloat16 model it keeps {got[0]} tokens of the first image per layer, in float64 {wanted[0]}")
+        raise Failed(
+            f"on a bfloat16 model it keeps {got[0]} tokens of the first image per layer, in float64 {wanted[0]}"
+        )
 
 
 def determinism(case: Case) -> None:
     """The same call twice gives the same; only the seed changes a draw, and only a draw."""
     first, again = case.plain, case.run(case.asking)
     if any(asked.global_random for asked in first.asked):
-        raise Failed("it uses torch's global random numbers: draw from ctx.generator(u), which the seed of the recipe sets")
+        raise Failed(
+            "it uses torch's global random numbers: draw from ctx.generator(u), which the seed of the recipe sets"
+        )
     if not _alike(first, again) or not torch.equal(first.logits, again.logits):
         raise Failed("the same call twice keeps different tokens: draw from ctx.generator(u) only")
     drew = any(asked.drew for asked in first.asked)
@@ -380,17 +363,78 @@ CHECKS = {
 }
 
 
+def against_oracle(
+    model: Any,
+    inputs: dict[str, Any],
+    recipe: Recipe,
+    banned: Sequence[int],
+    *,
+    adapter: type[Adapter] | None = None,
+    close: float = CLOSE,
+) -> tuple[list[torch.Tensor], Any]:
+    """Greedy generation with a cache equals the dense masked oracle, and the cache holds what the ledger says.
+
+    Args:
+        model: a tiny model.
+        inputs: its prompts.
+        recipe: what to attach.
+        banned: tokens never generated.
+        adapter: instead of the registered one.
+        close: how far logits may lie apart, as a part of the largest.
+
+    Returns:
+        per layer the (B, N) mask of living tokens, and what ``generate`` returned.
+
+    Raises:
+        Failed: if anything differs.
+    """
+    log: list[Asked] = []
+    with Compression(model, spied(recipe, log), adapter=adapter) as compression:
+        out = generate(model, inputs, banned)
+        ledger = compression.ledger
+    alive = [ledger.alive(layer) for layer in range(ledger.depth)]
+    stored = [layer.keys.shape[-2] - STEPS + 1 for layer in out.past_key_values.layers]
+    if stored != ledger.tokens():
+        raise Failed(f"the cache holds {stored} prompt tokens per layer, the ledger says {ledger.tokens()}")
+    text = inputs["attention_mask"].bool() & ~ledger.visual
+    if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
+        raise Failed("text tokens are dropped, or padding is kept")
+    sequences, logits = greedy(model, inputs, alive, STEPS, banned, merged=_merged(ledger, log))
+    far = gap(torch.stack(out.logits, 1), logits)
+    if far > close or not torch.equal(out.sequences, sequences):
+        raise Failed(
+            f"generation differs from a stock model in which the dropped tokens are masked (logits by {far:.2g} of "
+            "the largest)"
+        )
+    return alive, out
+
+
+def generate(model: Any, inputs: dict[str, Any], banned: Sequence[int]) -> Any:
+    """Greedy generation of a few tokens, with logits."""
+    with torch.no_grad():
+        return model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            suppress_tokens=list(banned),
+        )
+
+
+def gap(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a part of the largest expected value; infinite where one of them is not a number."""
+    if not got.numel():
+        return 0.0
+    far = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    return float(far.nan_to_num(nan=torch.inf))
+
+
 @functools.cache
 def _stock(architecture: str) -> torch.Tensor:
     model = zoo.build(architecture)
     with torch.no_grad():
         return model(**zoo.batch(architecture, model)).logits
-
-
-def _gap(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, as a part of the largest expected value; infinite where one of them is not finite."""
-    gap = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30) if got.numel() else torch.zeros(())
-    return float(torch.nan_to_num(gap, nan=torch.inf))
 
 
 def _alike(a: Run, b: Run) -> bool:
@@ -407,7 +451,9 @@ def _average(case: Case, recipe: Recipe, keep: Budget) -> None:
     for image in run.report.images:
         wanted = min(float(keep.value * image.tokens if keep.kind == "ratio" else keep.value), image.tokens)
         if image.average > wanted or (case.exact and image.average <= wanted - 1):
-            raise Failed(f"asked for {wanted:g} tokens per image on layer average (keep={keep}) it keeps {image.average:g}")
+            raise Failed(
+                f"asked for {wanted:g} tokens per image on layer average (keep={keep}) it keeps {image.average:g}"
+            )
 
 
 def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
@@ -423,6 +469,26 @@ def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
     return merged
 
 
+def _moved(asked: Asked, *, scattered: bool) -> float:
+    """The share of images in which other tokens are kept once they stand in another order.
+
+    Raises:
+        Failed: if merged tokens become something else.
+    """
+    moved: list[bool] = []
+    for seed in range(DRAWS):
+        ctx = without_ties(asked.context, seed, scattered=scattered)
+        order = _shuffles(ctx.size, ctx.valid, seed)
+        plain, other = ask(asked.method, ctx), ask(asked.method, permuted(ctx, order))
+        keep, shuffled = take(plain.answer.keep & ctx.valid, order), other.answer.keep & other.context.valid
+        moved += (keep != shuffled).any(1).tolist()
+        if plain.answer.features is not None and other.answer.features is not None:
+            both = keep & shuffled
+            if gap(other.answer.features[both], take(plain.answer.features, order)[both]) > CLOSE:
+                raise Failed("what merged tokens become depends on their index in the sequence")
+    return sum(moved) / len(moved)
+
+
 def _shuffles(size: torch.Tensor, valid: torch.Tensor, seed: int) -> torch.Tensor:
     """(U, N) long: a random order of the tokens of each image; slots behind them stay."""
     g = torch.Generator().manual_seed(seed)
@@ -430,6 +496,3 @@ def _shuffles(size: torch.Tensor, valid: torch.Tensor, seed: int) -> torch.Tenso
     for u, n in enumerate(size.tolist()):
         order[u, :n] = torch.randperm(n, generator=g)
     return order
-
-
-__all__ = ["CHECKS", "Case", "Failed", "NotApplicable", "VisiontokError"]

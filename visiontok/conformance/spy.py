@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -113,8 +114,8 @@ def keeps(method: Method, ctx: Context) -> torch.Tensor:
     return ask(method, ctx).answer.keep & ctx.valid
 
 
-def without_ties(ctx: Context, seed: int) -> Context:
-    """The same question about random features and attention, no two tokens alike."""
+def without_ties(ctx: Context, seed: int, *, scattered: bool) -> Context:
+    """The same question about random features and attention, no two tokens alike; ``scattered``: at random places."""
     g = torch.Generator().manual_seed(seed)
     scores: dict[tuple[str, int | float], torch.Tensor] = {}
 
@@ -127,13 +128,20 @@ def without_ties(ctx: Context, seed: int) -> Context:
     def random(x: torch.Tensor) -> torch.Tensor:
         return torch.randn(x.shape, generator=g).to(x.dtype)
 
-    encoder = None if ctx.encoder_features is None else random(ctx.encoder_features)
-    return replace(ctx, features=random(ctx.features), encoder_features=encoder, attention=Attention(read))
+    new: dict[str, Any] = {"features": random(ctx.features)}
+    if ctx.encoder_features is not None:
+        new["encoder_features"] = random(ctx.encoder_features)
+    if scattered:
+        units, n = ctx.valid.shape
+        side = 2 * n
+        cells = torch.stack([torch.randperm(side * side, generator=g)[:n] for _ in range(units)])
+        new["grid"] = torch.stack([torch.zeros_like(cells), cells // side, cells % side], -1)
+    return replace(ctx, **new, attention=Attention(read))
 
 
 def permuted(ctx: Context, order: torch.Tensor) -> Context:
     """The same question with the tokens of each image in another order, (U, N) long."""
-    mine = {name: take(value, order) for name in PER_TOKEN if (value := getattr(ctx, name)) is not None}
+    mine: dict[str, Any] = {name: take(value, order) for name in PER_TOKEN if (value := getattr(ctx, name)) is not None}
     return replace(ctx, **mine, attention=Attention(lambda stat, layer: take(_read(ctx, stat, layer), order)))
 
 
@@ -144,7 +152,7 @@ def take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def alone(ctx: Context, u: int) -> Context:
     """The same question about one image, without the others of its batch."""
-    mine = {name: value[u : u + 1] for name in PER_IMAGE if (value := getattr(ctx, name)) is not None}
+    mine: dict[str, Any] = {name: value[u : u + 1] for name in PER_IMAGE if (value := getattr(ctx, name)) is not None}
     return replace(
         ctx,
         **mine,

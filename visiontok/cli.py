@@ -148,6 +148,7 @@ def check(
     from visiontok import recipes
     from visiontok.budget import Budget
     from visiontok.conformance import matrix, zoo
+    from visiontok.run import typed_options
 
     torch.set_num_threads(1)  # threads only slow models as tiny as these down
 
@@ -155,7 +156,10 @@ def check(
     if not names:
         raise ConfigError("check: name a target (FILE.py:NAME, a recipe file, a method, a model type), or give --all")
     architectures = zoo.ARCHITECTURES if arch == ["all"] else tuple(arch or matrix.DEFAULT)
-    found = [matrix.check(name, architectures, keep=Budget.parse(keep), options=options) for name in names]
+    found = []
+    for name in names:
+        typed = typed_options(recipes.find(name), options) if name in recipes.names() else options
+        found.append(matrix.check(name, architectures, keep=Budget.parse(keep), options=typed))
     if as_json:
         _print_json({"ok": all(m.ok for m in found), "targets": [m.to_dict() for m in found]})
     else:

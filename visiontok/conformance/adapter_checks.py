@@ -174,11 +174,15 @@ def identity(case: AdapterCase) -> None:
 
 def schedules(case: AdapterCase) -> None:
     """Every kind of schedule equals the dense masked oracle in greedy generation."""
+    banned = case.banned
     for name, stages in SCHEDULES.items():
         try:
-            against_oracle(case.model, case.inputs, Recipe(stages=stages), case.banned, adapter=case.adapter)
+            against_oracle(case.model, case.inputs, Recipe(stages=stages), banned, adapter=case.adapter)
         except Failed as error:
             raise Failed(f"schedule {name!r}: {error}") from error
+        except Exception as error:
+            text = str(error).splitlines()[0]
+            raise Failed(f"schedule {name!r}: the model raises {type(error).__name__}: {text}") from error
 
 
 def grids(case: AdapterCase) -> None:

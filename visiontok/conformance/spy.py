@@ -23,10 +23,10 @@ class Asked:
 
     Attributes:
         method: who was asked, adapted to the model.
-        context: a copy of what it was given.
+        context: what it was given a copy of.
         answer: what it said.
         drew: whether it took a generator of the context.
-        touched: fields of the context that it changed in place.
+        touched: fields of its copy that it changed in place.
         global_random: whether it used torch's global random numbers.
     """
 
@@ -88,23 +88,23 @@ def contract(method: Method) -> Contract:
 
 
 def ask(method: Method, ctx: Context) -> Asked:
-    """Put a question to a method; it may work on ``ctx`` itself, so the record holds a copy from before."""
+    """Put a question to a method, which gets a copy of the tensors."""
     drawn: list[int] = []
 
     def generator(u: int) -> torch.Generator:
         drawn.append(u)
         return ctx.generator(u)
 
-    before = {f.name: value.clone() for f in fields(ctx) if torch.is_tensor(value := getattr(ctx, f.name))}
+    tensors = {f.name: value for f in fields(ctx) if torch.is_tensor(value := getattr(ctx, f.name))}
+    copies: dict[str, Any] = {name: value.clone() for name, value in tensors.items()}
     state = torch.get_rng_state()
-    answer = method.select(replace(ctx, generator=generator))
-    touched = tuple(name for name, value in before.items() if not _same(value, getattr(ctx, name)))
+    answer = method.select(replace(ctx, **copies, generator=generator))
     return Asked(
         method=method,
-        context=replace(ctx, **before),  # type: ignore[arg-type]
+        context=ctx,
         answer=answer if isinstance(answer, Selection) else Selection(keep=answer),
         drew=bool(drawn),
-        touched=touched,
+        touched=tuple(name for name, value in tensors.items() if not _same(value, copies[name])),
         global_random=not torch.equal(torch.get_rng_state(), state),
     )
 

@@ -34,7 +34,8 @@ def resolve(target: Any, options: dict[str, Any]) -> Recipe | type[Adapter]:
         source = adapter_class(target)
     if isinstance(source, type) and issubclass(source, Adapter):
         if options:
-            raise ConfigError(f"options={options}: an adapter takes none")
+            name, value = next(iter(options.items()))
+            raise ConfigError(f"{name}={value!r}: an adapter takes no options")
         return source
     return as_recipe(source, **options)
 

@@ -164,18 +164,27 @@ def find(base: nn.Module) -> Adapter:
 def _own(base: nn.Module) -> Adapter | None:
     """The adapter made for the family of ``base``, here or in another installed package."""
     model_type = getattr(base.config, "model_type", type(base).__name__)
+    return adapter_class(model_type)(base) if is_supported(model_type) else None
+
+
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a family; those of other packages come first.
+
+    Raises:
+        ConfigError: if it has none, or if an entry point names something else.
+    """
     third_party = _third_party().get(model_type)
     if third_party is not None:
         cls = third_party.load()
         if not (isinstance(cls, type) and issubclass(cls, Adapter)):
             raise ConfigError(f"entry point {third_party.name} = {third_party.value}: not an Adapter subclass")
-        return cls(base)
+        return cls
     if model_type in _FAMILIES:
         module = importlib.import_module(f"visiontok.adapters.{_FAMILIES[model_type]}")
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, Adapter) and model_type in cls.model_types:
-                return cls(base)
-    return None
+                return cls
+    raise ConfigError(f"model_type={model_type!r}: no adapter is registered for it")
 
 
 def check(adapter: Adapter) -> Adapter:

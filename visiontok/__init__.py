@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from visiontok.api import Compression, attached, compress
     from visiontok.budget import Budget
     from visiontok.context import Context
-    from visiontok.method import Card, Mass, Method, Needs, Selection, Stage
+    from visiontok.method import Card, Contract, Mass, Method, Needs, Selection, Stage
     from visiontok.recipe import Recipe, recipe
     from visiontok.recipes import methods
 
@@ -27,6 +27,7 @@ __all__ = [
     "Card",
     "Compression",
     "Context",
+    "Contract",
     "Mass",
     "Method",
     "Needs",
@@ -48,6 +49,7 @@ _SOURCES = {
     "Card": "visiontok.method",
     "Compression": "visiontok.api",
     "Context": "visiontok.context",
+    "Contract": "visiontok.method",
     "Mass": "visiontok.method",
     "Method": "visiontok.method",
     "Needs": "visiontok.method",

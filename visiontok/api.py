@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -24,18 +25,29 @@ from .method import Card, Contract, Mass, Method, Needs, Selection, Stage
 from .recipe import Recipe, of_method, recipe
 from .report import Report
 
+if TYPE_CHECKING:
+    from visiontok.adapters.base import Adapter
+
 _MARK = "_visiontok_compression"
 
 
 class Compression:
     """A recipe attached to a model; a context manager.
 
+    Args:
+        model: as in :func:`compress`.
+        recipe: what to attach.
+        adapter: to use instead of the one that is registered for the family (to try one out).
+        force: run the whole machinery even where nothing is dropped (for tests of its exactness).
+
     Attributes:
         model: the model as it was given.
         recipe: what is attached.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, *, force: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, *, adapter: type[Adapter] | None = None, force: bool = False
+    ) -> None:
         from visiontok.adapters.base import find
 
         self.model, self.recipe = model, recipe
@@ -45,20 +57,20 @@ class Compression:
                 f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; "
                 "call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
             )
-        adapter = find(base)
-        depth = len(getattr(base, adapter.text).layers)
-        tower = describe_tower(adapter)
+        known = find(base) if adapter is None else adapter(base)
+        depth = len(getattr(base, known.text).layers)
+        tower = describe_tower(known)
         # what really runs: defaults that depend on the model are filled in, and named in the label
         adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
         self._label = replace(recipe, stages=adapted).label
-        decide = CrossPolicy if adapter.cross_attention else StagePolicy
+        decide = CrossPolicy if known.cross_attention else StagePolicy
         policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
         self._base = base
         self._attachment: Attachment | CrossAttachment
-        if adapter.cross_attention:
-            self._attachment = CrossAttachment(adapter, policy, force=force)
+        if known.cross_attention:
+            self._attachment = CrossAttachment(known, policy, force=force)
         else:
-            self._attachment = Attachment(adapter, policy, outer=_around(model, base), force=force)
+            self._attachment = Attachment(known, policy, outer=_around(model, base), force=force)
         try:
             policy.attach(self._attachment)
         except Exception:
@@ -230,7 +242,7 @@ def as_recipe(source: Any, **options: Any) -> Recipe:
     """The recipe that ``source`` names or is; see :func:`compress`."""
     if isinstance(source, str | Path) and _is_file(str(source)):
         path, _, name = str(source).partition(".py:")
-        source = _from_python(path + ".py", name) if name else Recipe.load(source)
+        source = from_python(path + ".py", name) if name else Recipe.load(source)
     elif isinstance(source, str):
         return recipe(source, **options)
     if options:
@@ -254,11 +266,17 @@ def _is_file(source: str) -> bool:
     return source.endswith((".json", ".yaml", ".yml")) or ".py:" in source
 
 
-def _from_python(path: str, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location("visiontok_user_recipe", path)
+def from_python(path: str, name: str) -> Any:
+    """What a Python file calls ``name``.
+
+    Raises:
+        ConfigError: if there is no such file, or no such name in it.
+    """
+    spec = importlib.util.spec_from_file_location(f"visiontok_user_{Path(path).stem}", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise ConfigError(f"recipe={path}:{name}: there is no such Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         known = [n for n, v in vars(module).items() if not n.startswith("_") and not inspect.ismodule(v)]

@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `visiontok methods`, `visiontok doctor`.
+"""The command line: `visiontok run`, `visiontok methods`, `visiontok check`, `visiontok doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -117,6 +117,56 @@ def methods(
         _print_json([_plain(card) for card in cards])
     else:
         _print_table(cards, _console())
+
+
+@app.command()
+def check(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET...",
+            help="FILE.py:NAME (function, method, recipe or adapter), a recipe file, a method, or a model type.",
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every registered method.")] = False,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Tiny model to try methods on; may be repeated. `all`: every one."),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Budget of a method wherever a check needs any; checks of the budget vary it.")
+    ] = "0.4",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Certify methods and adapters on tiny models; exit code 1 if a check failed."""
+    options = _parse_options(option or [])
+    import torch
+
+    from visiontok import recipes
+    from visiontok.budget import Budget
+    from visiontok.conformance import matrix, zoo
+    from visiontok.run import typed_options
+
+    torch.set_num_threads(1)  # threads only slow models as tiny as these down
+
+    names = [*(targets or []), *(recipes.names() if everything else [])]
+    if not names:
+        raise ConfigError("check: name a target (FILE.py:NAME, a recipe file, a method, a model type), or give --all")
+    architectures = zoo.ARCHITECTURES if arch == ["all"] else tuple(arch or matrix.DEFAULT)
+    found = []
+    for name in names:
+        typed = typed_options(recipes.find(name), options) if name in recipes.names() else options
+        found.append(matrix.check(name, architectures, keep=Budget.parse(keep), options=typed))
+    if as_json:
+        _print_json({"ok": all(m.ok for m in found), "targets": [m.to_dict() for m in found]})
+    else:
+        for one in found:
+            one.render(_console())
+    if not all(m.ok for m in found):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -60,12 +60,14 @@ class Contract:
         per_image: a token's fate depends on its own image only.
         question_independent: the question does not matter, so compressed images can be cached.
         sync_free: selection needs no host synchronisation.
+        order_free: a token's fate does not depend on its index, except between equals; where it lies is ``ctx.grid``.
     """
 
     count_from_grid: bool = True
     per_image: bool = True
     question_independent: bool = True
     sync_free: bool = True
+    order_free: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -319,7 +319,7 @@ def run_job(
 
 def _recipe(method: str, keep: str | float | int | None, options: Mapping[str, str], seed: int) -> Recipe:
     if method in method_names():
-        recipe = as_recipe(method, **_typed(find_method(method), options))
+        recipe = as_recipe(method, **typed_options(find_method(method), options))
     else:
         recipe = as_recipe(method)
         for name, text in options.items():
@@ -337,7 +337,7 @@ def _lacks_budget(recipe: Recipe) -> bool:
     return takes and recipe.average is None and all(stage.keep is None for stage in recipe.stages)
 
 
-def _typed(method: type[Method], options: Mapping[str, str]) -> dict[str, Any]:
+def typed_options(method: type[Method], options: Mapping[str, str]) -> dict[str, Any]:
     """The options, which come as text, in the types of the method's fields."""
     hints = get_type_hints(method)
     values: dict[str, Any] = {}

@@ -5,7 +5,7 @@ reference for every schedule, and independent of the engine."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,13 +14,20 @@ OWN_MASK = {"gemma3", "paligemma"}
 
 
 class DenseMasked:
-    """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive."""
+    """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive.
 
-    def __init__(self, model: Any, alive: Sequence[torch.Tensor]) -> None:
+    ``merged`` are the embeddings (B, N, D) that a merging method put in the place of the model's own, NaN where it left
+    them.
+    """
+
+    def __init__(self, model: Any, alive: Sequence[torch.Tensor], merged: torch.Tensor | None = None) -> None:
         base = model.model
         text = base.text_model if hasattr(base, "text_model") else base.language_model
         self.alive, self.own_mask = alive, model.config.model_type in OWN_MASK
+        self.merged = merged
         self.handles = [base.register_forward_pre_hook(self._base_pre, with_kwargs=True)]
+        if merged is not None:
+            self.handles.append(text.register_forward_pre_hook(self._text_pre, with_kwargs=True))
         for index, layer in enumerate(text.layers):
             self.handles += [
                 layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
@@ -36,6 +43,12 @@ class DenseMasked:
 
     def _base_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.mask_2d = kwargs.get("attention_mask")
+
+    def _text_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        own, merged = kwargs["inputs_embeds"], cast("torch.Tensor", self.merged)
+        prompt = torch.where(merged.isnan(), own[:, : merged.shape[1]], merged.to(own.dtype))
+        kwargs["inputs_embeds"] = torch.cat([prompt, own[:, merged.shape[1] :]], 1)
+        return args, kwargs
 
     def _alive(self, index: int, length: int) -> torch.Tensor:
         known = self.alive[index]

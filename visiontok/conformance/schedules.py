@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..context import Context
 from ..method import Card, Method, Stage
 from ..recipe import Recipe
 
@@ -23,7 +24,7 @@ class About(Method):
     draw: int = 0
     card: ClassVar[Card] = Card(name="about", title="-", paper="-", venue="-", stage="prompt", needs="-")
 
-    def select(self, ctx):
+    def select(self, ctx: Context) -> torch.Tensor:
         keep = torch.zeros_like(ctx.valid)
         for u, valid in enumerate(ctx.valid):
             row, image = int(ctx.row[u]), int(ctx.image[u])
@@ -36,19 +37,19 @@ class About(Method):
         return keep
 
 
-def prompt(fraction=0.5, draw=1):
+def prompt(fraction: float = 0.5, draw: int = 1) -> Stage:
     return Stage(kind="prompt", method=About(fraction, draw))
 
 
-def cut(layer, fraction=0.5, draw=1):
+def cut(layer: int, fraction: float = 0.5, draw: int = 1) -> Stage:
     return Stage(kind="cut", layer=layer, method=About(fraction, draw))
 
 
-def inject(layer):
+def inject(layer: int) -> Stage:
     return Stage(kind="inject", layer=layer)
 
 
-def leave(layer):
+def leave(layer: int) -> Stage:
     return Stage(kind="exit", layer=layer)
 
 
@@ -67,5 +68,5 @@ SCHEDULES = {
 }
 
 
-def recipe(name):
+def recipe(name: str) -> Recipe:
     return Recipe(stages=SCHEDULES[name], name=name)

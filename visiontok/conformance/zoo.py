@@ -6,11 +6,13 @@ import functools
 from typing import Any
 
 import torch
-import transformers as T
+import transformers
+
+T: Any = transformers  # its config classes take more keywords than their signatures name
 
 IMAGE, VIDEO = 100, 101
 BANNED = (IMAGE, VIDEO)
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 120,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -22,7 +24,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-VIT = {
+VIT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -41,7 +43,7 @@ QWEN_IDS: dict[str, Any] = {
     "vision_start_token_id": 102,
     "vision_end_token_id": 103,
 }
-QWEN3_VISION = {
+QWEN3_VISION: dict[str, Any] = {
     "depth": 3,
     "hidden_size": 32,
     "out_hidden_size": 32,
@@ -171,14 +173,14 @@ def _image(name: str, model: Any, k: int, dtype: torch.dtype) -> tuple[int, dict
     g = torch.Generator().manual_seed(100 + k)
     if name in QWEN:
         h, w = [(8, 8), (4, 12), (8, 4)][k % 3]
-        pixels = torch.randn(h * w, 96, generator=g)
-        return h * w // 4, {"pixel_values": pixels.to(dtype), "image_grid_thw": torch.tensor([[1, h, w]])}
+        patches = torch.randn(h * w, 96, generator=g).to(dtype)
+        return h * w // 4, {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, h, w]])}
     if name in ANYRES:
         size = torch.tensor([[(64, 64), (40, 64)][k % 2]]).view(1, 2)
-        pixels = torch.randn(1, 5, 3, 32, 32, generator=g).to(dtype)
+        crops = torch.randn(1, 5, 3, 32, 32, generator=g).to(dtype)
         with torch.no_grad():
-            items = model.get_image_features(pixels, image_sizes=size, return_dict=True).pooler_output
-        return sum(len(item) for item in items), {"pixel_values": pixels, "image_sizes": size}
+            items = model.get_image_features(crops, image_sizes=size, return_dict=True).pooler_output
+        return sum(len(item) for item in items), {"pixel_values": crops, "image_sizes": size}
     if name in TILED:
         return 16, {"pixel_values": torch.randn(1, 1, 3, 32, 32, generator=g).to(dtype)}
     pixels = {"pixel_values": torch.randn(1, 3, 32, 32, generator=g).to(dtype)}
@@ -188,7 +190,15 @@ def _image(name: str, model: Any, k: int, dtype: torch.dtype) -> tuple[int, dict
 
 
 def batch(
-    name: str, model: Any, *, rows: int = 2, pad: int = 3, images: int | list[int] = 2, text: int = 5, seed: int = 0
+    name: str,
+    model: Any,
+    *,
+    rows: int = 2,
+    pad: int = 3,
+    images: int | list[int] = 2,
+    text: int = 5,
+    seed: int = 0,
+    only: int | None = None,
 ) -> dict[str, Any]:
     """A left-padded batch of prompts with images between text; rows differ in length.
 
@@ -200,20 +210,27 @@ def batch(
         images: images per row, one number for all or one per row.
         text: text tokens behind the last image of row 0; row b has 2b more.
         seed: of the text.
+        only: one of the rows, which is then alone; all by default.
     """
     g = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     per_row = [images] * rows if isinstance(images, int) else images
     start, end = ([102], [103]) if name in QWEN[:4] else ([104], [105]) if name == "glm4v" else ([], [])
     prompts: list[list[int]] = []
-    parts: list[dict[str, torch.Tensor]] = []
+    pictures: list[list[dict[str, torch.Tensor]]] = []
     for b, number in enumerate(per_row):
-        prompt = [1]
+        prompt: list[int] = [1]
+        mine: list[dict[str, torch.Tensor]] = []
         for _ in range(number):
-            n, inputs = _image(name, model, len(parts), dtype)
+            n, inputs = _image(name, model, sum(map(len, pictures)) + len(mine), dtype)
             prompt += torch.randint(5, 90, (3,), generator=g).tolist() + start + [IMAGE] * n + end
-            parts.append(inputs)
+            mine.append(inputs)
         prompts.append(prompt + torch.randint(5, 90, (text + 2 * b,), generator=g).tolist())
+        pictures.append(mine)
+    if only is not None:
+        prompts, pictures = [prompts[only]], [pictures[only]]
+    rows, per_row = len(prompts), [len(mine) for mine in pictures]
+    parts = [part for mine in pictures for part in mine]
     length = max(map(len, prompts)) + pad
     ids = torch.zeros(rows, length, dtype=torch.long)
     mask = torch.zeros(rows, length, dtype=torch.long)

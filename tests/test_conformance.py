@@ -1,0 +1,87 @@
+"""The conformance kit on all that is registered: every method and every adapter, as `visiontok check` runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from visiontok.adapters.base import adapter_class
+
+import visiontok
+from visiontok import Card, Recipe
+from visiontok.conformance.adapter_checks import ADAPTER_CHECKS, AdapterCase
+from visiontok.conformance.checks import CHECKS, Case
+from visiontok.conformance.matrix import DEFAULT, run, try_check
+from visiontok.conformance.zoo import ARCHITECTURES, batch, build
+
+pytestmark = pytest.mark.engine
+
+# Options that take another way through a method than its defaults do.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cls_topk[received]": ("cls_topk", {"scorer": "received", "layer": 0}),
+    "idpruner[norm]": ("idpruner", {"scorer": "norm", "balance": 0.3}),
+    "hiprune, all anchors": ("hiprune", {"alpha": 1.0}),
+    "fastv, late": ("fastv", {"layer": 3}),
+}
+
+
+def inapplicable(card: Card) -> set[str]:
+    """The checks that a method's card excuses it from."""
+    claims, excused = card.contract, set()
+    if not visiontok.recipe(card.name).stages[0].method:
+        excused |= {"image alone", "permutation", "NaN", "padding", "inputs untouched", "question"}
+    if not card.budget:
+        excused |= {"identity", "budget", "K = 1"}
+    if card.stochastic:
+        excused |= {"permutation", "question"}
+    named = {"image alone": claims.per_image, "question": claims.question_independent, "count": claims.count_from_grid}
+    return excused | {check for check, claimed in (named | {"permutation": claims.order_free}).items() if not claimed}
+
+
+def assert_conforms(recipe: Recipe, card: Card, architecture: str) -> None:
+    results = run(recipe.label, {architecture: Case(recipe, architecture)}).results
+    assert [r for r in results if r.outcome == "fail"] == []
+    assert {r.check for r in results if r.outcome == "n/a"} == inapplicable(card)
+    assert len(results) == len(CHECKS)
+
+
+def cases() -> list[Any]:
+    """Every method on every architecture; those that `visiontok check` leaves out by default are slow."""
+    return [
+        pytest.param(card, name, id=f"{card.name}-{name}", marks=() if name in DEFAULT else (pytest.mark.slow,))
+        for card in visiontok.methods()
+        for name in ARCHITECTURES
+    ]
+
+
+@pytest.mark.parametrize(("card", "architecture"), cases())
+def test_every_method(card: Card, architecture: str) -> None:
+    assert_conforms(visiontok.recipe(card.name), card, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str, architecture: str) -> None:
+    name, options = VARIANTS[variant]
+    card = next(card for card in visiontok.methods() if card.name == name)
+    assert_conforms(visiontok.recipe(name, **options), card, architecture)
+
+
+@pytest.mark.parametrize("architecture", [*DEFAULT, "internvl"])
+@pytest.mark.parametrize("card", [card for card in visiontok.methods() if card.budget], ids=lambda card: card.name)
+def test_the_published_behaviour_keeps_its_budget(card: Card, architecture: str) -> None:
+    """Exactly, but where the card says of the published code that fewer remain."""
+    recipe = visiontok.recipe(card.name, keep=3, fidelity="official")
+    fewer = "fewer than K remain" in card.official
+    for image in Case(recipe, architecture).plain.report.images:
+        assert 1 <= image.kept[-1] <= 3 if fewer else image.kept[-1] == 3
+        assert image.kept[0] == (image.kept[-1] if card.stage == "prompt" else image.tokens)
+
+
+@pytest.mark.parametrize("check", [name for name in ADAPTER_CHECKS if name != "schedules"])  # test_engine.py has these
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_adapter(architecture: str, check: str) -> None:
+    model = build(architecture)
+    case = AdapterCase(adapter_class(architecture), model, batch(architecture, model))
+    result = try_check(check, architecture, ADAPTER_CHECKS[check], case)
+    assert (result.outcome, result.sentence) == ("pass", "")

@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-OWN_MASK = {"gemma3", "paligemma"}
-
-
 class DenseMasked:
     """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive."""
 
     def __init__(self, model: Any, alive: Sequence[torch.Tensor]) -> None:
-        base = model.model
-        text = base.text_model if hasattr(base, "text_model") else base.language_model
-        self.alive, self.own_mask = alive, model.config.model_type in OWN_MASK
+        base, layers = model.model, model.get_decoder().layers
+        self.alive = alive
         self.handles = [base.register_forward_pre_hook(self._base_pre, with_kwargs=True)]
-        for index, layer in enumerate(text.layers):
+        for index, layer in enumerate(layers):
             self.handles += [
                 layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
                 layer.register_forward_hook(lambda m, a, k, o, i=index: self._post(i, o), with_kwargs=True),
@@ -45,7 +41,7 @@ class DenseMasked:
         self.before = args[0] if args else kwargs["hidden_states"]
         length = self.before.shape[1]
         given = kwargs.get("attention_mask")
-        if self.own_mask and given is not None:
+        if given is not None and given.ndim == 4:
             seen = given if given.dtype == torch.bool else given > -1
         else:
             seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]

@@ -1,0 +1,227 @@
+"""Shrink the default config of any image-text-to-text class until a random model of it fits in a test.
+
+Sizes go by the name of the field (:data:`SIZES`), depth becomes :data:`DEPTH` layers among which every kind of layer of
+the original is kept, and token ids move below a small vocabulary. What no rule can know stands in :data:`SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+DEPTH = 4
+WIDTH = 64
+HEADS = 4
+FIRST_ID = 128  # special tokens that had a larger id get ids from here on; text is drawn from TEXT_IDS
+TEXT_IDS = (64, 120)
+VOCAB = 256
+IMAGE_SIZE, PATCH = 32, 4
+
+_DEPTHS = {
+    "num_hidden_layers", "depth", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+    "layers", "conf_num_hidden_layers", "num_global_layers",
+}  # fmt: skip
+_WIDTHS = {
+    "hidden_size", "d_model", "out_hidden_size", "projection_dim", "text_hidden_size", "encoder_hidden_size",
+    "projector_hidden_size", "vision_hidden_size", "decoder_hidden_size", "projection_hidden_dim", "word_embed_proj_dim",
+    "output_dim", "image_text_hidden_size", "projection_hidden_size", "patch_embed_hidden_size", "projector_input_dim",
+    "projector_output_dim", "vision_output_dim", "adapter_in_dim", "adapter_out_dim", "output_channels",
+    "downsample_hidden_size", "adapter_input_size", "post_conv_in_channels", "image_token_embed_dim",
+}  # fmt: skip
+_INNER = {
+    "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "moe_hidden_size", "ffn_dim",
+    "dense_intermediate_size", "shared_intermediate_size", "share_expert_dim", "intermediate_size_mlp", "d_ff",
+    "alignment_intermediate_size", "projection_intermediate_size", "moe_shared_expert_intermediate_size", "mlp_dim",
+    "encoder_ffn_dim", "decoder_ffn_dim", "shared_experts_intermediate_size",
+}  # fmt: skip
+_HEADS = {
+    "num_attention_heads", "num_heads", "attention_heads", "encoder_attention_heads", "decoder_attention_heads",
+    "resampler_n_heads", "conf_num_attention_heads", "swa_num_attention_heads", "num_sliding_attention_heads",
+    "linear_num_value_heads", "linear_num_heads",
+}  # fmt: skip
+_HEAD_DIMS = {
+    "head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "swa_head_dim", "global_head_dim",
+    "resampler_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "rotary_dim",
+    "attention_head_dim", "index_head_dim",
+}  # fmt: skip
+_EXPERTS = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"}
+
+SIZES: dict[str, int] = {
+    **dict.fromkeys(_DEPTHS, DEPTH),
+    **dict.fromkeys(_WIDTHS, WIDTH),
+    **dict.fromkeys(_INNER, 48),
+    **dict.fromkeys(_HEADS, HEADS),
+    **dict.fromkeys(_HEAD_DIMS, WIDTH // HEADS),
+    **dict.fromkeys(_EXPERTS, 4),
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "n_kv_heads": 2,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "first_k_dense_replace": 1,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH,
+    "vocab_size": VOCAB,
+    "vocab_size_per_layer_input": VOCAB,
+    "unpadded_vocab_size": VOCAB,
+    "max_position_embeddings": 2048,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 1024,  # longer than any test prompt: the dense oracle holds only then
+    "sliding_window_size": 1024,
+    "attention_chunk_size": 1024,
+    "window_size": 16,
+    "num_position_embeddings": 64,
+    "num_image_tokens": 16,
+    "image_seq_length": 16,
+    "vision_soft_tokens_per_image": 16,
+    "mm_tokens_per_image": 4,
+    "num_query_tokens": 4,
+    "laurel_rank": 8,
+    "index_n_heads": 2,
+}
+
+_HYBRID = ["sliding_attention", "full_attention"] * 2
+_VOCABULARY_MAP = {"<image>": FIRST_ID, **{f"IMGIMG{c}Z": FIRST_ID + 1 + i for i, c in enumerate("ABCDEFGH")}}
+
+# model_type → dotted path in the shrunk config → value
+SPECIAL: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": _VOCABULARY_MAP, "vq_config.base_channels": 32, "vq_config.num_embeddings": 8},
+    "cohere_compass": {
+        "text_config.layer_types": _HYBRID,
+        "text_config.rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        },
+    },
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", *["sparse"] * 3]},
+    "dots3_note": {"text_config.num_key_value_heads": HEADS, "text_config.per_layer_config": {}},
+    "emu3": {
+        "vocabulary_map": {"<image>": FIRST_ID, "<|extra_200|>": FIRST_ID + 1, **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)}},
+        "vq_config.codebook_size": 16, "vq_config.base_channels": 32,
+    },
+    "fast_vlm": {
+        "vision_config.architecture": "fastvit_t8",
+        "vision_config.hidden_size": 768,
+    },
+    "florence2": {
+        "vision_config.embed_dim": [16, 32, 48, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2],
+        "vision_config.projection_dim": WIDTH,
+    },
+    "granite4_vision": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "spatial_target_layers": [0, 1, 2, 3]},
+    "janus": {"vq_config.base_channels": 32},
+    "muse_spark": {"audio_config.hidden_sizes": [16, 32, 48, 64]},
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+        "vision_config.model_args": {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 4, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [8, 8]},
+    },
+    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_kv_heads": 1, "text_config.indexer_heads": 2, "text_config.indexer_head_dim": 16},
+    "gemma3n": {"text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2},
+    "glm5_next": {"text_config.num_key_value_heads": HEADS},
+    "hunyuan_vl": {"text_config.head_dim": WIDTH // HEADS},
+    "qwen2_vl": {"vision_config.embed_dim": WIDTH},
+    "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
+    "kosmos-2": {"text_config.embed_dim": WIDTH},
+    "kosmos-2.5": {"text_config.embed_dim": WIDTH},
+    "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
+}
+
+
+def shrink(config: Any) -> Any:
+    """A tiny config of the same class.
+
+    Args:
+        config: a config, as its class makes it by default.
+    """
+    ids: dict[int, int] = {}
+    small = _shrunk(config.to_dict(), ids)
+    for path, value in SPECIAL.get(config.model_type, {}).items():
+        *parents, name = path.split(".")
+        at = small
+        for parent in parents:
+            at = at[parent]
+        at[name] = value
+    if _has_mrope(config):
+        text = small["text_config"]
+        rope = text["rope_parameters"]
+        half = int((text.get("head_dim") or WIDTH // HEADS) * rope.get("partial_rotary_factor", 1.0)) // 2
+        if "rope_type" in rope:
+            rope["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4] if half > 2 else [1, 1, 0]
+    return type(config).from_dict(small)
+
+
+def _has_mrope(config: Any) -> bool:
+    """Whether the model numbers positions along several axes; configs of real checkpoints then name their shares."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    if importlib.util.find_spec(name) is None:  # an alias of another family
+        return False
+    return "mrope_section" in inspect.getsource(importlib.import_module(name)) and "text_config" in config.to_dict()
+
+
+def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
+    depth = next((config[name] for name in _DEPTHS if isinstance(config.get(name), int)), None)
+    chosen = _layers(config, depth) if depth is not None and depth > DEPTH else None
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("id2label", "label2id", "label_names"):
+            continue
+        if name == "rope_parameters" and value is not None:
+            out[name] = copy.deepcopy(value)
+        elif name == "per_layer_config":
+            kept = {new: value.get(old, value.get(str(old))) for new, old in enumerate(chosen or range(depth or 0))}
+            out[name] = {str(i): _shrunk(v, ids) for i, v in kept.items() if v is not None}
+        elif isinstance(value, Mapping):
+            out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
+        elif _is_id(name):
+            out[name] = _small_id(value, ids)
+        elif chosen is not None and isinstance(value, list) and len(value) == depth:
+            out[name] = [value[i] for i in chosen]
+        elif chosen is not None and isinstance(value, list) and value and all(type(v) is int for v in value):
+            out[name] = _small_indices(value, depth, chosen)
+        elif name in SIZES and type(value) is int and value > SIZES[name]:
+            out[name] = SIZES[name]
+        elif name in SIZES and isinstance(value, list) and all(type(v) is int for v in value):
+            out[name] = [min(v, SIZES[name]) for v in value]
+        else:
+            out[name] = value
+    return out
+
+
+def _is_id(name: str) -> bool:
+    return name.endswith(("_token_id", "_token_index", "_token_ids", "_id")) and not name.startswith("problem")
+
+
+def _small_id(value: Any, ids: dict[int, int]) -> Any:
+    if isinstance(value, list):
+        return [_small_id(v, ids) for v in value]
+    if type(value) is not int or value < TEXT_IDS[0]:
+        return value
+    return ids.setdefault(value, FIRST_ID + len(ids))
+
+
+def _layers(config: Mapping[str, Any], depth: int) -> list[int]:
+    """Which layers stay: the first of every kind, then the first others; kinds are told by the per-layer lists."""
+    lists = [v for v in config.values() if isinstance(v, list) and len(v) == depth]
+    kinds = [tuple(str(v[i]) for v in lists) for i in range(depth)]
+    first = sorted(kinds.index(kind) for kind in dict.fromkeys(kinds))[:DEPTH]
+    return sorted([*first, *[i for i in range(depth) if i not in first][: DEPTH - len(first)]])
+
+
+def _small_indices(indices: list[int], depth: int, chosen: list[int]) -> list[int]:
+    """Layer numbers of a shallow model from those of a deep one."""
+    if max(indices) >= depth or min(indices) < -depth:
+        return indices
+    if len(indices) >= DEPTH:
+        return [i for i, old in enumerate(chosen) if old in indices] or [DEPTH - 1]
+    return list(range(DEPTH - len(indices), DEPTH)) if min(indices) >= 0 else indices

@@ -10,9 +10,9 @@ from .base import Adapter, Record, square
 
 
 class Gemma3Adapter(Adapter):
-    """Gemma 3."""
+    """Gemma 3, ShieldGemma 2."""
 
-    model_types = ("gemma3",)
+    model_types = ("gemma3", "shieldgemma2")
     own_mask = True
 
     def grids(self, record: Record) -> list[torch.Tensor]:
@@ -24,3 +24,34 @@ class Gemma3Adapter(Adapter):
         block = round(x.shape[1] ** 0.5) // pooled
         x = x.view(len(x), pooled, block, pooled, block, -1).transpose(2, 3)
         return list(x.flatten(3, 4).flatten(1, 2))
+
+
+class Gemma3nAdapter(Adapter):
+    """Gemma 3n: a convolutional tower, pooled to a square of tokens."""
+
+    model_types = ("gemma3n",)
+    projector = "embed_vision"
+    token_inputs = ("per_layer_inputs",)
+    prompt_only = "its decoder layers work on stacked states and share keys and values across layers"
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        return [square(len(item)) for item in record.output.pooler_output]
+
+
+class Gemma4Adapter(Adapter):
+    """Gemma 4: native resolution, patches are pooled in squares; masks built by the base model."""
+
+    model_types = ("gemma4", "gemma4_unified")
+    projector = "embed_vision"
+    own_mask = True
+    token_inputs = ("per_layer_inputs",)
+
+    @property
+    def prompt_only(self) -> str:  # type: ignore[override]
+        """The small models share keys across layers and feed each layer embeddings of its own; the large ones do not."""
+        text = self.base.config.get_text_config()
+        if getattr(text, "num_kv_shared_layers", 0):
+            return "its decoder layers share keys and values across layers"
+        if getattr(text, "hidden_size_per_layer_input", 0):
+            return "each of its decoder layers is fed token embeddings of its own"
+        return ""

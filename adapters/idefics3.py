@@ -32,3 +32,31 @@ class Idefics3Adapter(Adapter):
     def _tokens_per_tile(self) -> int:
         config = self.base.config
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2
+
+
+class Idefics2Adapter(Adapter):
+    """Idefics2: a resampler gives every picture the same number of latents, which have no place in it."""
+
+    model_types = ("idefics2",)
+    text = "text_model"
+    tower = "vision_model"
+    projector = "connector"
+
+
+class GraniteDoclingAdapter(Adapter):
+    """Granite-Docling: tiles with fine or coarse tokens; features of tower levels are added as in DeepStack."""
+
+    model_types = ("granite_docling",)
+    text = "text_model"
+    tower = "vision_model"
+    projector = "connector"
+    deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
+
+
+class Emu3Adapter(Adapter):
+    """Emu3: pictures become ids of a vector quantiser, embedded by the language model."""
+
+    model_types = ("emu3",)
+    text = "text_model"
+    tower = "vqmodel"
+    projector = None

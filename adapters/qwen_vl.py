@@ -71,5 +71,5 @@ class Qwen25VLAdapter(QwenVLAdapter):
 class Qwen3VLAdapter(QwenVLAdapter):
     """Qwen3-VL: features of intermediate tower levels are added after the first decoder layers (DeepStack)."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni", "qwen3_omni_moe_thinker")
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")

@@ -116,11 +116,15 @@ def base_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: if there is none.
     """
+    from visiontok.adapters.refused import reason
+
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
     core: Any = model
     if hasattr(core, "get_base_model"):  # PEFT
         core = core.get_base_model()
+    if (why := reason(getattr(core, "config", None))) is not None:
+        raise UnsupportedError(f"{core.config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)
     if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
         return base

@@ -106,7 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", *["sparse"] * 3]},
-    "dots3_note": {"text_config.num_key_value_heads": HEADS, "text_config.per_layer_config": {}},
+    "dots3_note": {"text_config.num_key_value_heads": HEADS, "text_config.per_layer_config": {}, "text_config.head_dim": 32},
     "emu3": {
         "vocabulary_map": {"<image>": FIRST_ID, "<|extra_200|>": FIRST_ID + 1, **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)}},
         "vq_config.codebook_size": 16, "vq_config.base_channels": 32,
@@ -119,14 +119,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config.embed_dim": [16, 32, 48, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2],
         "vision_config.projection_dim": WIDTH,
     },
-    "granite4_vision": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "spatial_target_layers": [0, 1, 2, 3]},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 1], [-1, 2]], "spatial_target_layers": [0, 1, 2, 3]},
     "janus": {"vq_config.base_channels": 32},
     "muse_spark": {"audio_config.hidden_sizes": [16, 32, 48, 64]},
     "perception_lm": {
         "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
         "vision_config.model_args": {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 4, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [8, 8]},
     },
-    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_kv_heads": 1, "text_config.indexer_heads": 2, "text_config.indexer_head_dim": 16},
+    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_kv_heads": 1, "text_config.indexer_n_heads": 2, "text_config.indexer_head_dim": 16},
     "gemma3n": {"text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2},
     "glm5_next": {"text_config.num_key_value_heads": HEADS},
     "hunyuan_vl": {"text_config.head_dim": WIDTH // HEADS},
@@ -134,6 +134,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
     "kosmos-2": {"text_config.embed_dim": WIDTH},
     "kosmos-2.5": {"text_config.embed_dim": WIDTH},
+    "aria": {"projector_patch_to_query_dict": {"64": 16}, "max_value_projector_patch_to_query_dict": 16},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+    "minimax_m3_vl": {"text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
 }
 
@@ -152,7 +156,7 @@ def shrink(config: Any) -> Any:
         for parent in parents:
             at = at[parent]
         at[name] = value
-    if _has_mrope(config):
+    if _has_mrope(config) and "mrope_section" not in str(SPECIAL.get(config.model_type)):
         text = small["text_config"]
         rope = text["rope_parameters"]
         half = int((text.get("head_dim") or WIDTH // HEADS) * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -163,7 +167,8 @@ def shrink(config: Any) -> Any:
 
 def _has_mrope(config: Any) -> bool:
     """Whether the model numbers positions along several axes; configs of real checkpoints then name their shares."""
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    text = getattr(config, "text_config", None) or config
+    name = type(text).__module__.replace(".configuration_", ".modeling_")
     if importlib.util.find_spec(name) is None:  # an alias of another family
         return False
     return "mrope_section" in inspect.getsource(importlib.import_module(name)) and "text_config" in config.to_dict()
@@ -185,14 +190,14 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
         elif _is_id(name):
             out[name] = _small_id(value, ids)
+        elif name in SIZES and isinstance(value, list) and all(type(v) is int for v in value):
+            out[name] = [min(v, SIZES[name]) for v in value]
         elif chosen is not None and isinstance(value, list) and len(value) == depth:
             out[name] = [value[i] for i in chosen]
         elif chosen is not None and isinstance(value, list) and value and all(type(v) is int for v in value):
             out[name] = _small_indices(value, depth, chosen)
         elif name in SIZES and type(value) is int and value > SIZES[name]:
             out[name] = SIZES[name]
-        elif name in SIZES and isinstance(value, list) and all(type(v) is int for v in value):
-            out[name] = [min(v, SIZES[name]) for v in value]
         else:
             out[name] = value
     return out

@@ -78,6 +78,11 @@ class Attachment:
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
+        if policy.changes and adapter.prompt_only:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
+                f"decoder layer; this recipe changes them at layer {min(policy.changes)}, use one with prompt stages only"
+            )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
@@ -260,16 +265,18 @@ class Attachment:
             if position_ids is None:  # what the stock language model would have numbered
                 position_ids = (torch.arange(length, device=embeds.device) + past)[None]
             kwargs["inputs_embeds"] = entry.gather(embeds)
+            self._gather_inputs(entry, kwargs)
             kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and not bool(call.attended.all()):
             call.entry_valid = call.attended
         mask = kwargs.get("attention_mask")
         if self.adapter.own_mask and isinstance(mask, dict):
-            call.full_mask = mask.get("full_attention")
+            full, call.full_mask = mask.get("full_attention"), self.masks.unwindowed(mask)
             if call.entry is not None:
-                full = call.full_mask = None if call.full_mask is None else call.entry.gather_mask(call.full_mask)
-                window = None if full is None else self.masks.windowed(full)
+                full = None if full is None else call.entry.gather_mask(full)
+                call.full_mask = None if call.full_mask is None else call.entry.gather_mask(call.full_mask)
+                window = None if call.full_mask is None else self.masks.windowed(call.full_mask)
                 kwargs["attention_mask"] = mask | {"full_attention": full, "sliding_attention": window}
         elif self.adapter.own_mask and torch.is_tensor(mask) and mask.ndim == 4:
             if call.entry is not None:
@@ -291,6 +298,12 @@ class Attachment:
         if not self.policy.changes:
             alive = torch.where(call.visual, call.kept, call.attended)
             call.alive = dict.fromkeys(range(len(self.layers)), alive)
+
+    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
+        """Give the family's own per-token keywords the tokens of ``layout``."""
+        for name in self.adapter.token_inputs:
+            if torch.is_tensor(kwargs.get(name)):
+                kwargs[name] = layout.gather(kwargs[name])
 
     def _refuse_masks(self, kwargs: dict[str, Any]) -> None:
         """Masks that cannot follow dropped tokens, before the caller's cache is touched.
@@ -378,7 +391,7 @@ class Attachment:
         if "flash" in str(self.config._attn_implementation) and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
-            kwargs["position_ids"] = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
+            kwargs["position_ids"] = torch.arange(x.shape[-2], device=x.device)[None].expand(x.shape[-3], -1)
         if args:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
@@ -410,6 +423,7 @@ class Attachment:
         if layout is not None or (stale and not self.adapter.own_mask):
             kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout, kwargs.get("attention_mask"))
         if layout is not None:
+            self._gather_inputs(layout, kwargs)
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
                 kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)

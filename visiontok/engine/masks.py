@@ -83,6 +83,22 @@ class LayerMasks:
             call.masks[key] = (layout, None, self._build(index, x, mask_2d, cache))
         return call.masks[key][2]
 
+    @staticmethod
+    def unwindowed(masks: dict[str, Any]) -> torch.Tensor | None:
+        """A sliding layer's mask without its window, from the base model's masks by kind of layer.
+
+        Gemma 3 sees images whole in every layer, Gemma 4 in sliding ones only; the union with the mask of full layers,
+        which is at least causal, takes the window away and keeps the images.
+        """
+        full, sliding = masks.get("full_attention"), masks.get("sliding_attention")
+        if sliding is None or not torch.is_tensor(sliding):
+            return full
+        if full is None:
+            full = torch.ones(sliding.shape[-2:], dtype=torch.bool, device=sliding.device).tril()[None, None]
+            if sliding.dtype != torch.bool:
+                full = torch.zeros_like(full, dtype=sliding.dtype).masked_fill(~full, torch.finfo(sliding.dtype).min)
+        return full | sliding if sliding.dtype == torch.bool else torch.maximum(full, sliding)
+
     def windowed(self, mask: torch.Tensor) -> torch.Tensor:
         """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""
         slot = torch.arange(mask.shape[-1], device=mask.device)

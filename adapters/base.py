@@ -234,7 +234,7 @@ def _odd_inputs(adapter: Adapter, text: Any) -> str | None:
     odd = sorted(given - _INPUTS - {*(adapter.deepstack or ()), *adapter.token_inputs})
     if odd:
         return f"a language model without side inputs (it takes {', '.join(odd)})"
-    if getattr(text.config, "use_bidirectional_attention", None) is True:
+    if not adapter.own_mask and getattr(text.config, "use_bidirectional_attention", None) is True:
         return "a causal language model (its config says use_bidirectional_attention)"
     return None
 

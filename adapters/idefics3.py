@@ -51,6 +51,11 @@ class GraniteDoclingAdapter(Adapter):
     tower = "vision_model"
     projector = "connector"
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
+    notes = "a tile counts as an image: the model's inputs do not say which tiles belong together"
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        n = self.base.image_seq_len * (4 if record.inputs.get("tile_fine_mask") is not None else 1)
+        return [torch.full((n, 3), -1) for item in record.output.pooler_output for _ in range(len(item) // n)]
 
 
 class Emu3Adapter(Adapter):

@@ -53,7 +53,10 @@ def build(model_type: str, dtype: torch.dtype = torch.float64, attention: str = 
     config = tiny.shrink(transformers.CONFIG_MAPPING[model_type]())
     cls = getattr(transformers, CLASSES[model_type])
     torch.manual_seed(0)
-    model = prepare(cls._from_config(config), dtype)
+    model = cls._from_config(config)
+    if not hasattr(model, "generation_config"):
+        return model
+    model = prepare(model, dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # some projections and gates start at zero
             if not parameter.any() and parameter.ndim >= 1:
@@ -108,9 +111,17 @@ def _pictures(base: Any, k: int) -> Iterator[dict[str, torch.Tensor]]:
             "pixel_attention_mask": torch.ones(1, 64, dtype=torch.long),
         }  # fmt: skip
     if "image_position_ids" in names:
-        for side in (8, 6, 12, 9):
-            where = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)[None]
-            yield {"pixel_values": noise(1, side * side, flat), "image_position_ids": where}
+        side, unit = 12, getattr(vision, "model_patch_size", patch)
+        where = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)[None]
+        yield {"pixel_values": noise(1, side * side, 3 * unit * unit), "image_position_ids": where}
+    if "image_token_pooling" in names:
+        table = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+        yield {
+            "pixel_values": noise(1, 64, flat), "image_token_pooling": table,
+            "image_grids": torch.tensor([[4, 4, 0, 0]]),
+        }  # fmt: skip
+    if "pixel_attention_mask" in names:
+        yield {"pixel_values": noise(1, 1, 3, image, image), "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
     if "image_sizes" in names:
         if getattr(base.config, "image_grid_pinpoints", None):
             base.config.image_grid_pinpoints = [[32, 64], [64, 32], [64, 64]]
@@ -120,7 +131,8 @@ def _pictures(base: Any, k: int) -> Iterator[dict[str, torch.Tensor]]:
         yield {"pixel_values": noise(1, 3, image, image), "high_res_pixel_values": noise(1, 3, 64, 64)}
     yield {"pixel_values": noise(1, 3, image, image)}
     yield {"pixel_values": noise(1, 1, 3, image, image)}
-    yield {"pixel_values": noise(1, 3, 64, 64)}
+    yield {"pixel_values": noise(1, 3, 256, 256)}
+    yield {"pixel_values": noise(1, 64, flat)}
 
 
 def _count(pooled: Any) -> int:
@@ -134,7 +146,10 @@ def _image(base: Any, k: int) -> tuple[int, dict[str, torch.Tensor]]:
     for picture in _pictures(base, k):
         try:
             with torch.no_grad():
-                pooled = base.get_image_features(**picture, return_dict=True).pooler_output
+                output = base.get_image_features(**picture, return_dict=True)
+            pooled = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+            if _count(pooled) < 4:
+                raise ValueError(f"only {_count(pooled)} tokens")
             return _count(pooled), picture
         except Exception as error:  # noqa: BLE001 - any failure means that the shape was not the right one
             shapes = {name: tuple(x.shape) for name, x in picture.items()}
@@ -167,10 +182,13 @@ def batch(model: Any, rows: int = 2, images: int = 2) -> dict[str, torch.Tensor]
         ids[b, length - len(tokens) :] = torch.tensor(tokens)
         mask[b, length - len(tokens) :] = 1
     out = {"input_ids": ids, "attention_mask": mask}
+    tiles = parts[0]["pixel_values"].ndim == 5 and parts[0]["pixel_values"].shape[1] == 1  # (rows, images, 3, H, W)
     for key in parts[0]:
         values = [p[key] for p in parts]
-        if key == "pixel_values" and values[0].ndim == 5 and values[0].shape[1] == 1:  # (rows, images, 3, H, W)
-            out[key] = torch.stack([torch.cat([v[0] for v in values[b * images : (b + 1) * images]]) for b in range(rows)])
+        if tiles:
+            out[key] = torch.cat([torch.cat(values[b * images : (b + 1) * images], 1) for b in range(rows)])
+        elif key == "image_token_pooling":  # indices into the patches of all images
+            out[key] = torch.cat([v + 64 * i for i, v in enumerate(values)])
         elif key == "pixel_values" and values[0].shape[0] == 1 and "target_sizes" in parts[0]:
             out[key] = torch.cat(values, -1 if values[0].ndim == 4 else 1)
         else:
@@ -182,10 +200,20 @@ def batch(model: Any, rows: int = 2, images: int = 2) -> dict[str, torch.Tensor]
     return out
 
 
+def _stretch(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Without a cache, stock ``generate`` lengthens most inputs that have one entry per token, but not all."""
+    ids = kwargs.get("input_ids")
+    for name, value in kwargs.items():
+        if name.endswith("token_type_ids") and value is not None and ids is not None and value.shape[1] < ids.shape[1]:
+            kwargs[name] = torch.nn.functional.pad(value, (0, ids.shape[1] - value.shape[1]))
+    return args, kwargs
+
+
 def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     token = image_id(base_model(model).config)
     banned = sorted({token, *range(tiny.FIRST_ID, tiny.VOCAB)})
-    with torch.no_grad():
+    hook = model.register_forward_pre_hook(_stretch, with_kwargs=True)
+    with hook, torch.no_grad():
         return model.generate(
             **inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
             output_logits=True, suppress_tokens=banned, **options,

@@ -95,6 +95,9 @@ SIZES: dict[str, int] = {
 _HYBRID = ["sliding_attention", "full_attention"] * 2
 _VOCABULARY_MAP = {"<image>": FIRST_ID, **{f"IMGIMG{c}Z": FIRST_ID + 1 + i for i, c in enumerate("ABCDEFGH")}}
 
+_OMNI = {"vision_start_token_id": FIRST_ID + 30, "vision_end_token_id": FIRST_ID + 31}
+_VISION = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+
 # model_type → dotted path in the shrunk config → value
 SPECIAL: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _VOCABULARY_MAP, "vq_config.base_channels": 32, "vq_config.num_embeddings": 8},
@@ -105,9 +108,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
         },
     },
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", *["sparse"] * 3]},
+    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, WIDTH], "text_config.mlp_layer_types": ["dense", *["sparse"] * 3]},
     "dots3_note": {"text_config.num_key_value_heads": HEADS, "text_config.per_layer_config": {}, "text_config.head_dim": 32},
     "emu3": {
+        "image_token_id": FIRST_ID,
         "vocabulary_map": {"<image>": FIRST_ID, "<|extra_200|>": FIRST_ID + 1, **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)}},
         "vq_config.codebook_size": 16, "vq_config.base_channels": 32,
     },
@@ -138,6 +142,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "minimax_m3_vl": {"text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 64},
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "step3p7": {"text_config.sliding_window": 1024, "text_config.layer_types": _HYBRID},
+    "fuyu": {"text_config.head_dim": WIDTH // HEADS},
+    "gemma4": {
+        "vision_config": {"model_type": "gemma4_vision", **_VISION, "num_key_value_heads": HEADS, "head_dim": 16,
+            "patch_size": PATCH, "position_embedding_size": 64},
+        "text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2,
+    },
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "mm_posemb_size": 64, "output_proj_dims": WIDTH},
+        "text_config.use_bidirectional_attention": "vision",
+    },
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
 }
 
@@ -190,14 +209,12 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
         elif _is_id(name):
             out[name] = _small_id(value, ids)
-        elif name in SIZES and isinstance(value, list) and all(type(v) is int for v in value):
-            out[name] = [min(v, SIZES[name]) for v in value]
         elif chosen is not None and isinstance(value, list) and len(value) == depth:
-            out[name] = [value[i] for i in chosen]
-        elif chosen is not None and isinstance(value, list) and value and all(type(v) is int for v in value):
+            out[name] = [_small_size(name, value[i]) for i in chosen]
+        elif name in SIZES:
+            out[name] = [_small_size(name, v) for v in value] if isinstance(value, list) else _small_size(name, value)
+        elif chosen is not None and _holds_indices(name) and isinstance(value, list) and value:
             out[name] = _small_indices(value, depth, chosen)
-        elif name in SIZES and type(value) is int and value > SIZES[name]:
-            out[name] = SIZES[name]
         else:
             out[name] = value
     return out
@@ -213,6 +230,14 @@ def _small_id(value: Any, ids: dict[int, int]) -> Any:
     if type(value) is not int or value < TEXT_IDS[0]:
         return value
     return ids.setdefault(value, FIRST_ID + len(ids))
+
+
+def _small_size(name: str, value: Any) -> Any:
+    return SIZES[name] if type(value) is int and value > SIZES.get(name, value) else value
+
+
+def _holds_indices(name: str) -> bool:
+    return name.endswith(("indexes", "indices", "idxs", "_layers"))
 
 
 def _layers(config: Mapping[str, Any], depth: int) -> list[int]:

@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+
 DEPTH = 4
 WIDTH = 64
 HEADS = 4
@@ -20,6 +22,7 @@ FIRST_ID = 128  # special tokens that had a larger id get ids from here on; text
 TEXT_IDS = (64, 120)
 VOCAB = 256
 IMAGE_SIZE, PATCH = 32, 4
+TOLERANCE = 1e-5  # of logits, relative: generate() returns them in float32
 
 _DEPTHS = {
     "num_hidden_layers", "depth", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
@@ -68,6 +71,7 @@ SIZES: dict[str, int] = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
+    "qk_head_dim": 32,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "first_k_dense_replace": 1,
@@ -108,12 +112,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
         },
     },
-    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, WIDTH], "text_config.mlp_layer_types": ["dense", *["sparse"] * 3]},
-    "dots3_note": {"text_config.num_key_value_heads": HEADS, "text_config.per_layer_config": {}, "text_config.head_dim": 32},
+    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, WIDTH], "text_config.mlp_layer_types": ["dense", *["sparse"] * 3], "text_config.num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 48},
+    "dots3_note": {"text_config.per_layer_config": {}, "text_config.head_dim": 32},
     "emu3": {
         "image_token_id": FIRST_ID,
         "vocabulary_map": {"<image>": FIRST_ID, "<|extra_200|>": FIRST_ID + 1, **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)}},
-        "vq_config.codebook_size": 16, "vq_config.base_channels": 32,
+        "vq_config.codebook_size": 16, "vq_config.base_channels": 32, "vq_config.hidden_size": 128,
     },
     "fast_vlm": {
         "vision_config.architecture": "fastvit_t8",
@@ -125,14 +130,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 1], [-1, 2]], "spatial_target_layers": [0, 1, 2, 3]},
     "janus": {"vq_config.base_channels": 32},
-    "muse_spark": {"audio_config.hidden_sizes": [16, 32, 48, 64]},
+    "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config.hidden_sizes": [16, 32, 48, 64]},
     "perception_lm": {
         "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
         "vision_config.model_args": {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 4, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [8, 8]},
     },
     "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_kv_heads": 1, "text_config.indexer_n_heads": 2, "text_config.indexer_head_dim": 16},
     "gemma3n": {"text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2},
-    "glm5_next": {"text_config.num_key_value_heads": HEADS},
     "hunyuan_vl": {"text_config.head_dim": WIDTH // HEADS},
     "qwen2_vl": {"vision_config.embed_dim": WIDTH},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
@@ -159,6 +163,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
 }
+
+
+def config(model_type: str) -> Any:
+    """The tiny config of a model type, made from its default one."""
+    return shrink(transformers.CONFIG_MAPPING[model_type]())
 
 
 def shrink(config: Any) -> Any:
@@ -203,8 +212,8 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
         if name == "rope_parameters" and value is not None:
             out[name] = copy.deepcopy(value)
         elif name == "per_layer_config":
-            kept = {new: value.get(old, value.get(str(old))) for new, old in enumerate(chosen or range(depth or 0))}
-            out[name] = {str(i): _shrunk(v, ids) for i, v in kept.items() if v is not None}
+            old = {int(layer): _shrunk(changes, ids) for layer, changes in (value or {}).items()}
+            out[name] = {str(i): old[layer] for i, layer in enumerate(chosen or range(depth or 0)) if layer in old}
         elif isinstance(value, Mapping):
             out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
         elif _is_id(name):
@@ -217,6 +226,8 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             out[name] = _small_indices(value, depth, chosen)
         else:
             out[name] = value
+    if config.get("num_key_value_heads") == config.get("num_attention_heads") is not None:
+        out["num_key_value_heads"] = out["num_attention_heads"]  # latent attention insists on it
     return out
 
 

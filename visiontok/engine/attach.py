@@ -224,7 +224,8 @@ class Attachment:
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
+        known = self.adapter.model_types and hasattr(self.base.config, "vision_config")
+        if not known:  # the default adapter, or a family without a tower
             return None
         return VisionInputs.from_call(self.base.config, record.inputs)
 

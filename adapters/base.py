@@ -69,7 +69,6 @@ class Adapter:
         own_mask: the base model builds non-causal masks itself and hands them to the language model.
         deepstack: keywords of the language model for (visual mask, per-level features), or None.
         token_inputs: further keywords of the language model, and of its layers, with one entry per token (B, N, ...).
-        prompt_only: why all decoder layers must hold the same tokens; empty where they may differ.
         cls_token: the tower's first token of every crop is a CLS token.
         join_adjacent: items whose placeholders touch are tiles of one image.
         notes: what a user should know about budgets on this family.
@@ -82,13 +81,18 @@ class Adapter:
     own_mask: ClassVar[bool] = False
     deepstack: ClassVar[tuple[str, str] | None] = None
     token_inputs: ClassVar[tuple[str, ...]] = ()
-    prompt_only: str = ""
     cls_token: ClassVar[bool] = False
     join_adjacent: ClassVar[bool] = False
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base
+
+    @property
+    def prompt_only(self) -> str:
+        """Why all decoder layers must hold the same tokens; empty where they may differ."""
+        text = self.base.config.get_text_config()
+        return "its decoder layers share keys and values" if getattr(text, "num_kv_shared_layers", 0) else ""
 
     @property
     def feature_layer(self) -> int:

@@ -32,14 +32,21 @@ class Gemma3nAdapter(Adapter):
     model_types = ("gemma3n",)
     projector = "embed_vision"
     token_inputs = ("per_layer_inputs",)
-    prompt_only = "its decoder layers work on stacked states and share keys and values across layers"
+
+    @property
+    def prompt_only(self) -> str:
+        """The last layers share keys, and all work on four stacked states."""
+        return "its decoder layers work on stacked states (AltUp)"
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]
 
 
 class Gemma4Adapter(Adapter):
-    """Gemma 4: native resolution, patches are pooled in squares; masks built by the base model."""
+    """Gemma 4: native resolution, patches are pooled in squares; masks built by the base model.
+
+    The small models share keys across layers and feed each layer embeddings of its own; the large ones do neither.
+    """
 
     model_types = ("gemma4", "gemma4_unified")
     projector = "embed_vision"
@@ -47,11 +54,8 @@ class Gemma4Adapter(Adapter):
     token_inputs = ("per_layer_inputs",)
 
     @property
-    def prompt_only(self) -> str:  # type: ignore[override]
-        """The small models share keys across layers and feed each layer embeddings of its own; the large ones do not."""
-        text = self.base.config.get_text_config()
-        if getattr(text, "num_kv_shared_layers", 0):
-            return "its decoder layers share keys and values across layers"
-        if getattr(text, "hidden_size_per_layer_input", 0):
+    def prompt_only(self) -> str:
+        """Layers that are fed embeddings of their own get them as a slice the engine does not see."""
+        if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):
             return "each of its decoder layers is fed token embeddings of its own"
-        return ""
+        return super().prompt_only

@@ -385,6 +385,11 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         ConfigError: `lengths` does not have one entry per tower layer.
     """
     vision = getattr(config, "vision_config", None)
+    if vision is None and hasattr(config, "text_config"):
+        raise UnsupportedError(
+            f"model_type={config.model_type!r} has no vision tower that visiontok's cost model knows; measure it with "
+            "torch.utils.flop_counter.FlopCounterMode"
+        )
     if vision is None:
         raise ConfigError(
             f"config of model_type={config.model_type!r} has no vision_config; give the whole model's config"

@@ -97,71 +97,126 @@ SIZES: dict[str, int] = {
 }
 
 _HYBRID = ["sliding_attention", "full_attention"] * 2
-_VOCABULARY_MAP = {"<image>": FIRST_ID, **{f"IMGIMG{c}Z": FIRST_ID + 1 + i for i, c in enumerate("ABCDEFGH")}}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_OMNI = {"vision_start_token_id": FIRST_ID + 30, "vision_end_token_id": FIRST_ID + 31}  # the default names none
+_MUSE = {"out_hidden_size": 4 * WIDTH}  # 2 × 2 patches side by side
 
-_OMNI = {"vision_start_token_id": FIRST_ID + 30, "vision_end_token_id": FIRST_ID + 31}
-_VISION = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-
+# What no rule by name can know, and what the defaults leave out though every checkpoint has it.
 # model_type → dotted path in the shrunk config → value
 SPECIAL: dict[str, dict[str, Any]] = {
-    "chameleon": {"vocabulary_map": _VOCABULARY_MAP, "vq_config.base_channels": 32, "vq_config.num_embeddings": 8},
+    "aria": {"projector_patch_to_query_dict": {"64": 16}, "max_value_projector_patch_to_query_dict": 16},
+    "chameleon": {
+        "vocabulary_map": {"<image>": FIRST_ID, **{f"IMGIMG{c}Z": FIRST_ID + 1 + i for i, c in enumerate("ABCDEFGH")}},
+        "vq_config.base_channels": 32,
+        "vq_config.num_embeddings": 8,
+    },
     "cohere_compass": {
         "text_config.layer_types": _HYBRID,
-        "text_config.rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-        },
+        "text_config.rope_parameters": dict.fromkeys(_HYBRID, _ROPE | {"mrope_section": [4, 2, 2]}),
     },
-    "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, WIDTH], "text_config.mlp_layer_types": ["dense", *["sparse"] * 3], "text_config.num_experts_per_tok": 2},
-    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 48},
-    "dots3_note": {"text_config.per_layer_config": {}, "text_config.head_dim": 32},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", *["sparse"] * 3],
+        "text_config.num_experts_per_tok": 2,
+        "vision_config.sam_config.downsample_channels": [32, WIDTH],
+    },
+    "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 2 * IMAGE_SIZE},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 48,
+    },
+    "dots3_note": {"text_config.per_layer_config": {}, "text_config.head_dim": 2 * WIDTH // HEADS},
     "emu3": {
         "image_token_id": FIRST_ID,
-        "vocabulary_map": {"<image>": FIRST_ID, "<|extra_200|>": FIRST_ID + 1, **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)}},
-        "vq_config.codebook_size": 16, "vq_config.base_channels": 32, "vq_config.hidden_size": 128,
+        "vocabulary_map": {
+            "<image>": FIRST_ID,
+            "<|extra_200|>": FIRST_ID + 1,
+            **{f"<|visual token {i:06}|>": FIRST_ID + 2 + i for i in range(16)},
+        },
+        "vq_config.base_channels": 32,
+        "vq_config.codebook_size": 16,
+        "vq_config.hidden_size": 128,
     },
-    "fast_vlm": {
-        "vision_config.architecture": "fastvit_t8",
-        "vision_config.hidden_size": 768,
-    },
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    "fast_vlm": {"vision_config.architecture": "fastvit_t8", "vision_config.hidden_size": 768},
     "florence2": {
-        "vision_config.embed_dim": [16, 32, 48, 64], "vision_config.num_heads": [2, 2, 2, 2], "vision_config.num_groups": [2, 2, 2, 2],
+        "vision_config.embed_dim": [16, 32, 48, WIDTH],
+        "vision_config.num_heads": [2] * 4,
+        "vision_config.num_groups": [2] * 4,
         "vision_config.projection_dim": WIDTH,
     },
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 1], [-1, 2]], "spatial_target_layers": [0, 1, 2, 3]},
-    "janus": {"vq_config.base_channels": 32},
-    "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config.hidden_sizes": [16, 32, 48, 64]},
-    "perception_lm": {
-        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
-        "vision_config.model_args": {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 4, "global_pool": "", "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [8, 8]},
+    "gemma3n": {
+        "text_config.layer_types": _HYBRID,
+        "text_config.num_kv_shared_layers": 2,
+        "vision_config.hidden_size": 2048,  # of any width of this tower
+        "vision_config.model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 4},
     },
-    "qwen4_exp": {"text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_kv_heads": 1, "text_config.indexer_n_heads": 2, "text_config.indexer_head_dim": 16},
-    "gemma3n": {"text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2},
-    "hunyuan_vl": {"text_config.head_dim": WIDTH // HEADS},
-    "qwen2_vl": {"vision_config.embed_dim": WIDTH},
-    "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
-    "kosmos-2": {"text_config.embed_dim": WIDTH},
-    "kosmos-2.5": {"text_config.embed_dim": WIDTH},
-    "aria": {"projector_patch_to_query_dict": {"64": 16}, "max_value_projector_patch_to_query_dict": 16},
-    "ernie4_5_vl_moe": {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
-    "vipllava": {"vision_feature_layers": [-2, -1]},
-    "minimax_m3_vl": {"text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
-    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
-    "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 64},
-    "qwen2_5_omni_thinker": _OMNI,
-    "qwen3_omni_moe_thinker": _OMNI,
-    "step3p7": {"text_config.sliding_window": 1024, "text_config.layer_types": _HYBRID},
-    "fuyu": {"text_config.head_dim": WIDTH // HEADS},
     "gemma4": {
-        "vision_config": {"model_type": "gemma4_vision", **_VISION, "num_key_value_heads": HEADS, "head_dim": 16,
-            "patch_size": PATCH, "position_embedding_size": 64},
-        "text_config.layer_types": _HYBRID, "text_config.num_kv_shared_layers": 2,
+        "text_config.layer_types": _HYBRID,
+        "text_config.num_kv_shared_layers": 2,
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "head_dim": WIDTH // HEADS,
+            "patch_size": PATCH,
+            "position_embedding_size": 64,
+        },
     },
     "gemma4_unified": {
-        "vision_config": {"model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "mm_posemb_size": 64, "output_proj_dims": WIDTH},
         "text_config.use_bidirectional_attention": "vision",
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": PATCH,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": WIDTH,
+            "mm_posemb_size": 64,
+            "output_proj_dims": WIDTH,
+        },
     },
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 1], [-1, 2]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 1, 2, 3],
+    },
+    "hunyuan_vl": {"text_config.head_dim": WIDTH // HEADS},
+    "janus": {"vq_config.base_channels": 32},
+    "kosmos-2": {"text_config.embed_dim": WIDTH},
+    "kosmos-2.5": {"text_config.embed_dim": WIDTH},
     "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"] * 2},
+    "minimax_m3_vl": {"text_config.layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
+    "muse_glimmer": _MUSE,
+    "muse_spark": _MUSE | {"audio_config.hidden_sizes": [16, 32, 48, WIDTH]},
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+        "vision_config.model_args": {
+            "embed_dim": WIDTH,
+            "depth": 2,
+            "num_heads": HEADS,
+            "img_size": [IMAGE_SIZE] * 2,
+            "patch_size": PATCH,
+            "global_pool": "",
+            "use_post_transformer_norm": False,
+            "init_values": 0.1,
+            "ref_feat_shape": [IMAGE_SIZE // PATCH] * 2,
+        },
+    },
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen2_vl": {"vision_config.embed_dim": WIDTH},
+    "qwen3_omni_moe_thinker": _OMNI,
+    "qwen4_exp": {
+        "text_config.indexer_budget": 8,
+        "text_config.indexer_compress_ratio": 4,
+        "text_config.indexer_head_dim": WIDTH // HEADS,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_n_heads": 2,
+    },
+    "step3p7": {"text_config.layer_types": _HYBRID, "text_config.sliding_window": 1024},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
 }
 
 
@@ -216,6 +271,8 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             out[name] = {str(i): old[layer] for i, layer in enumerate(chosen or range(depth or 0)) if layer in old}
         elif isinstance(value, Mapping):
             out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
+        elif name == "image_grid_pinpoints":
+            out[name] = [[IMAGE_SIZE, 2 * IMAGE_SIZE], [2 * IMAGE_SIZE, IMAGE_SIZE], [2 * IMAGE_SIZE] * 2]
         elif _is_id(name):
             out[name] = _small_id(value, ids)
         elif chosen is not None and isinstance(value, list) and len(value) == depth:

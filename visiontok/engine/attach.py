@@ -224,7 +224,7 @@ class Attachment:
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        known = self.adapter.model_types and hasattr(self.base.config, "vision_config")
+        known = self.adapter.model_types and getattr(self.base.config, "vision_config", None) is not None
         if not known:  # the default adapter, or a family without a tower
             return None
         return VisionInputs.from_call(self.base.config, record.inputs)
@@ -294,7 +294,7 @@ class Attachment:
                     dense = dense * call.entry.valid[..., None]
                 call.levels.append(dense)
         if not self.policy.changes and cache is not None:
-            for layer in cache.layers:
+            for layer in cache.storing:
                 layer.note_prefill(length, call.width, call.entry_valid, batch, embeds.device, call.history, call.tail)
         if not self.policy.changes:
             alive = torch.where(call.visual, call.kept, call.attended)

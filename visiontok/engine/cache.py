@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UnsupportedError
@@ -142,12 +143,19 @@ _REPLACEMENT: dict[type[Any], type[Any]] = {
     DynamicLayer: TwoLengthLayer,
     DynamicSlidingWindowLayer: TwoLengthSlidingLayer,
 }
+if hasattr(cache_utils, "DummyLayer"):  # decoder layers that use the keys and values of another store none
+    _REPLACEMENT[cache_utils.DummyLayer] = cache_utils.DummyLayer
 
 
 class TwoLengthCache(DynamicCache):
     """A ``DynamicCache`` whose layers know how many tokens they stand for and how many they store."""
 
     layers: list[Any]
+
+    @property
+    def storing(self) -> list[Any]:
+        """The layers that store keys and values of their own."""
+        return [layer for layer in self.layers if isinstance(layer, TwoLengthLayer | TwoLengthSlidingLayer)]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """First query position in physical coordinates, in which masks are built."""
@@ -156,18 +164,18 @@ class TwoLengthCache(DynamicCache):
 
     def serve(self) -> None:
         """Allow the next update of every layer: its masks are taken care of."""
-        for layer in self.layers:
+        for layer in self.storing:
             layer.served = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in the base class; nothing is cropped if any layer cannot be."""
-        for layer in self.layers:
+        for layer in self.storing:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def is_uniform(self) -> bool:
         """Whether every layer stores the same slots, so that one mask serves all."""
-        return len({(layer.physical_length(), layer.pattern) for layer in self.layers}) <= 1
+        return len({(layer.physical_length(), layer.pattern) for layer in self.storing}) <= 1
 
 
 def adopt(cache: Cache, depth: int) -> TwoLengthCache:

@@ -367,6 +367,11 @@ def attention_lengths(config: Any, inputs: VisionInputs) -> list[list[int]]:
     return [whole if layer in vision.fullatt_block_indexes else windows for layer in range(depth)]
 
 
+def knows(config: Any) -> bool:
+    """Whether the vision tower and projector of a model of this config are in the cost model."""
+    return config.model_type in _PROJECTORS
+
+
 def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequence[int]] | None = None) -> VisionFlops:
     """FLOPs of vision tower and projector.
 
@@ -395,7 +400,7 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
             f"config of model_type={config.model_type!r} has no vision_config; give the whole model's config"
         )
     block, depth = _tower_block(vision)
-    if config.model_type not in _PROJECTORS:
+    if not knows(config):
         raise UnsupportedError(
             f"the projector of model_type={config.model_type!r} is not in visiontok's cost model; measure it with "
             "torch.utils.flop_counter.FlopCounterMode"

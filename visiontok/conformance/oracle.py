@@ -14,10 +14,13 @@ class DenseMasked:
     """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive."""
 
     def __init__(self, model: Any, alive: Sequence[torch.Tensor]) -> None:
-        base, layers = model.model, model.get_decoder().layers
+        base, text = model.model, model.get_decoder()
         self.alive = alive
-        self.handles = [base.register_forward_pre_hook(self._base_pre, with_kwargs=True)]
-        for index, layer in enumerate(layers):
+        self.handles = [
+            base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
+            text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
+        ]
+        for index, layer in enumerate(text.layers):
             self.handles += [
                 layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
                 layer.register_forward_hook(lambda m, a, k, o, i=index: self._post(i, o), with_kwargs=True),
@@ -33,13 +36,17 @@ class DenseMasked:
     def _base_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.mask_2d = kwargs.get("attention_mask")
 
+    def _text_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs.pop("logits_to_keep", None)  # every layer runs at full length
+        return args, kwargs
+
     def _alive(self, index: int, length: int) -> torch.Tensor:
         known = self.alive[index]
         return torch.cat([known, known.new_ones(known.shape[0], length - known.shape[1])], 1)
 
     def _pre(self, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
         self.before = args[0] if args else kwargs["hidden_states"]
-        length = self.before.shape[1]
+        length = self.before.shape[-2]  # Gemma 3n stacks states in front of the batch
         given = kwargs.get("attention_mask")
         if given is not None and given.ndim == 4:
             seen = given if given.dtype == torch.bool else given > -1
@@ -54,7 +61,7 @@ class DenseMasked:
 
     def _post(self, index: int, output: Any) -> Any:
         hidden = output if torch.is_tensor(output) else output[0]
-        hidden = torch.where(self._alive(index, hidden.shape[1])[..., None], hidden, self.before)
+        hidden = torch.where(self._alive(index, hidden.shape[-2])[..., None], hidden, self.before)
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs
+from ..cost import VisionInputs, knows
 from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
@@ -224,8 +224,7 @@ class Attachment:
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        known = self.adapter.model_types and getattr(self.base.config, "vision_config", None) is not None
-        if not known:  # the default adapter, or a family without a tower
+        if not knows(self.base.config):
             return None
         return VisionInputs.from_call(self.base.config, record.inputs)
 
@@ -261,6 +260,7 @@ class Attachment:
             cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
         if repack:
             entry = call.entry = Layout(torch.where(call.visual, call.kept, call.attended))
             if position_ids is None:  # what the stock language model would have numbered

@@ -45,6 +45,12 @@ _FAMILIES = {
     "granite_docling": "idefics3",
     "idefics2": "idefics3",
     "molmo2": "molmo",
+    "glm4v_moe": "qwen_vl",
+    "glm46v": "qwen_vl",
+    "glmga": "qwen_vl",
+    "glm_ocr": "qwen_vl",
+    "qwen2_5_omni_thinker": "qwen_vl",
+    "exaone4_5": "qwen_vl",
     "qwen3_omni_moe_thinker": "qwen_vl",
     "shieldgemma2": "gemma3",
 }

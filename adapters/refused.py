@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _RESAMPLED = (
-    "its Q-Former turns every picture into a fixed handful of query tokens, so there is next to nothing to drop, and its "
-    "OPT or T5 language model has no decoder layers of the usual form"
+    "its Q-Former turns every picture into a fixed handful of query tokens, so there is next to nothing to drop, and "
+    "its OPT or T5 language model has no decoder layers of the usual form"
 )
 _MARKED = (
     "its pictures are resampled to a fixed number of latents that stand at positions marked by an extra input, not at "
@@ -18,13 +18,13 @@ REASONS: dict[str, str] = {
     "blip-2": _RESAMPLED,
     "instructblip": _RESAMPLED,
     "instructblipvideo": _RESAMPLED,
-    "chameleon": "pictures become ids of its own vocabulary, embedded by the same module that holds the decoder layers; "
+    "chameleon": "pictures become ids of its vocabulary, embedded by the same module that holds the decoder layers; "
     "there is no separate language model to put hooks around",
     "diffusion_gemma": "it refines blocks of text by diffusion instead of decoding token by token",
     "evolla": "it reads proteins, not pictures",
     "git": "it puts visual tokens in front of the text inside its decoder, without placeholders in the prompt",
-    "granite4_vision": "its pictures are added in front of several decoder layers and are zero in the prompt, so there is "
-    "nothing to select by before the first of them",
+    "granite4_vision": "its pictures are added in front of several decoder layers and are zero in the prompt, so there "
+    "is nothing to select by before the first of them",
     "idefics": "its decoder reads pictures by gated cross-attention, so the prompt holds no visual tokens",
     "kosmos-2": _MARKED,
     "kosmos-2.5": _MARKED,
@@ -42,5 +42,5 @@ def reason(config: Any) -> str | None:
     if model_type in REASONS:
         return REASONS[model_type]
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder: pictures go into its encoder, not into the prompt of a decoder-only language model"
+        return "it is an encoder-decoder: pictures go into its encoder, not into the prompt of its decoder"
     return None

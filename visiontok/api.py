@@ -116,6 +116,7 @@ def base_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: if there is none.
     """
+    from visiontok.adapters.base import is_supported
     from visiontok.adapters.refused import reason
 
     if not isinstance(model, nn.Module):
@@ -123,8 +124,9 @@ def base_model(model: nn.Module) -> nn.Module:
     core: Any = model
     if hasattr(core, "get_base_model"):  # PEFT
         core = core.get_base_model()
-    if (why := reason(getattr(core, "config", None))) is not None:
-        raise UnsupportedError(f"{core.config.model_type}: visiontok cannot drop tokens here, because {why}")
+    config = getattr(core, "config", None)
+    if (why := reason(config)) is not None and not is_supported(config.model_type):
+        raise UnsupportedError(f"{config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)
     if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
         return base

@@ -12,6 +12,7 @@ import gc
 import inspect
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,13 +257,17 @@ def examine(model_type: str) -> Outcome:
         for stage, refused in found.items():
             if not refused:
                 _compare(model, inputs, stock, stage)
-        base = base_model(model)
+        adapter = find(base_model(model))
+        own = is_supported(base_model(model).config.model_type)
+        if own:  # what it names must exist
+            adapter.base.get_submodule(adapter.tower)
+            adapter.base.get_submodule(adapter.projector or "")
         return Outcome(
             model_type,
             "pass",
-            adapter="own" if is_supported(base.config.model_type) else "default",
+            adapter="own" if own else "default",
             **{stage: refused or PASS for stage, refused in found.items()},
-            notes=find(base).notes,
+            notes=adapter.notes,
         )
     except Exception as error:  # whatever stock code raises is a finding, not an end of the survey
         return Outcome(model_type, "failed", prompt=f"{type(error).__name__}: {error}")
@@ -318,40 +323,54 @@ def survey(model_types: Iterable[str] = CLASSES) -> Iterator[Outcome]:
         yield outcome
 
 
+_TITLE = """\
+# Models
+
+Every image-text-to-text class of transformers {version}: {passed} pass, {refused} are refused, {failed} failed.
+
+*Pass* means: on a tiny random model of the class, with two left-padded prompts of two images each, visiontok attached,
+dropped visual tokens, and greedy generation equalled the dense masked oracle in every token and every logit (float64).
+*Adapter* is `own` where visiontok knows the family, `default` where the model passed the structural check; then methods
+that ask where tokens lie in their image, or for attention inside the tower, say that they cannot know. Videos and audio
+were not tried here. Made by `python -m visiontok.conformance.everything --write docs/models.md`.
+"""
+
+
 def table(outcomes: Iterable[Outcome]) -> str:
     """Markdown: what passes, and what is refused why."""
     rows = sorted(outcomes, key=lambda outcome: outcome.model_type)
-    passed = [o for o in rows if o.status == "pass"]
+    count = Counter(o.status for o in rows)
+    title = _TITLE.format(
+        version=transformers.__version__, passed=count["pass"], refused=count["refused"], failed=count["failed"]
+    )
     lines = [
-        "# Models",
-        "",
-        f"Every image-text-to-text class of transformers {transformers.__version__}: {len(passed)} pass, "
-        f"{sum(o.status == 'refused' for o in rows)} are refused, {sum(o.status == 'failed' for o in rows)} failed. Made "
-        "by `python -m visiontok.conformance.everything --write docs/models.md`.",
-        "",
-        "*Pass* means: on a tiny random model of the class, with two left-padded prompts of two images each, visiontok "
-        "attached, dropped visual tokens, and greedy generation equalled the dense masked oracle in every token and every "
-        "logit (float64). *Adapter* is `own` where visiontok knows the family, `default` where the model passed the "
-        "structural check; with the default one, methods that ask where tokens lie or for attention of the tower say so.",
-        "",
+        title,
         "| model type | class | prompt stages | decoder stages | adapter | notes |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| {o.model_type} | {CLASSES[o.model_type]} | {o.prompt} | {_short(o.cut)} | {o.adapter} | {o.notes} |"
-            for o in passed
-        ),
+        *(line(o) for o in rows if o.status == "pass"),
         "",
         "| model type | class | refused, or failed, because |",
         "|---|---|---|",
-        *(f"| {o.model_type} | {CLASSES[o.model_type]} | {_short(o.prompt)} |" for o in rows if o not in passed),
+        *(line(o) for o in rows if o.status != "pass"),
         "",
     ]
     return "\n".join(lines)
 
 
+def line(outcome: Outcome) -> str:
+    """The row of the table for one model type."""
+    found = (
+        (outcome.prompt, _short(outcome.cut), outcome.adapter, outcome.notes)
+        if outcome.status == "pass"
+        else (_short(outcome.prompt),)
+    )
+    return f"| {' | '.join((outcome.model_type, CLASSES[outcome.model_type], *found))} |"
+
+
 def _short(reason: str) -> str:
     """A reason on one line of a table, without the model's name and the way out."""
-    return " ".join(reason.split(": ", 1)[-1].split("; register")[0].split(", so tokens can only")[0].split())
+    text = reason.split(": ", 1)[-1].split("visiontok cannot drop tokens here, because ")[-1]
+    return " ".join(text.split("; register")[0].split(", so tokens can only")[0].split()).replace("|", "\\|")
 
 
 def main() -> None:

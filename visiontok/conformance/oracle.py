@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+
 class DenseMasked:
     """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive."""
 

@@ -30,9 +30,9 @@ _DEPTHS = {
 }  # fmt: skip
 _WIDTHS = {
     "hidden_size", "d_model", "out_hidden_size", "projection_dim", "text_hidden_size", "encoder_hidden_size",
-    "projector_hidden_size", "vision_hidden_size", "decoder_hidden_size", "projection_hidden_dim", "word_embed_proj_dim",
-    "output_dim", "image_text_hidden_size", "projection_hidden_size", "patch_embed_hidden_size", "projector_input_dim",
-    "projector_output_dim", "vision_output_dim", "adapter_in_dim", "adapter_out_dim", "output_channels",
+    "projector_hidden_size", "vision_hidden_size", "decoder_hidden_size", "projection_hidden_dim",
+    "word_embed_proj_dim", "output_dim", "image_text_hidden_size", "projection_hidden_size", "patch_embed_hidden_size",
+    "projector_input_dim",    "projector_output_dim", "vision_output_dim", "adapter_in_dim", "adapter_out_dim", "output_channels",
     "downsample_hidden_size", "adapter_input_size", "post_conv_in_channels", "image_token_embed_dim",
 }  # fmt: skip
 _INNER = {

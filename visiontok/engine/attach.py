@@ -81,7 +81,7 @@ class Attachment:
         if policy.changes and adapter.prompt_only:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
-                f"decoder layer; this recipe changes them at layer {min(policy.changes)}, use one with prompt stages only"
+                f"decoder layer; this recipe changes them at layer {min(policy.changes)}, use prompt stages only"
             )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)

@@ -48,7 +48,7 @@ class Gemma4Adapter(Adapter):
     The small models share keys across layers and feed each layer embeddings of its own; the large ones do neither.
     """
 
-    model_types = ("gemma4", "gemma4_unified")
+    model_types = ("gemma4",)
     projector = "embed_vision"
     own_mask = True
     token_inputs = ("per_layer_inputs",)
@@ -59,3 +59,10 @@ class Gemma4Adapter(Adapter):
         if getattr(self.base.config.get_text_config(), "hidden_size_per_layer_input", 0):
             return "each of its decoder layers is fed token embeddings of its own"
         return super().prompt_only
+
+
+class Gemma4UnifiedAdapter(Gemma4Adapter):
+    """Gemma 4 without a vision tower: patches are embedded by a few linear maps."""
+
+    model_types = ("gemma4_unified",)
+    tower = "embed_vision"

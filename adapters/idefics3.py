@@ -42,6 +42,13 @@ class Idefics2Adapter(Adapter):
     tower = "vision_model"
     projector = "connector"
 
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        # up to 5.17 the latents of all pictures in one row
+        pooled = record.output.pooler_output
+        total = sum(item.shape[:-1].numel() for item in pooled)
+        latents = self.base.config.perceiver_config.resampler_n_latents
+        return [torch.full((latents, 3), -1) for _ in range(total // latents)]
+
 
 class GraniteDoclingAdapter(Adapter):
     """Granite-Docling: tiles with fine or coarse tokens; features of tower levels are added as in DeepStack."""
@@ -49,7 +56,7 @@ class GraniteDoclingAdapter(Adapter):
     model_types = ("granite_docling",)
     text = "text_model"
     tower = "vision_model"
-    projector = "connector"
+    projector = "vision_model.connector"
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
     notes = "a tile counts as an image: the model's inputs do not say which tiles belong together"
 

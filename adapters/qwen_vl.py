@@ -48,7 +48,7 @@ class Glm4vAdapter(QwenVLAdapter):
 
 
 class Qwen25VLAdapter(QwenVLAdapter):
-    """Qwen2.5-VL, Qwen2.5-Omni, EXAONE 4.5: the tower works window by window, so its tokens are permuted until after the merger."""
+    """Qwen2.5-VL, Qwen2.5-Omni, EXAONE 4.5: the tower works window by window, permuted until after the merger."""
 
     model_types = ("qwen2_5_vl", "qwen2_5_omni_thinker", "exaone4_5")
 
@@ -69,7 +69,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Qwen3-VL, Qwen3-Omni, Cohere Compass, Cosmos 3 Omni: features of intermediate tower levels are added after the first decoder layers (DeepStack)."""
+    """Qwen3-VL, Qwen3-Omni, Cohere Compass, Cosmos 3 Omni: tower levels join the first decoder layers (DeepStack)."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni", "qwen3_omni_moe_thinker")
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")

@@ -1,4 +1,4 @@
-"""Nothing is ever silently not pruned: every class of the installed transformers passes, or is refused with a reason."""
+"""Nothing is ever silently not pruned: every class of the installed transformers passes or is refused for a reason."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def base_model(model: nn.Module) -> nn.Module:
     core: Any = model
     if hasattr(core, "get_base_model"):  # PEFT
         core = core.get_base_model()
-    config = getattr(core, "config", None)
+    config: Any = getattr(core, "config", None)
     if (why := reason(config)) is not None and not is_supported(config.model_type):
         raise UnsupportedError(f"{config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)

@@ -135,9 +135,9 @@ def batch(model: Any, rows: int = 2, images: int = 2) -> dict[str, torch.Tensor]
 def _borders(config: Any) -> tuple[list[int], list[int]]:
     """Tokens that must stand before and behind the placeholders of an image."""
     for kind in ("vision", "image"):
-        ids = [getattr(config, f"{kind}_{end}_token_id", None) for end in ("start", "end")]
-        if all(isinstance(i, int) for i in ids):
-            return [ids[0]], [ids[1]]
+        start, end = (getattr(config, f"{kind}_{side}_token_id", None) for side in ("start", "end"))
+        if isinstance(start, int) and isinstance(end, int):
+            return [start], [end]
     return [], []
 
 
@@ -258,7 +258,7 @@ def examine(model_type: str) -> Outcome:
             if not refused:
                 _compare(model, inputs, stock, stage)
         adapter = find(base_model(model))
-        own = is_supported(base_model(model).config.model_type)
+        own = is_supported(adapter.base.config.model_type)
         if own:  # what it names must exist
             adapter.base.get_submodule(adapter.tower)
             adapter.base.get_submodule(adapter.projector or "")

@@ -32,8 +32,8 @@ _WIDTHS = {
     "hidden_size", "d_model", "out_hidden_size", "projection_dim", "text_hidden_size", "encoder_hidden_size",
     "projector_hidden_size", "vision_hidden_size", "decoder_hidden_size", "projection_hidden_dim",
     "word_embed_proj_dim", "output_dim", "image_text_hidden_size", "projection_hidden_size", "patch_embed_hidden_size",
-    "projector_input_dim",    "projector_output_dim", "vision_output_dim", "adapter_in_dim", "adapter_out_dim", "output_channels",
-    "downsample_hidden_size", "adapter_input_size", "post_conv_in_channels", "image_token_embed_dim",
+    "projector_input_dim", "projector_output_dim", "vision_output_dim", "adapter_in_dim", "adapter_out_dim",
+    "output_channels", "downsample_hidden_size", "adapter_input_size", "post_conv_in_channels", "image_token_embed_dim",
 }  # fmt: skip
 _INNER = {
     "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "moe_hidden_size", "ffn_dim",
@@ -99,6 +99,17 @@ SIZES: dict[str, int] = {
 _HYBRID = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _OMNI = {"vision_start_token_id": FIRST_ID + 30, "vision_end_token_id": FIRST_ID + 31}  # the default names none
+_GEMMA4_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": WIDTH // HEADS,
+    "patch_size": PATCH,
+    "position_embedding_size": 64,
+}
 _MUSE = {"out_hidden_size": 4 * WIDTH}  # 2 × 2 patches side by side
 
 # What no rule by name can know, and what the defaults leave out though every checkpoint has it.
@@ -121,6 +132,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_vl_hybrid": {"high_res_vision_config.image_size": 2 * IMAGE_SIZE},
     "diffusion_gemma": {
+        "vision_config": _GEMMA4_VISION,
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 48,
@@ -154,17 +166,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4": {
         "text_config.layer_types": _HYBRID,
         "text_config.num_kv_shared_layers": 2,
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            "hidden_size": WIDTH,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS,
-            "head_dim": WIDTH // HEADS,
-            "patch_size": PATCH,
-            "position_embedding_size": 64,
-        },
+        "vision_config": _GEMMA4_VISION,
     },
     "gemma4_unified": {
         "text_config.use_bidirectional_attention": "vision",
@@ -258,8 +260,8 @@ def _has_mrope(config: Any) -> bool:
 
 
 def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
-    depth = next((config[name] for name in _DEPTHS if isinstance(config.get(name), int)), None)
-    chosen = _layers(config, depth) if depth is not None and depth > DEPTH else None
+    depth = next((config[name] for name in _DEPTHS if isinstance(config.get(name), int)), 0)
+    chosen = _layers(config, depth) if depth > DEPTH else None
     out: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("id2label", "label2id", "label_names"):
@@ -268,7 +270,7 @@ def _shrunk(config: Mapping[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             out[name] = copy.deepcopy(value)
         elif name == "per_layer_config":
             old = {int(layer): _shrunk(changes, ids) for layer, changes in (value or {}).items()}
-            out[name] = {str(i): old[layer] for i, layer in enumerate(chosen or range(depth or 0)) if layer in old}
+            out[name] = {str(i): old[layer] for i, layer in enumerate(chosen or range(depth)) if layer in old}
         elif isinstance(value, Mapping):
             out[name] = _shrunk(value, ids) if name.endswith(("config", "encoder", "decoder")) else dict(value)
         elif name == "image_grid_pinpoints":

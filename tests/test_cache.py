@@ -10,11 +10,12 @@ import weakref
 import pytest
 import torch
 import transformers as T
-from test_engine import DEPTH, check_against_oracle, generate, masks
+from test_engine import DEPTH, generate, masks
 
 import visiontok
 from visiontok import Recipe
 from visiontok.api import Compression
+from visiontok.conformance.checks import against_oracle
 from visiontok.conformance.oracle import DenseMasked, greedy
 from visiontok.conformance.schedules import SCHEDULES, cut, prompt, recipe
 from visiontok.conformance.zoo import BANNED, CLIP, IMAGE, IMAGE_IDS, QWEN_IDS, TEXT, VIDEO, batch, build, prepare
@@ -45,7 +46,7 @@ def test_layers_of_one_width_may_hold_different_slots(name, schedule):
         "attention_mask": mask,
         "pixel_values": torch.randn(1, 3, 32, 32, generator=g).double(),
     } | ({"token_type_ids": (ids == IMAGE).long()} if name == "gemma3" else {})
-    check_against_oracle(model, inputs, SCHEDULES[schedule], 1e-6)
+    against_oracle(model, inputs, recipe(schedule), BANNED)
 
 
 @pytest.mark.parametrize("schedule", ["prompt", "cut", "inject", "prompt, inject, exit"])
@@ -339,7 +340,7 @@ def test_video_of_glm4v_stands_at_image_placeholders():
     }
     assert QWEN_IDS["image_token_id"] == IMAGE
     for schedule in ("prompt", "pyramid", "inject, cut, exit"):
-        alive, _ = check_against_oracle(model, inputs, SCHEDULES[schedule], 1e-6)
+        alive, _ = against_oracle(model, inputs, recipe(schedule), BANNED)
         assert len(alive) == DEPTH
 
 

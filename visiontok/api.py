@@ -136,10 +136,14 @@ def base_model(model: nn.Module) -> nn.Module:
         UnsupportedError: if there is none.
     """
     from visiontok.adapters.base import is_supported
+    from visiontok.adapters.refused import reason
 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
     core = _unwrapped(model)
+    config = getattr(core, "config", None)
+    if (why := reason(config)) is not None and not is_supported(config.model_type):
+        raise UnsupportedError(f"{config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)
     if hasattr(base, "config"):
         known = is_supported(getattr(base.config, "model_type", ""))

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs
+from ..cost import VisionInputs, knows
 from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
@@ -98,6 +98,12 @@ class Attachment:
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
+        touched = [*policy.changes] if policy.biased is None else [*policy.changes, policy.biased]
+        if touched and adapter.prompt_only:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
+                f"decoder layer; this recipe acts in layer {min(touched)}, use prompt stages without mass"
+            )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
@@ -302,7 +308,7 @@ class Attachment:
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
+        if not knows(self.base.config):
             return None
         return VisionInputs.from_call(self.base.config, record.inputs)
 
@@ -338,12 +344,14 @@ class Attachment:
             cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
         if repack:
             keep = torch.where(call.visual, call.kept, call.attended)
             entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
             if position_ids is None:  # what the stock language model would have numbered
                 position_ids = (torch.arange(length, device=embeds.device) + past)[None]
             kwargs["inputs_embeds"] = entry.gather(embeds)
+            self._gather_inputs(entry, kwargs)
             kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
@@ -360,24 +368,32 @@ class Attachment:
         call.alive = dict.fromkeys(depth, torch.where(call.visual, call.kept, call.attended))
         call.masses = dict.fromkeys(depth, None if call.mass is None else call.units.scatter(call.mass))
         if cache is not None:
-            for layer in cache.layers:
+            for layer in cache.storing.values():
                 layer.note_prefill(
                     length, call.width, call.entry_valid, None, call.batch, embeds.device, call.history, call.tail
                 )
 
+    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
+        """Give the family's own per-token keywords the tokens of ``layout``."""
+        for name in self.adapter.token_inputs:
+            if torch.is_tensor(kwargs.get(name)):
+                kwargs[name] = layout.gather(kwargs[name])
+
     def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
         mask = kwargs.get("attention_mask")
         if self.adapter.own_mask and mask is not None and not _is_2d(mask):
-            full = mask.get("full_attention") if isinstance(mask, dict) else mask
-            if full is not None:
-                call.own["full_attention"] = full if call.entry is None else call.entry.gather_mask(full)
+            own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
+            if call.entry is not None:
+                own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
+            call.own = own
             if not isinstance(mask, dict):
-                kwargs["attention_mask"] = call.own["full_attention"]
+                kwargs["attention_mask"] = own["full_attention"]
             elif call.entry is not None:
-                window = None if full is None else self.masks.windowed(call.own["full_attention"])
+                sliding = own.get("sliding_attention")
                 kwargs["attention_mask"] = mask | {
-                    "full_attention": call.own.get("full_attention"), "sliding_attention": window,
-                }  # fmt: skip
+                    "full_attention": own.get("full_attention"),
+                    "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
+                }
             if past and not self._layered:
                 first = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
                 x = kwargs["inputs_embeds"]
@@ -501,7 +517,7 @@ class Attachment:
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
-            kwargs["position_ids"] = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
+            kwargs["position_ids"] = torch.arange(x.shape[-2], device=x.device)[None].expand(x.shape[-3], -1)
         if args:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
@@ -531,6 +547,7 @@ class Attachment:
         if layout is not None or stale or biased:
             kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
         if layout is not None:
+            self._gather_inputs(layout, kwargs)
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
                 kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)

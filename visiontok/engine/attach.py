@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -70,11 +70,14 @@ class Attachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy, *, force: bool = False) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+    def __init__(
+        self, adapter: Adapter, policy: Policy, *, serves: Callable[[], bool], force: bool = False
+    ) -> None:
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
@@ -94,7 +97,7 @@ class Attachment:
                 self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
         for modality in ("image", "video"):
             if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder(self.base, modality))
+                self._removables.append(FeatureRecorder.on(self.base, modality))
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
@@ -121,6 +124,8 @@ class Attachment:
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
@@ -160,6 +165,8 @@ class Attachment:
     # ---- language model
 
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
         cache, masks = kwargs.get("past_key_values"), handover.get("masks")
@@ -167,7 +174,7 @@ class Attachment:
             if isinstance(cache, TwoLengthCache):
                 self._begin_decode(kwargs, handover, cache)
             return args, kwargs
-        call = Call("prefill", Trace(len(self.layers)))
+        call = Call("prefill", self.policy, Trace(len(self.layers)))
         call.trace.clock.mark("prefill")
         x, mask_2d = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover)
         batch, length = x.shape[:2]
@@ -322,7 +329,8 @@ class Attachment:
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         trace = self.trace
-        call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
+        mode = "uniform" if cache.is_uniform() else "decode"
+        call = Call(mode, self.policy, trace if trace is not None else Trace(0))
         call.cache = cache
         cache.serve()
         call.mask_2d = self._mask_2d(kwargs, handover)
@@ -360,7 +368,7 @@ class Attachment:
 
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(CALL)
-        if call is None:
+        if call is None or call.policy is not self.policy:
             return None
         # It stays in the keywords only for those who read it further down: a tap in this layer, the DeepStack hook.
         if call.mode != "prefill" or not (self.policy.wants_state(index) or self.adapter.deepstack):
@@ -432,7 +440,9 @@ class Attachment:
     def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
         call: Call | None = kwargs.get(CALL)
-        if call is None or call.mode != "prefill" or index >= len(call.levels):
+        if call is None or call.policy is not self.policy:
+            return None
+        if call.mode != "prefill" or index >= len(call.levels):
             return None
         level, layout = call.levels[index], call.layouts.get(index)
         added = level

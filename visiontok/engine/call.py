@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from .layout import Layout
 from .trace import Trace
 from .vision import Encoded, Units
 
+if TYPE_CHECKING:
+    from .attach import Policy
+
 
 class Call:
     """Everything the hooks know about one forward; B rows, N prompt positions of this forward, E of them entering.
@@ -19,6 +22,7 @@ class Call:
     Attributes:
         mode: ``prefill``, or ``stock`` where nothing is dropped in one; ``decode`` where layers store different slots,
             ``uniform`` where all store the same.
+        policy: who decides; several may be attached to one model, and each attachment knows its calls by this.
         visual: (B, N) bool, visual positions.
         attended: (B, N) bool, positions that are not padding.
         units: the images of the call.
@@ -29,8 +33,9 @@ class Call:
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
     """
 
-    def __init__(self, mode: str, trace: Trace) -> None:
+    def __init__(self, mode: str, policy: Policy, trace: Trace) -> None:
         self.mode = mode
+        self.policy = policy
         self.trace = trace
         self.cache: TwoLengthCache | None = None
         self.mask_2d: torch.Tensor | None = None

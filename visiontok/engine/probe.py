@@ -19,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 IMPLEMENTATION = "visiontok_tap"
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
 
+_TAP = "_visiontok_tap"  # attribute of a tapped module: its own config object, and the sinks
+
 Sink = Callable[..., None]
 
 
@@ -26,8 +28,11 @@ def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     call = kwargs.pop(CALL, None)
-    config, eager, sink = module._visiontok_tap
-    sink(call, query, key, attention_mask, kwargs)
+    # another thread may have taken the last tap away since this one read the config
+    config, sinks = module.__dict__.get(_TAP) or (module.config, ())
+    for sink in sinks:
+        sink(call, query, key, attention_mask, kwargs)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 
@@ -36,7 +41,7 @@ ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)
 
 
 class Tap:
-    """A removable tap on one attention module.
+    """A removable tap on one attention module, which may have several.
 
     Args:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
@@ -45,18 +50,23 @@ class Tap:
     """
 
     def __init__(self, module: Any, sink: Sink) -> None:
-        self.module = module
-        config: Any = module.config
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        self.module._visiontok_tap = (config, eager, sink)
-        tapped = copy.copy(config)
-        tapped.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
-        self.module.config = tapped
+        self.module, self.sink = module, sink
+        config, sinks = module.__dict__.get(_TAP) or (module.config, ())
+        module.__dict__[_TAP] = (config, (*sinks, sink))
+        if not sinks:
+            tapped = copy.copy(config)
+            tapped.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
+            module.config = tapped
 
     def remove(self) -> None:
-        """Put the original config object back."""
-        self.module.config = self.module._visiontok_tap[0]
-        del self.module._visiontok_tap
+        """Take this tap away, and with the last one put the original config object back."""
+        config, sinks = self.module.__dict__[_TAP]
+        rest = tuple(sink for sink in sinks if sink is not self.sink)
+        if rest:
+            self.module.__dict__[_TAP] = (config, rest)
+        else:
+            self.module.config = config
+            del self.module.__dict__[_TAP]
 
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:

@@ -60,8 +60,16 @@ class FeatureRecorder:
     def __init__(self, base: nn.Module, modality: Modality) -> None:
         self.base = base
         self.modality: Modality = modality
-        self.name = f"get_{modality}_features"
+        self.name = _getter(modality)
+        self.users = 0
         base.__dict__[self.name] = self
+
+    @classmethod
+    def on(cls, base: nn.Module, modality: Modality) -> FeatureRecorder:
+        """The recorder of a model, shared by its attachments, each of which calls :meth:`remove` in the end."""
+        recorder = base.__dict__.get(_getter(modality)) or cls(base, modality)
+        recorder.users += 1
+        return recorder
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -90,8 +98,14 @@ class FeatureRecorder:
         return output
 
     def remove(self) -> None:
-        """Uncover the class's method again."""
-        del self.base.__dict__[self.name]
+        """Uncover the class's method again, once nobody records."""
+        self.users -= 1
+        if not self.users:
+            del self.base.__dict__[self.name]
+
+
+def _getter(modality: Modality) -> str:
+    return f"get_{modality}_features"
 
 
 def current_record() -> Encoded | None:

@@ -381,6 +381,8 @@ class Attachment:
             if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
             return args, kwargs
+        if self.policy.changes or call.levels:
+            self._refuse_reentrant(call)
         if self.policy.changes:
             x = self._relayout(call, index, x, kwargs)
         if "flash" in str(self.config._attn_implementation) and torch.is_tensor(kwargs.get("position_ids")):
@@ -392,13 +394,28 @@ class Attachment:
         kwargs["hidden_states"] = x
         return args, kwargs
 
+    def _refuse_reentrant(self, call: Call) -> None:
+        """Reentrant checkpoints run the layer without gradients; up to transformers 5.17 these hooks are inside.
+
+        Raises:
+            UnsupportedError: since gradients of what layers hand on beside their inputs would be lost.
+        """
+        if call.trains and not torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that works "
+                'inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+
     def _relayout(self, call: Call, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
         before = call.layouts[index - 1]
         states = call.states.get(index - 1)
         if index in self.policy.changes and index not in call.layouts:
-            latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
-            visible = self.policy.visible(call, index, latest) & call.kept
+            # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17
+            # runs these hooks again, must save the same tensors although it chooses no more.
+            with torch.no_grad():
+                latest = x if before is None else before.scatter(states, x)  # type: ignore[arg-type]
+                visible = self.policy.visible(call, index, latest) & call.kept
             call.alive[index] = torch.where(call.visual, visible, call.attended)
             call.check_last(call.alive[index])
             wanted = call.enter(call.alive[index]) & call.entry_valid_or_ones()

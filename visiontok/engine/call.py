@@ -30,6 +30,7 @@ class Call:
         ids: (B, N) token ids, or None if the caller gave embeddings.
         embeds: (B, N, D) inputs of the language model before any pruning.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
+        trains: whether gradients were wanted when the language model was entered.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
     """
 
@@ -50,6 +51,7 @@ class Call:
         self.visual, self.attended, self.units, self.records = visual, attended, units, records
         self.ids, self.embeds = ids, embeds
         self.batch, self.length = visual.shape
+        self.trains = torch.is_grad_enabled()
         self.entry: Layout | None = None
         self.entry_valid: torch.Tensor | None = None
         self.width = self.length

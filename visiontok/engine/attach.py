@@ -74,9 +74,7 @@ class Attachment:
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(
-        self, adapter: Adapter, policy: Policy, *, serves: Callable[[], bool], force: bool = False
-    ) -> None:
+    def __init__(self, adapter: Adapter, policy: Policy, *, serves: Callable[[], bool], force: bool = False) -> None:
         self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
@@ -123,6 +121,7 @@ class Attachment:
 
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
+    @torch.compiler.disable
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.serves():
             return None
@@ -164,6 +163,7 @@ class Attachment:
 
     # ---- language model
 
+    @torch.compiler.disable
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.serves():
             return None
@@ -344,6 +344,7 @@ class Attachment:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
         return mask if _is_2d(mask) else None
 
+    @torch.compiler.disable
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
         if call is None:
@@ -366,6 +367,7 @@ class Attachment:
 
     # ---- decoder layers
 
+    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call | None = kwargs.get(CALL)
         if call is None or call.policy is not self.policy:
@@ -402,8 +404,8 @@ class Attachment:
         """
         if call.trains and not torch.is_grad_enabled():
             raise UnsupportedError(
-                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that works "
-                'inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that "
+                'works inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
 
     def _relayout(self, call: Call, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -454,6 +456,7 @@ class Attachment:
             call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
         return call.masks[key][2]
 
+    @torch.compiler.disable
     def _layer_post(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """DeepStack: add the level's features behind this layer, also to tokens that it did not see."""
         call: Call | None = kwargs.get(CALL)

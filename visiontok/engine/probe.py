@@ -30,12 +30,17 @@ def _tapped_attention(
     call = kwargs.pop(CALL, None)
     # another thread may have taken the last tap away since this one read the config
     config, sinks = module.__dict__.get(_TAP) or (module.config, ())
-    with torch.no_grad():  # scores have no gradient, and a replay by gradient checkpointing may find no call to score
-        for sink in sinks:
-            sink(call, query, key, attention_mask, kwargs)
+    _show(sinks, call, query, key, attention_mask, kwargs)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _show(sinks: Any, *seen: Any) -> None:
+    with torch.no_grad():  # scores have no gradient, and a replay by gradient checkpointing may find no call to score
+        for sink in sinks:
+            sink(*seen)
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)

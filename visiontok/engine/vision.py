@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ class FeatureRecorder:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(getattr(type(self.base), self.name).__get__(self.base))
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # the tower itself may be compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         method = getattr(type(self.base), self.name)
         if _thread.current is not None:  # one modality's method may be built on the other's

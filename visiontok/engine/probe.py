@@ -31,7 +31,7 @@ def _tapped_attention(
     # another thread may have taken the last tap away since this one read the config
     config, sinks = module.__dict__.get(_TAP) or (module.config, ())
     _show(sinks, call, query, key, attention_mask, kwargs)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 

@@ -183,7 +183,7 @@ def find(base: nn.Module) -> Adapter:
     if adapter is None:
         return check(Adapter(base))
     text = getattr(base, adapter.text, None)
-    missing = _odd_layers(text) or _odd_inputs(adapter, text)
+    missing = _odd_layers(text) or (None if adapter.cross_attention else _odd_inputs(adapter, text))
     if missing is not None:
         raise _refusal(base, missing)
     return adapter

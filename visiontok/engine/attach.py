@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -87,14 +87,21 @@ class Attachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         outer: the modules around the base model whose forward may be given labels.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
     def __init__(
-        self, adapter: Adapter, policy: Policy, *, outer: Sequence[nn.Module] = (), force: bool = False
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        *,
+        serves: Callable[[], bool],
+        outer: Sequence[nn.Module],
+        force: bool = False,
     ) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
@@ -122,20 +129,19 @@ class Attachment:
                 self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
         for modality in ("image", "video"):
             if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder(self.base, modality))
+                self._removables.append(FeatureRecorder.on(self.base, modality))
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
 
     def tap_biased(self) -> None:
-        """Let the layers that get a bias choose a kernel that can take it; behind all other taps."""
+        """Let the layers that get a bias choose a kernel that can take it."""
         if self.policy.biased is None:
             return
         for layer in self.layers[self.policy.biased :]:
             for module in attention_modules(layer):
-                if not hasattr(module, "_visiontok_tap"):
-                    self.add(Tap(module, None))
+                self.add(Tap(module, None))
 
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
@@ -160,6 +166,7 @@ class Attachment:
 
     # ---- the model around: labels
 
+    @torch.compiler.disable
     def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
@@ -173,7 +180,7 @@ class Attachment:
     def _ignore_labels(self, call: Prefill) -> None:
         copies = _thread.labels.pop(id(self), {})
         labels, shifted = copies.get("labels"), copies.get("shift_labels")
-        gone = call.visual & ~call.alive[len(self.layers) - 1]
+        gone = ~call.alive[len(self.layers) - 1]  # padding too, whose states are not what they were
         if labels is not None and labels.shape == gone.shape:
             labels[:, 1:].masked_fill_(gone[:, :-1].to(labels.device), IGNORED)
         if shifted is not None and shifted.shape == gone.shape:
@@ -181,7 +188,10 @@ class Attachment:
 
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
+    @torch.compiler.disable
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
@@ -243,7 +253,10 @@ class Attachment:
 
     # ---- language model
 
+    @torch.compiler.disable
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
         if "cache" in handover:
@@ -266,7 +279,7 @@ class Attachment:
             self._refuse_split_images(masks, cache)
         visual = functools.reduce(torch.logical_or, masks.values())
         units = self._units(masks, records)
-        call = Prefill(trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
+        call = Prefill(self.policy, trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
         trace.ledger = TokenLedger(call.visual, call.attended, call.units, len(self.layers))
         trace.encoders = [record.clock for record in records]
         trace.inputs = [self._vision_inputs(record) for record in records]
@@ -466,13 +479,14 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.trace, masks)
-        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.trace, None)
+            kwargs[CALL] = Decode(self.policy, self.trace, masks)
+        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.trace, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
         return mask if _is_2d(mask) else None
 
+    @torch.compiler.disable
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
         if call is None:
@@ -499,9 +513,10 @@ class Attachment:
 
     # ---- decoder layers
 
+    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = kwargs.get(CALL)
-        if call is None:
+        if call is None or call.policy is not self.policy:
             return None
         if isinstance(call, Decode):
             del kwargs[CALL]
@@ -513,6 +528,7 @@ class Attachment:
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:
+            self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
@@ -522,6 +538,18 @@ class Attachment:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
         return args, kwargs
+
+    def _refuse_reentrant(self, call: Prefill) -> None:
+        """Reentrant checkpoints run the layer without gradients; up to transformers 5.17 these hooks are inside.
+
+        Raises:
+            UnsupportedError: since gradients of what layers hand on beside their inputs would be lost.
+        """
+        if call.trains and not torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that "
+                'works inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
     def _relayout(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
@@ -561,6 +589,9 @@ class Attachment:
             )
         return x
 
+    # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17 runs
+    # these hooks again, must save the same tensors although it chooses no more.
+    @torch.no_grad()
     def _decide(self, call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None) -> None:
         """Which tokens layer ``index`` holds, and with which bias."""
         before = call.layouts[index - 1]

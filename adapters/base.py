@@ -35,6 +35,25 @@ _FAMILIES = {
     "gemma3": "gemma3",
     "paligemma": "paligemma",
     "mllama": "mllama",
+    "cohere_compass": "qwen_vl",
+    "cosmos3_omni": "qwen_vl",
+    "ernie4_5_vl_moe": "ernie",
+    "emu3": "idefics3",
+    "fuyu": "fuyu",
+    "gemma3n": "gemma3",
+    "gemma4": "gemma3",
+    "gemma4_unified": "gemma3",
+    "granite_docling": "idefics3",
+    "idefics2": "idefics3",
+    "molmo2": "molmo",
+    "glm4v_moe": "qwen_vl",
+    "glm46v": "qwen_vl",
+    "glmga": "qwen_vl",
+    "glm_ocr": "qwen_vl",
+    "qwen2_5_omni_thinker": "qwen_vl",
+    "exaone4_5": "qwen_vl",
+    "qwen3_omni_moe_thinker": "qwen_vl",
+    "shieldgemma2": "gemma3",
 }
 
 
@@ -56,6 +75,7 @@ class Adapter:
         projector: dotted path from the base model to the module that maps tower features to language-model tokens.
         own_mask: the base model builds non-causal masks itself and hands them to the language model.
         deepstack: keywords of the language model for (visual mask, per-level features), or None.
+        token_inputs: further keywords of the language model, and of its layers, with one entry per token (B, N, ...).
         cls_token: the tower's first token of every crop is a CLS token.
         join_adjacent: items whose placeholders touch are tiles of one image.
         cross_attention: visual tokens are no part of the prompt, decoder layers of their own attend to them; then the
@@ -69,6 +89,7 @@ class Adapter:
     projector: ClassVar[str | None] = "multi_modal_projector"
     own_mask: ClassVar[bool] = False
     deepstack: ClassVar[tuple[str, str] | None] = None
+    token_inputs: ClassVar[tuple[str, ...]] = ()
     cls_token: ClassVar[bool] = False
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
@@ -76,6 +97,12 @@ class Adapter:
 
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base
+
+    @property
+    def prompt_only(self) -> str:
+        """Why all decoder layers must hold the same tokens; empty where they may differ."""
+        text = self.base.config.get_text_config()
+        return "its decoder layers share keys and values" if getattr(text, "num_kv_shared_layers", 0) else ""
 
     @property
     def feature_layer(self) -> int:
@@ -155,7 +182,8 @@ def find(base: nn.Module) -> Adapter:
     adapter = _own(base)
     if adapter is None:
         return check(Adapter(base))
-    missing = _odd_layers(getattr(base, adapter.text, None))
+    text = getattr(base, adapter.text, None)
+    missing = _odd_layers(text) or (None if adapter.cross_attention else _odd_inputs(adapter, text))
     if missing is not None:
         raise _refusal(base, missing)
     return adapter
@@ -196,7 +224,6 @@ def check(adapter: Adapter) -> Adapter:
     base = adapter.base
     text = getattr(base, adapter.text, None)
     layers = getattr(text, "layers", None)
-    parameters = inspect.signature(text.forward).parameters if text is not None else {}
     missing = (
         f"a language model at .{adapter.text}"
         if text is None
@@ -204,12 +231,10 @@ def check(adapter: Adapter) -> Adapter:
         if not isinstance(layers, nn.ModuleList)
         else "get_image_features"
         if not hasattr(type(base), "get_image_features")
-        else "image_token_id in its config"
-        if not placeholder_ids(base.config)
         else odd
-        if (odd := _odd_layers(text)) is not None
-        else "a language model without per-layer side inputs"
-        if any(name in parameters for name in ("per_layer_inputs", "deepstack_visual_embeds", "visual_pos_masks"))
+        if (odd := _odd_layers(text) or _odd_inputs(adapter, text)) is not None
+        else "image_token_id in its config"
+        if not adapter.placeholders()
         else "a causal mask built in the language model"
         if not adapter.own_mask and _builds_masks(base)
         else None
@@ -224,6 +249,24 @@ def _odd_layers(text: Any) -> str | None:
     kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ())
     odd = sorted(kinds - {"full_attention", "sliding_attention"})
     return f"plain attention layers (it has {', '.join(odd)})" if odd else None
+
+
+_INPUTS = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "output_attentions", "output_hidden_states", "return_dict", "cache_position",
+}  # fmt: skip
+
+
+def _odd_inputs(adapter: Adapter, text: Any) -> str | None:
+    """What is missing in a language model that is fed more than the engine knows how to drop tokens from."""
+    parameters = inspect.signature(text.forward).parameters.values()
+    given = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    odd = sorted(given - _INPUTS - {*(adapter.deepstack or ()), *adapter.token_inputs})
+    if odd:
+        return f"a language model without side inputs (it takes {', '.join(odd)})"
+    if not adapter.own_mask and getattr(text.config, "use_bidirectional_attention", None) is True:
+        return "a causal language model (its config says use_bidirectional_attention)"
+    return None
 
 
 def _refusal(base: nn.Module, missing: str) -> UnsupportedError:

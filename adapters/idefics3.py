@@ -32,3 +32,43 @@ class Idefics3Adapter(Adapter):
     def _tokens_per_tile(self) -> int:
         config = self.base.config
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2
+
+
+class Idefics2Adapter(Adapter):
+    """Idefics2: a resampler gives every picture the same number of latents, which have no place in it."""
+
+    model_types = ("idefics2",)
+    text = "text_model"
+    tower = "vision_model"
+    projector = "connector"
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        # up to 5.17 the latents of all pictures in one row
+        pooled = record.output.pooler_output
+        total = sum(item.shape[:-1].numel() for item in pooled)
+        latents = self.base.config.perceiver_config.resampler_n_latents
+        return [torch.full((latents, 3), -1) for _ in range(total // latents)]
+
+
+class GraniteDoclingAdapter(Adapter):
+    """Granite-Docling: tiles with fine or coarse tokens; features of tower levels are added as in DeepStack."""
+
+    model_types = ("granite_docling",)
+    text = "text_model"
+    tower = "vision_model"
+    projector = "vision_model.connector"
+    deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
+    notes = "a tile counts as an image: the model's inputs do not say which tiles belong together"
+
+    def grids(self, record: Record) -> list[torch.Tensor]:
+        n = self.base.image_seq_len * (4 if record.inputs.get("tile_fine_mask") is not None else 1)
+        return [torch.full((n, 3), -1) for item in record.output.pooler_output for _ in range(len(item) // n)]
+
+
+class Emu3Adapter(Adapter):
+    """Emu3: pictures become ids of a vector quantiser, embedded by the language model."""
+
+    model_types = ("emu3",)
+    text = "text_model"
+    tower = "vqmodel"
+    projector = None

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL (and MoE), GLM-4V: native resolution, 2 × 2 patch merger, M-RoPE."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their kin: native resolution, 2 × 2 patch merger, M-RoPE."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class QwenVLAdapter(Adapter):
 
 
 class Glm4vAdapter(QwenVLAdapter):
-    """GLM-4V: the frames of a video stand at image placeholders."""
+    """GLM-4V, GLM-4.5V, GLM-4.6V, GLM-OCR: the frames of a video stand at image placeholders."""
 
-    model_types = ("glm4v",)
+    model_types = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
 
     def placeholders(self) -> dict[str, int]:
         return dict.fromkeys(("image", "video"), self.base.config.image_token_id)
 
 
 class Qwen25VLAdapter(QwenVLAdapter):
-    """Qwen2.5-VL: the tower works window by window, so its tokens are permuted until after the merger."""
+    """Qwen2.5-VL, Qwen2.5-Omni, EXAONE 4.5: the tower works window by window, permuted until after the merger."""
 
-    model_types = ("qwen2_5_vl",)
+    model_types = ("qwen2_5_vl", "qwen2_5_omni_thinker", "exaone4_5")
 
     def full_attention(self, depth: int) -> tuple[int, ...]:
         return tuple(self.base.config.vision_config.fullatt_block_indexes)
@@ -69,7 +69,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Qwen3-VL: features of intermediate tower levels are added after the first decoder layers (DeepStack)."""
+    """Qwen3-VL, Qwen3-Omni, Cohere Compass, Cosmos 3 Omni: tower levels join the first decoder layers (DeepStack)."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni", "qwen3_omni_moe_thinker")
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +30,25 @@ from .report import Report
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
-_MARK = "_visiontok_compression"
+_MARK = "_visiontok_compressions"  # attribute of a base model: what is attached, oldest first
+_lock = threading.RLock()  # over attaching and detaching; calls never take it
+
+
+class _Thread(threading.local):
+    numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.number = next(self.numbers)  # unlike get_ident(), never used again
+
+
+_thread = _Thread()
 
 
 class Compression:
     """A recipe attached to a model; a context manager.
+
+    A call is served by what its own thread has attached; a thread that has attached nothing is served by the oldest
+    compression on the model.
 
     Args:
         model: as in :func:`compress`.
@@ -51,12 +67,8 @@ class Compression:
         from visiontok.adapters.base import find
 
         self.model, self.recipe = model, recipe
-        base = base_model(model)
-        if (other := attached(model)) is not None:
-            raise ConfigError(
-                f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; "
-                "call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
-            )
+        self._base, self._thread = base_model(model), _thread.number
+        base = self._base
         known = find(base) if adapter is None else adapter(base)
         depth = len(getattr(base, known.text).layers)
         tower = describe_tower(known)
@@ -65,24 +77,38 @@ class Compression:
         self._label = replace(recipe, stages=adapted).label
         decide = CrossPolicy if known.cross_attention else StagePolicy
         policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
-        self._base = base
         self._attachment: Attachment | CrossAttachment
-        if known.cross_attention:
-            self._attachment = CrossAttachment(known, policy, force=force)
-        else:
-            self._attachment = Attachment(known, policy, outer=_around(model, base), force=force)
-        try:
-            policy.attach(self._attachment)
-        except Exception:
-            self._attachment.remove()
-            raise
-        base.__dict__[_MARK] = self
+        with _lock:
+            others = base.__dict__.get(_MARK, ())
+            if (other := next((c for c in others if c._thread == self._thread), None)) is not None:
+                raise ConfigError(
+                    f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; call .remove() "
+                    "on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
+                )
+            if known.cross_attention:
+                self._attachment = CrossAttachment(known, policy, serves=self._serves, force=force)
+            else:
+                outer = _around(model, base)
+                self._attachment = Attachment(known, policy, serves=self._serves, outer=outer, force=force)
+            try:
+                policy.attach(self._attachment)
+            except Exception:
+                self._attachment.remove()
+                raise
+            base.__dict__[_MARK] = (*others, self)
+
+    def _serves(self) -> bool:
+        return _serving(self._base) is self
 
     def remove(self) -> None:
-        """Detach; the model is stock again, bit for bit. Does nothing the second time."""
-        self._attachment.remove()
-        if self._base.__dict__.get(_MARK) is self:
-            del self._base.__dict__[_MARK]
+        """Detach; with the last compression gone the model is stock again, bit for bit. A second call does nothing."""
+        with _lock:
+            self._attachment.remove()
+            others = tuple(c for c in self._base.__dict__.get(_MARK, ()) if c is not self)
+            if others:
+                self._base.__dict__[_MARK] = others
+            else:
+                self._base.__dict__.pop(_MARK, None)
 
     def __enter__(self) -> Compression:
         return self
@@ -119,14 +145,19 @@ class Compression:
 
 
 def attached(model: nn.Module) -> Compression | None:
-    """The compression that is attached to ``model``, or None.
+    """The compression that serves calls of ``model`` from this thread, or None.
 
     A copied or unpickled model has one of its own; this is the way to it.
 
     Raises:
         UnsupportedError: for a model that visiontok cannot attach to.
     """
-    return base_model(model).__dict__.get(_MARK)
+    return _serving(base_model(model))
+
+
+def _serving(base: nn.Module) -> Compression | None:
+    known = base.__dict__.get(_MARK, ())
+    return next((c for c in known if c._thread == _thread.number), known[0] if known else None)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -136,10 +167,14 @@ def base_model(model: nn.Module) -> nn.Module:
         UnsupportedError: if there is none.
     """
     from visiontok.adapters.base import is_supported
+    from visiontok.adapters.refused import reason
 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
     core = _unwrapped(model)
+    config = getattr(core, "config", None)
+    if (why := reason(config)) is not None and not is_supported(config.model_type):
+        raise UnsupportedError(f"{config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)
     if hasattr(base, "config"):
         known = is_supported(getattr(base.config, "model_type", ""))

@@ -402,6 +402,11 @@ def attention_lengths(config: Any, inputs: VisionInputs) -> list[list[int]]:
     return [whole if layer in vision.fullatt_block_indexes else windows for layer in range(depth)]
 
 
+def knows(config: Any) -> bool:
+    """Whether the vision tower and projector of a model of this config are in the cost model."""
+    return config.model_type in _PROJECTORS | _CROSS_PROJECTORS
+
+
 def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequence[int]] | None = None) -> VisionFlops:
     """FLOPs of vision tower and projector.
 
@@ -420,12 +425,17 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         ConfigError: `lengths` does not have one entry per tower layer.
     """
     vision = getattr(config, "vision_config", None)
+    if vision is None and hasattr(config, "text_config"):
+        raise UnsupportedError(
+            f"model_type={config.model_type!r} has no vision tower that visiontok's cost model knows; measure it with "
+            "torch.utils.flop_counter.FlopCounterMode"
+        )
     if vision is None:
         raise ConfigError(
             f"config of model_type={config.model_type!r} has no vision_config; give the whole model's config"
         )
     block, depth = _tower_block(vision)
-    if config.model_type not in _PROJECTORS | _CROSS_PROJECTORS:
+    if not knows(config):
         raise UnsupportedError(
             f"the projector of model_type={config.model_type!r} is not in visiontok's cost model; measure it with "
             "torch.utils.flop_counter.FlopCounterMode"

@@ -5,12 +5,10 @@ reference for every schedule, and independent of the engine."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-
-OWN_MASK = {"gemma3", "paligemma"}
 
 
 class DenseMasked:
@@ -21,13 +19,12 @@ class DenseMasked:
     """
 
     def __init__(self, model: Any, alive: Sequence[torch.Tensor], merged: torch.Tensor | None = None) -> None:
-        base = model.model
-        text = base.text_model if hasattr(base, "text_model") else base.language_model
-        self.alive, self.own_mask = alive, model.config.model_type in OWN_MASK
-        self.merged = merged
-        self.handles = [base.register_forward_pre_hook(self._base_pre, with_kwargs=True)]
-        if merged is not None:
-            self.handles.append(text.register_forward_pre_hook(self._text_pre, with_kwargs=True))
+        base, text = model.model, model.get_decoder()
+        self.alive, self.merged = alive, merged
+        self.handles = [
+            base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
+            text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
+        ]
         for index, layer in enumerate(text.layers):
             self.handles += [
                 layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
@@ -45,9 +42,11 @@ class DenseMasked:
         self.mask_2d = kwargs.get("attention_mask")
 
     def _text_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        own, merged = kwargs["inputs_embeds"], cast("torch.Tensor", self.merged)
-        prompt = torch.where(merged.isnan(), own[:, : merged.shape[1]], merged.to(own.dtype))
-        kwargs["inputs_embeds"] = torch.cat([prompt, own[:, merged.shape[1] :]], 1)
+        kwargs.pop("logits_to_keep", None)  # every layer runs at full length
+        if self.merged is not None:
+            own, merged = kwargs["inputs_embeds"], self.merged
+            prompt = torch.where(merged.isnan(), own[:, : merged.shape[1]], merged.to(own.dtype))
+            kwargs["inputs_embeds"] = torch.cat([prompt, own[:, merged.shape[1] :]], 1)
         return args, kwargs
 
     def _alive(self, index: int, length: int) -> torch.Tensor:
@@ -56,9 +55,9 @@ class DenseMasked:
 
     def _pre(self, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
         self.before = args[0] if args else kwargs["hidden_states"]
-        length = self.before.shape[1]
+        length = self.before.shape[-2]  # Gemma 3n stacks states in front of the batch
         given = kwargs.get("attention_mask")
-        if self.own_mask and given is not None:
+        if given is not None and given.ndim == 4:
             seen = given if given.dtype == torch.bool else given > -1
         else:
             seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
@@ -71,7 +70,7 @@ class DenseMasked:
 
     def _post(self, index: int, output: Any) -> Any:
         hidden = output if torch.is_tensor(output) else output[0]
-        hidden = torch.where(self._alive(index, hidden.shape[1])[..., None], hidden, self.before)
+        hidden = torch.where(self._alive(index, hidden.shape[-2])[..., None], hidden, self.before)
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])
 
 

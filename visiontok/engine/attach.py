@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs
+from ..cost import VisionInputs, knows
 from ..errors import UnsupportedError
 from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
@@ -87,17 +87,30 @@ class Attachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         outer: the modules around the base model whose forward may be given labels.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
     def __init__(
-        self, adapter: Adapter, policy: Policy, *, outer: Sequence[nn.Module] = (), force: bool = False
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        *,
+        serves: Callable[[], bool],
+        outer: Sequence[nn.Module],
+        force: bool = False,
     ) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
+        touched = [*policy.changes] if policy.biased is None else [*policy.changes, policy.biased]
+        if touched and adapter.prompt_only:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
+                f"decoder layer; this recipe acts in layer {min(touched)}, use prompt stages without mass"
+            )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
@@ -116,20 +129,19 @@ class Attachment:
                 self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
         for modality in ("image", "video"):
             if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder(self.base, modality))
+                self._removables.append(FeatureRecorder.on(self.base, modality))
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
 
     def tap_biased(self) -> None:
-        """Let the layers that get a bias choose a kernel that can take it; behind all other taps."""
+        """Let the layers that get a bias choose a kernel that can take it."""
         if self.policy.biased is None:
             return
         for layer in self.layers[self.policy.biased :]:
             for module in attention_modules(layer):
-                if not hasattr(module, "_visiontok_tap"):
-                    self.add(Tap(module, None))
+                self.add(Tap(module, None))
 
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
@@ -154,6 +166,7 @@ class Attachment:
 
     # ---- the model around: labels
 
+    @torch.compiler.disable
     def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
@@ -167,7 +180,7 @@ class Attachment:
     def _ignore_labels(self, call: Prefill) -> None:
         copies = _thread.labels.pop(id(self), {})
         labels, shifted = copies.get("labels"), copies.get("shift_labels")
-        gone = call.visual & ~call.alive[len(self.layers) - 1]
+        gone = ~call.alive[len(self.layers) - 1]  # padding too, whose states are not what they were
         if labels is not None and labels.shape == gone.shape:
             labels[:, 1:].masked_fill_(gone[:, :-1].to(labels.device), IGNORED)
         if shifted is not None and shifted.shape == gone.shape:
@@ -175,7 +188,10 @@ class Attachment:
 
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
+    @torch.compiler.disable
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
@@ -237,7 +253,10 @@ class Attachment:
 
     # ---- language model
 
+    @torch.compiler.disable
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
         if "cache" in handover:
@@ -260,7 +279,7 @@ class Attachment:
             self._refuse_split_images(masks, cache)
         visual = functools.reduce(torch.logical_or, masks.values())
         units = self._units(masks, records)
-        call = Prefill(trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
+        call = Prefill(self.policy, trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
         trace.ledger = TokenLedger(call.visual, call.attended, call.units, len(self.layers))
         trace.encoders = [record.clock for record in records]
         trace.inputs = [self._vision_inputs(record) for record in records]
@@ -302,7 +321,7 @@ class Attachment:
             )
 
     def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
+        if not knows(self.base.config):
             return None
         return VisionInputs.from_call(self.base.config, record.inputs)
 
@@ -338,12 +357,14 @@ class Attachment:
             cache.serve()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
         if repack:
             keep = torch.where(call.visual, call.kept, call.attended)
             entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
             if position_ids is None:  # what the stock language model would have numbered
                 position_ids = (torch.arange(length, device=embeds.device) + past)[None]
             kwargs["inputs_embeds"] = entry.gather(embeds)
+            self._gather_inputs(entry, kwargs)
             kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
@@ -360,24 +381,32 @@ class Attachment:
         call.alive = dict.fromkeys(depth, torch.where(call.visual, call.kept, call.attended))
         call.masses = dict.fromkeys(depth, None if call.mass is None else call.units.scatter(call.mass))
         if cache is not None:
-            for layer in cache.layers:
+            for layer in cache.storing.values():
                 layer.note_prefill(
                     length, call.width, call.entry_valid, None, call.batch, embeds.device, call.history, call.tail
                 )
 
+    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
+        """Give the family's own per-token keywords the tokens of ``layout``."""
+        for name in self.adapter.token_inputs:
+            if torch.is_tensor(kwargs.get(name)):
+                kwargs[name] = layout.gather(kwargs[name])
+
     def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
         mask = kwargs.get("attention_mask")
         if self.adapter.own_mask and mask is not None and not _is_2d(mask):
-            full = mask.get("full_attention") if isinstance(mask, dict) else mask
-            if full is not None:
-                call.own["full_attention"] = full if call.entry is None else call.entry.gather_mask(full)
+            own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
+            if call.entry is not None:
+                own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
+            call.own = own
             if not isinstance(mask, dict):
-                kwargs["attention_mask"] = call.own["full_attention"]
+                kwargs["attention_mask"] = own["full_attention"]
             elif call.entry is not None:
-                window = None if full is None else self.masks.windowed(call.own["full_attention"])
+                sliding = own.get("sliding_attention")
                 kwargs["attention_mask"] = mask | {
-                    "full_attention": call.own.get("full_attention"), "sliding_attention": window,
-                }  # fmt: skip
+                    "full_attention": own.get("full_attention"),
+                    "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
+                }
             if past and not self._layered:
                 first = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
                 x = kwargs["inputs_embeds"]
@@ -450,13 +479,14 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.trace, masks)
-        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.trace, None)
+            kwargs[CALL] = Decode(self.policy, self.trace, masks)
+        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.trace, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
         return mask if _is_2d(mask) else None
 
+    @torch.compiler.disable
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
         if call is None:
@@ -483,9 +513,10 @@ class Attachment:
 
     # ---- decoder layers
 
+    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = kwargs.get(CALL)
-        if call is None:
+        if call is None or call.policy is not self.policy:
             return None
         if isinstance(call, Decode):
             del kwargs[CALL]
@@ -497,15 +528,28 @@ class Attachment:
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:
+            self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
-            kwargs["position_ids"] = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
+            kwargs["position_ids"] = torch.arange(x.shape[-2], device=x.device)[None].expand(x.shape[-3], -1)
         if args:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
         return args, kwargs
+
+    def _refuse_reentrant(self, call: Prefill) -> None:
+        """Reentrant checkpoints run the layer without gradients; up to transformers 5.17 these hooks are inside.
+
+        Raises:
+            UnsupportedError: since gradients of what layers hand on beside their inputs would be lost.
+        """
+        if call.trains and not torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that "
+                'works inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
     def _relayout(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
@@ -531,6 +575,7 @@ class Attachment:
         if layout is not None or stale or biased:
             kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
         if layout is not None:
+            self._gather_inputs(layout, kwargs)
             embeddings = kwargs.get("position_embeddings")
             if embeddings is not None:
                 kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
@@ -544,6 +589,9 @@ class Attachment:
             )
         return x
 
+    # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17 runs
+    # these hooks again, must save the same tensors although it chooses no more.
+    @torch.no_grad()
     def _decide(self, call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None) -> None:
         """Which tokens layer ``index`` holds, and with which bias."""
         before = call.layouts[index - 1]

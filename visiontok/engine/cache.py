@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UnsupportedError
@@ -166,12 +167,20 @@ _REPLACEMENT: dict[type[Any], type[Any]] = {
     DynamicLayer: TwoLengthLayer,
     DynamicSlidingWindowLayer: TwoLengthSlidingLayer,
 }
+if hasattr(cache_utils, "DummyLayer"):  # decoder layers that use the keys and values of another store none
+    _REPLACEMENT[cache_utils.DummyLayer] = cache_utils.DummyLayer
 
 
 class TwoLengthCache(DynamicCache):
     """A ``DynamicCache`` whose layers know how many tokens they stand for and how many they store."""
 
     layers: list[Any]
+
+    @property
+    def storing(self) -> dict[int, Any]:
+        """Index → layer, of the layers that store keys and values of their own."""
+        own = TwoLengthLayer, TwoLengthSlidingLayer
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, own)}
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """First query position in physical coordinates, in which masks are built."""
@@ -180,19 +189,19 @@ class TwoLengthCache(DynamicCache):
 
     def serve(self) -> None:
         """Allow the next update of every layer: its masks are taken care of."""
-        for layer in self.layers:
+        for layer in self.storing.values():
             layer.served = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in the base class; nothing is cropped if any layer cannot be."""
-        for layer in self.layers:
+        for layer in self.storing.values():
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def is_uniform(self) -> bool:
         """Whether every layer stores the same slots without a bias, so that the language model's mask serves all."""
-        kinds = {(layer.physical_length(), layer.pattern) for layer in self.layers}
-        return len(kinds) <= 1 and (not self.layers or self.layers[0].bias is None)
+        kinds = {(layer.physical_length(), layer.pattern, layer.bias is None) for layer in self.storing.values()}
+        return len(kinds) <= 1 and all(unbiased for *_, unbiased in kinds)
 
 
 def adopt(cache: Cache, depth: int) -> TwoLengthCache:

@@ -12,7 +12,7 @@ For the methods, and in the ledger, a row is its V columns followed by its L tex
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -79,7 +79,7 @@ class CrossPolicy(StagePolicy):
     ) -> None:
         """What each place of the tower receives from the tokens of real tiles, which see padding too."""
         record = current_record()
-        if record is None:
+        if record is None or not self._serves():
             return
         visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
         weight = visible.diagonal(dim1=1, dim2=2).float()
@@ -209,11 +209,14 @@ class CrossAttachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(self, adapter: Adapter, policy: StagePolicy, *, force: bool = False) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+    def __init__(
+        self, adapter: Adapter, policy: StagePolicy, *, serves: Callable[[], bool], force: bool = False
+    ) -> None:
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers = list(self.text.layers)
@@ -223,7 +226,7 @@ class CrossAttachment:
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
             self.text.register_forward_hook(self._text_post, with_kwargs=True),
-            TowerRecorder(getattr(self.base, adapter.tower), self.base.get_submodule(adapter.projector)),
+            TowerRecorder(getattr(self.base, adapter.tower), self.base.get_submodule(adapter.projector), serves),
         ]
 
     def add(self, removable: Any) -> None:
@@ -252,17 +255,21 @@ class CrossAttachment:
         return self._latest.get(threading.get_ident(), self._latest.get(0))
 
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.serves():
+            return
         begin_forward()
         _thread.masks[id(self)] = kwargs.get("cross_attention_mask")
 
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         given = _thread.masks.pop(id(self), None)
         _thread.running.pop(id(self), None)
         cache = kwargs.get("past_key_values")
         if kwargs.get("cross_attention_states") is not None:
             self._prefill(module, kwargs, given)
         elif isinstance(cache, CrossCache):
-            _thread.running[id(self)] = Decode(self.trace, None)
+            _thread.running[id(self)] = Decode(self.policy, self.trace, None)
             if cache.slots is not None:
                 _check_columns(kwargs.get("cross_attention_mask"), cache.columns)
                 kwargs |= self._masks(kwargs, cache.slots, cache.valid, cache.bias)
@@ -299,7 +306,7 @@ class CrossAttachment:
             written = attended & (ids != token).cpu()
         present = torch.cat([columns, written], 1)
         host = None if prompt is None else prompt.cpu()
-        call = _thread.running[id(self)] = Prefill(trace, units, records, visual, present, prompt, host, x)
+        call = _thread.running[id(self)] = Prefill(self.policy, trace, units, records, visual, present, prompt, host, x)
         attended = attended.to(device)
         everything = torch.cat([call.visual[:, :width], attended], 1)
         trace.ledger = TokenLedger(call.visual, everything, call.units, len(self.layers), stock)

@@ -64,13 +64,13 @@ class LayerMasks:
             skip: :meth:`key` of the layers whose mask the language model builds itself; these are ``UNCHANGED``.
         """
         built: dict[Any, Any] = {skip: UNCHANGED}
-        out = []
-        for index, layer in enumerate(cache.layers):
+        out: list[Any] = [UNCHANGED] * len(cache.layers)
+        for index, layer in cache.storing.items():
             key = self.key(cache, index)
             if key not in built:
                 mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=layer.bias is not None)
                 built[key] = self._biased(mask, layer.bias_with(None, x.shape[1]), index, x, cache)
-            out.append(built[key])
+            out[index] = built[key]
         return out
 
     def prefill(self, call: Prefill, index: int, x: torch.Tensor, layout: Any) -> Any:
@@ -94,7 +94,7 @@ class LayerMasks:
 
     def _own(self, call: Prefill, layout: Any, kind: str, stored: Any) -> torch.Tensor:
         """The family's own mask of what is new, for the slots of ``layout``, behind what is stored."""
-        mask = call.own.get("full_attention")
+        mask = call.own.get(kind)
         if mask is None:
             width = call.width
             mask = torch.ones(width, width, dtype=torch.bool, device=call.visual.device).tril()[None, None]
@@ -111,6 +111,24 @@ class LayerMasks:
                 before = before.masked_fill(~seen[:, None, None], _hidden(mask))
             mask = torch.cat([before, mask.expand(call.batch, -1, -1, -1)], 3)
         return self.windowed(mask, stored) if kind == "sliding_attention" else mask
+
+    @staticmethod
+    def unwindowed(masks: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The base model's masks by kind of layer, that of sliding layers without its window.
+
+        Gemma 3 sees images whole in every layer, Gemma 4 in sliding ones only; the union with the mask of full layers,
+        which is at least causal, takes the window away and keeps the images.
+        """
+        full, sliding = masks.get("full_attention"), masks.get("sliding_attention")
+        found = {} if full is None else {"full_attention": full}
+        if not torch.is_tensor(sliding):
+            return found if full is None else found | {"sliding_attention": full}
+        if full is None:
+            full = torch.ones(sliding.shape[-2:], dtype=torch.bool, device=sliding.device).tril()[None, None]
+            if sliding.dtype != torch.bool:
+                full = torch.zeros_like(full, dtype=sliding.dtype).masked_fill(~full, _hidden(sliding))
+        union = full | sliding if sliding.dtype == torch.bool else torch.maximum(full, sliding)
+        return found | {"sliding_attention": union}
 
     def windowed(self, mask: torch.Tensor, stored: Any = None) -> torch.Tensor:
         """A sliding layer's mask from that of a full layer; the window counts slots, as the cache does."""

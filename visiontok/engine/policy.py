@@ -128,7 +128,7 @@ class StagePolicy:
             UnsupportedError: if the model's attention cannot be tapped.
             ConfigError: if a tower layer lies outside the tower.
         """
-        self.adapter = attachment.adapter
+        self.adapter, self._serves = attachment.adapter, attachment.serves
         for layer, stats in self._taps.items():
             module = attention_modules(attachment.layers[layer])
             if len(module) != 1:
@@ -421,7 +421,7 @@ class StagePolicy:
         self, layer: int, stats: frozenset[str], call: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, kwargs: Any
     ) -> None:
         record = current_record()
-        if record is None:
+        if record is None or not self._serves():
             return
         skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
         for a, b, valid in _segments(q, k, mask, kwargs.get("cu_seq_lens_q")):
@@ -443,7 +443,7 @@ class StagePolicy:
         mask: Any,
         kwargs: Any,
     ) -> None:
-        if not isinstance(call, Prefill):
+        if not isinstance(call, Prefill) or call.policy is not self:
             return
         layout = call.layouts[layer]
         valid = call.entry_valid if layout is None else layout.valid

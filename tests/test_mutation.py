@@ -24,9 +24,12 @@ import test_engine
 import test_generate
 import test_mass
 import test_mllama
+import test_surroundings
+import test_training
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import visiontok
+from visiontok.api import Compression
 from visiontok.conformance.checks import Failed
 from visiontok.engine import vision
 from visiontok.engine.attach import Attachment
@@ -147,6 +150,12 @@ def every_check(method: str) -> Probe:
     return Probe(test_conformance.test_every_method, card=card, architecture="llava")
 
 
+LABELS = Probe(
+    test_training.test_labels_predicted_from_dropped_positions_are_ignored,
+    name="llava",
+    schedule="pyramid",
+    case="placeholders",
+)
 GAPS = Probe(test_engine.test_gaps_in_positions_are_no_packed_sequences, name="llava")
 FLASH = Probe(test_engine.test_flash_attention_gets_consecutive_positions, name="llava", schedule="prompt")
 WIDTHS = Probe(test_cache.test_layers_of_one_width_may_hold_different_slots, name="llava", schedule="cut")
@@ -223,8 +232,8 @@ MUTANTS = [
     Mutant(
         "one decode mask for layers of one width",
         TwoLengthCache.is_uniform,
-        "(layer.physical_length(), layer.pattern)",
-        "layer.physical_length()",
+        "layer.pattern,",
+        "(),",
         WIDTHS,
     ),
     Mutant(
@@ -382,6 +391,45 @@ MUTANTS = [
         "call.units.ordinal[unit]",
         "unit",
         DRAWS,
+    ),
+    # ---- labels
+    Mutant(
+        "labels of dropped positions not ignored",
+        Attachment._ignore_labels,
+        "labels[:, 1:].masked_fill_",
+        "labels[:, 1:].masked_fill",
+        LABELS,
+    ),
+    Mutant(
+        "labels of the next position ignored",
+        Attachment._ignore_labels,
+        "labels[:, 1:].masked_fill_(gone[:, :-1]",
+        "labels[:, 1:].masked_fill_(gone[:, 1:]",
+        LABELS,
+    ),
+    Mutant(
+        "labels of the caller changed in place",
+        Attachment._outer_pre,
+        "labels.clone()",
+        "labels",
+        LABELS,
+    ),
+    # ---- several recipes on one model
+    Mutant(
+        "a recipe serves the calls of every thread",
+        Compression._serves,
+        "_serving(self._base) is self",
+        "_serving(self._base) is not None",
+        Probe(test_surroundings.test_a_thread_without_a_recipe_of_its_own_is_served_by_the_oldest),
+    ),
+    Mutant(
+        "layers do not ask whose call it is",
+        Attachment._layer_pre,
+        "call is None or call.policy is not self.policy",
+        "call is None",
+        Probe(
+            test_surroundings.test_two_threads_two_recipes_one_model, name="llava", first="fastv", second="fastv, less"
+        ),
     ),
     # ---- rows of the cache
     Mutant(

@@ -231,6 +231,22 @@ def test_a_crop_that_one_layer_refuses_crops_none():
     assert [layer.keys.shape[2] for layer in cache.layers] == [n - 2 for n in lengths]
 
 
+@pytest.mark.parametrize("schedule", ["prompt", "cut", "inject and select"])
+def test_text_behind_the_last_image_can_be_taken_back(schedule):
+    """What a crop leaves, in rows with empty slots, is the cache of the shorter prompt."""
+    model = build("llava")
+    inputs = batch("llava", model)
+    attended = inputs["attention_mask"]
+    positions, other = (attended.cumsum(1) - 1).clamp(min=0), torch.tensor([[11, 12, 13], [14, 15, 16]])
+    shorter = inputs | {k: inputs[k][:, :-3] for k in ("input_ids", "attention_mask")}
+    with visiontok.compress(model, recipe(schedule)), torch.no_grad():
+        cropped, expected = (model(**given, use_cache=True).past_key_values for given in (inputs, shorter))
+        cropped.crop(-3)
+        more = {"input_ids": other, "attention_mask": attended, "position_ids": positions[:, -3:]}
+        got, wanted = (model(**more, past_key_values=cache).logits for cache in (cropped, expected))
+    assert (got - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
 def test_a_sliding_layer_that_stores_less_than_its_window_can_be_cropped():
     """Stock refuses to crop once the window is full; what fills it are stored tokens, not those they stand for."""
     model = sliding({"model_type": "mistral"}, window=40)

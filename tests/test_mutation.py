@@ -198,6 +198,20 @@ MUTANTS = [
         "self.get_seq_length() + tokens_to_remove < self.floor",
         Probe(test_engine.test_the_cache_of_a_compressed_prompt_cannot_be_cut_into_the_prompt),
     ),
+    Mutant(
+        "no crop behind the image either",
+        both("note_prefill"),
+        "self.floor = self.prompt - text",
+        "self.floor = self.prompt",
+        Probe(test_cache.test_text_behind_the_last_image_can_be_taken_back, schedule="prompt"),
+    ),
+    Mutant(
+        "empty slots forgotten by a crop",
+        both("crop"),
+        "slots[:, : self.prompt]",
+        "slots[:, -self.prompt :]",
+        Probe(test_cache.test_text_behind_the_last_image_can_be_taken_back, schedule="cut"),
+    ),
     # ---- masks
     Mutant(
         "mask not compacted",
@@ -257,6 +271,13 @@ MUTANTS = [
         "slot[columns - rows :, None]",
         "slot[:rows, None]",
         Probe(test_cache.test_own_masks_of_a_new_image_lie_behind_what_is_stored, name="short windows", force=True),
+    ),
+    Mutant(
+        "one mask for sliding and full layers",
+        LayerMasks.key,
+        "self.kind(index), ",
+        "'', ",
+        Probe(test_cache.test_windows_shorter_than_the_prompt, name="qwen2"),
     ),
     # ---- positions
     Mutant(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontok import demo, errors, functional
-    from visiontok.api import Compression, attached, compress
+    from visiontok.api import Compression, attached, compress, compress_inputs
     from visiontok.budget import Budget
     from visiontok.context import Context
+    from visiontok.engine.inputs import CompressedInputs
     from visiontok.method import Card, Method, Needs, Selection, Stage
     from visiontok.recipe import Recipe, recipe
     from visiontok.recipes import methods
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Card",
+    "CompressedInputs",
     "Compression",
     "Context",
     "Method",
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "attached",
     "compress",
+    "compress_inputs",
     "demo",
     "errors",
     "functional",
@@ -45,6 +48,7 @@ __all__ = [
 _SOURCES = {
     "Budget": "visiontok.budget",
     "Card": "visiontok.method",
+    "CompressedInputs": "visiontok.engine.inputs",
     "Compression": "visiontok.api",
     "Context": "visiontok.context",
     "Method": "visiontok.method",
@@ -54,6 +58,7 @@ _SOURCES = {
     "Stage": "visiontok.method",
     "attached": "visiontok.api",
     "compress": "visiontok.api",
+    "compress_inputs": "visiontok.api",
     "methods": "visiontok.recipes",
     "recipe": "visiontok.recipe",
 }

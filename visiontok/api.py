@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,10 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from visiontok.adapters.base import RECURRENT, find, layer_kinds
+
 from . import _torchvision as _torchvision
 from .budget import Budget
 from .context import Context
 from .engine.attach import Attachment
+from .engine.inputs import CompressedInputs, Generate, InputPlane, shorten
 from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
@@ -35,26 +40,20 @@ class Compression:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, force: bool = False) -> None:
-        from visiontok.adapters.base import find
-
         self.model, self.recipe = model, recipe
-        base = base_model(model)
-        if (other := attached(model)) is not None:
-            raise ConfigError(
-                f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; "
-                "call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
-            )
-        adapter = find(base)
-        depth = len(getattr(base, adapter.text).layers)
-        tower = describe_tower(adapter)
-        # what really runs: defaults that depend on the model are filled in, and named in the label
-        adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
-        self._label = replace(recipe, stages=adapted).label
-        policy = StagePolicy(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
+        base = _free(model)
+        adapter, policy, self._label = _plan(base, recipe)
         self._base = base
-        self._attachment = Attachment(adapter, policy, force=force)
+        recurrent = bool(layer_kinds(adapter) & RECURRENT)
+        self._attachment: Attachment | InputPlane = (
+            InputPlane(adapter, guard=True) if recurrent else Attachment(adapter, policy, force=force)
+        )
         try:
             policy.attach(self._attachment)
+            if _is_prompt_only(recipe) and hasattr(type(core := _core(model)), "generate"):
+                describe = functools.partial(Report.of, recipe, self._label, base, adapter)
+                generate = Generate(core, adapter, policy, self._attachment.traces, describe, always=recurrent)
+                self._attachment.add(generate)
         except Exception:
             self._attachment.remove()
             raise
@@ -82,7 +81,7 @@ class Compression:
         Raises:
             ConfigError: before any such call.
         """
-        trace = self._attachment.trace
+        trace = self._attachment.traces.latest
         if trace is None or trace.ledger is None:
             raise ConfigError("ledger: no image has gone through this model since compress(); run the model first")
         return trace.ledger
@@ -95,7 +94,7 @@ class Compression:
             ConfigError: before any such call.
         """
         ledger = self.ledger
-        trace = self._attachment.trace
+        trace = self._attachment.traces.latest
         return Report.of(self.recipe, self._label, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
 
 
@@ -116,11 +115,7 @@ def base_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: if there is none.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
-    core: Any = model
-    if hasattr(core, "get_base_model"):  # PEFT
-        core = core.get_base_model()
+    core = _core(model)
     base = getattr(core, "model", core)
     if hasattr(type(base), "get_image_features") and hasattr(base, "config"):
         return base
@@ -129,6 +124,38 @@ def base_model(model: nn.Module) -> nn.Module:
         "(get_image_features); cross-attention and Q-Former models have no such tokens to drop, others are loaded with "
         "AutoModelForImageTextToText"
     )
+
+
+def _core(model: nn.Module) -> Any:
+    """The model that generates, out of PEFT's wrapping."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _free(model: nn.Module) -> nn.Module:
+    """The base model, if nothing is attached to it."""
+    if (other := attached(model)) is not None:
+        raise ConfigError(
+            f"model={type(base_model(model)).__name__}: it is already compressed with {other.recipe.label}; "
+            "call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
+        )
+    return base_model(model)
+
+
+def _is_prompt_only(recipe: Recipe) -> bool:
+    return all(stage.kind == "prompt" for stage in recipe.stages)
+
+
+def _plan(base: nn.Module, recipe: Recipe) -> tuple[Any, StagePolicy, str]:
+    """Adapter, policy and label of a recipe on a model."""
+    adapter = find(base, inside=not _is_prompt_only(recipe))
+    depth = len(getattr(base, adapter.text).layers)
+    tower = describe_tower(adapter)
+    # what really runs: defaults that depend on the model are filled in, and named in the label
+    adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
+    policy = StagePolicy(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
+    return adapter, policy, replace(recipe, stages=adapted).label
 
 
 @dataclass(frozen=True)
@@ -184,6 +211,71 @@ def compress(
         ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
+    return Compression(model, _settled(recipe, keep, seed, fidelity, options))
+
+
+_taps = threading.Lock()  # a model carries one set of taps at a time
+
+
+def compress_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    recipe: str | Path | Recipe | Method | Callable[[Context], torch.Tensor | Selection],
+    *,
+    keep: Budget | int | float | str | None = None,
+    seed: int | None = None,
+    fidelity: Literal["fixed", "official"] | None = None,
+    **options: Any,
+) -> CompressedInputs:
+    """Run the vision tower and a recipe of prompt stages once; returns shorter inputs for the stock model.
+
+    Nothing stays on the model. Without gradients; train inside :func:`compress`.
+
+    Args:
+        model: a Hugging Face vision-language model, possibly wrapped by PEFT.
+        inputs: what its processor returned, with pixels.
+        recipe: as for :func:`compress`; prompt stages only.
+        keep: as for :func:`compress`.
+        seed: of stochastic methods; the recipe's own by default.
+        fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
+        **options: options of the method; only with a name.
+
+    Returns:
+        a mapping for ``model.generate(**short)``; ``short.restore(output)`` brings sequences into the usual format,
+        ``short.extend(...)`` makes the next turn, ``short.report`` and ``short.ledger`` say what was kept.
+
+    Raises:
+        ConfigError: for an unknown recipe, option or budget, incomplete inputs, or a model already compressed.
+        UnsupportedError: for a stage inside the language model, or a model that cannot be given shorter inputs.
+    """
+    made = _settled(recipe, keep, seed, fidelity, options)
+    for stage in made.stages:
+        if stage.kind != "prompt":
+            raise UnsupportedError(
+                f"{made.label}: its {stage.kind} stage acts inside the language model, where shorter inputs cannot "
+                "reach; use compress(model, recipe)"
+            )
+    core = _core(model)
+    with _taps:
+        base = _free(model)
+        if not hasattr(core, "_prepare_position_ids_for_generation"):
+            raise UnsupportedError(
+                f"{type(core).__name__}: it cannot generate, so it cannot number the prompt; load the model with "
+                "AutoModelForImageTextToText"
+            )
+        adapter, policy, label = _plan(base, made)
+        plane = InputPlane(adapter)
+        try:
+            policy.attach(plane)
+            return shorten(core, adapter, policy, inputs, functools.partial(Report.of, made, label, base, adapter))
+        finally:
+            plane.remove()
+
+
+def _settled(
+    recipe: Any, keep: Any, seed: int | None, fidelity: Literal["fixed", "official"] | None, options: dict[str, Any]
+) -> Recipe:
+    """The recipe with everything that a call sets."""
     made = as_recipe(recipe, **options)
     changes: dict[str, Any] = {}
     if seed is not None:
@@ -191,9 +283,7 @@ def compress(
     if fidelity is not None:
         changes["fidelity"] = fidelity
     made = replace(made, **changes)
-    if keep is not None:
-        made = made.with_keep(Budget.parse(keep))
-    return Compression(model, made)
+    return made if keep is None else made.with_keep(Budget.parse(keep))
 
 
 def as_recipe(source: Any, **options: Any) -> Recipe:

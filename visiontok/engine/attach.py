@@ -11,26 +11,26 @@ checkpointing, never see each other's; only the step from the base model to its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs
 from ..errors import UnsupportedError
-from ..ledger import TokenLedger
 from .cache import TwoLengthCache, adopt
 from .call import Call
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL
-from .trace import Trace
-from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
+from .prompt import run_prompt_stages
+from .trace import Trace, Traces
+from .vision import Encoded, begin_forward, record_features, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -59,9 +59,25 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
         self.running: dict[int, Call] = {}  # language model pre-hook → post-hook
+        self.bypassed = False  # whether this thread's forwards run stock
 
 
 _thread = _Thread()
+
+
+@contextlib.contextmanager
+def bypass() -> Iterator[None]:
+    """Within it, this thread's forwards run stock, whatever is attached."""
+    _thread.bypassed = True
+    try:
+        yield
+    finally:
+        _thread.bypassed = False
+
+
+def is_bypassed() -> bool:
+    """Whether this thread runs under :func:`bypass`."""
+    return _thread.bypassed
 
 
 class Attachment:
@@ -80,7 +96,7 @@ class Attachment:
         self.layers: list[nn.Module] = list(self.text.layers)
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
-        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        self.traces = Traces()
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -92,9 +108,7 @@ class Attachment:
             if adapter.deepstack:
                 post = functools.partial(self._layer_post, index)
                 self._removables.append(layer.register_forward_hook(post, with_kwargs=True))
-        for modality in ("image", "video"):
-            if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder(self.base, modality))
+        self._removables += record_features(self.base)
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
@@ -109,25 +123,18 @@ class Attachment:
         _thread.running.pop(id(self), None)
         begin_forward()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of an attached model starts without the traces of past calls."""
-        return self.__dict__ | {"_latest": {}}
-
-    @property
-    def trace(self) -> Trace | None:
-        """What the latest prefill did: this thread's, or else any thread's."""
-        return self._latest.get(threading.get_ident(), self._latest.get(0))
-
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _thread.bypassed:
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
         begin_forward()
         handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
-        masks = self._placeholders(module, ids, embeds, _modalities(kwargs))
+        masks = self._placeholders(module, ids, embeds, modalities(kwargs))
         if any(bool(m.any()) for m in masks.values()):
             handover["masks"] = masks
             return args, kwargs
@@ -167,8 +174,6 @@ class Attachment:
             if isinstance(cache, TwoLengthCache):
                 self._begin_decode(kwargs, handover, cache)
             return args, kwargs
-        call = Call("prefill", Trace(len(self.layers)))
-        call.trace.clock.mark("prefill")
         x, mask_2d = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover)
         batch, length = x.shape[:2]
         attended = (
@@ -178,25 +183,23 @@ class Attachment:
         )
         records = take_records(handover["encoded"])
         self._refuse_chunks(handover["encoded"], records, masks, cache)
-        visual = functools.reduce(torch.logical_or, masks.values()).to(x.device)
-        units = self._units(masks, records)
-        call.begin_prefill(visual, attended, units, records, handover["ids"], x)
-        call.trace.ledger = TokenLedger(visual, attended, units, len(self.layers))
-        call.trace.encoders = [record.clock for record in records]
-        call.trace.inputs = [self._vision_inputs(record) for record in records]
-        call.trace.clock.mark("selection")
-        keep, embeds = self.policy.prompt(call, x)
-        call.trace.clock.mark("selected")
-        drops = keep is not None and not bool(keep[visual].all())
+        call, keep, embeds = run_prompt_stages(
+            self.adapter,
+            self.policy,
+            masks=masks,
+            records=records,
+            ids=handover["ids"],
+            embeds=x,
+            attended=attended,
+            depth=len(self.layers),
+        )
+        drops = not bool(call.kept[call.visual].all())
         nothing = not drops and not self.policy.changes and embeds is x
         if nothing and not self.force and not isinstance(cache, TwoLengthCache):
             call.trace.nothing_dropped()
             call.mode = "stock"
             _thread.running[id(self)] = call
             return args, kwargs
-        if keep is not None:
-            call.kept = keep & visual
-        call.check_last(torch.where(visual, call.kept, attended))
         self._enter(module, kwargs, call, embeds, mask_2d, repack=drops or (self.force and keep is not None))
         kwargs[CALL] = _thread.running[id(self)] = call
         return args, kwargs
@@ -217,28 +220,6 @@ class Attachment:
                 f"{self.base.config.model_type}: this prefill comes in chunks, which may split an image between calls; "
                 "drop prefill_chunk_size"
             )
-
-    def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not self.adapter.model_types:  # the default adapter: nothing is known of the tower
-            return None
-        return VisionInputs.from_call(self.base.config, record.inputs)
-
-    def _units(self, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:
-        grids: dict[Any, Any] = {}
-        for modality in masks:
-            items = [
-                (r, i, grid)
-                for r, record in enumerate(records)
-                if record.modality == modality
-                for i, grid in enumerate(self.adapter.grids(record))
-            ]
-            grids[modality] = items if any(record.modality == modality for record in records) else None
-        return locate(
-            dict(masks),  # type: ignore[arg-type]
-            grids,
-            join_adjacent=self.adapter.join_adjacent,
-            model=self.base.config.model_type,
-        )
 
     def _enter(
         self, module: Any, kwargs: dict[str, Any], call: Call, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
@@ -321,7 +302,7 @@ class Attachment:
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        trace = self.trace
+        trace = self.traces.latest
         call = Call("uniform" if cache.is_uniform() else "decode", trace if trace is not None else Trace(0))
         call.cache = cache
         cache.serve()
@@ -353,7 +334,7 @@ class Attachment:
                 output.last_hidden_state = hidden
             depth = range(len(self.layers))
             call.trace.finish([call.alive[i] for i in depth], [call.slots(i) for i in depth])
-        self._latest[0] = self._latest[threading.get_ident()] = call.trace
+        self.traces.publish(call.trace)
         return output
 
     # ---- decoder layers
@@ -446,7 +427,7 @@ class Attachment:
         return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
 
 
-def _modalities(kwargs: Mapping[str, Any]) -> set[str]:
+def modalities(kwargs: Mapping[str, Any]) -> set[str]:
     """Which modalities a forward carries, as pixels or as features."""
     given = {name for name, value in kwargs.items() if value is not None}
     found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}

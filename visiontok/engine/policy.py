@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -25,11 +25,21 @@ from .vision import current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
-    from .attach import Attachment
     from .call import Call
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _TILE = 256  # query rows whose attention is held at a time
+
+
+class Host(Protocol):
+    """What owns the taps of a policy."""
+
+    adapter: Adapter
+    layers: list[nn.Module]
+
+    def add(self, removable: Any) -> None:
+        """Tie the life of a tap to the host's."""
+        ...
 
 
 def describe_tower(adapter: Adapter) -> Tower:
@@ -115,7 +125,7 @@ class StagePolicy:
                         )
                     self._taps.setdefault(tapped, set()).add(stat)
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
 
         Raises:
@@ -363,7 +373,7 @@ class StagePolicy:
             raise UnsupportedError(f"{self._model}: this call has no image")
         return out.to(units.row.device)
 
-    def _tap_projector(self, attachment: Attachment) -> None:
+    def _tap_projector(self, attachment: Host) -> None:
         if self.adapter.projector is None:
             raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
         module = self.adapter.base.get_submodule(self.adapter.projector)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import UnsupportedError
-from .cache import TwoLengthCache, adopt
+from .cache import TwoLengthCache, adopt, adoptable
 from .call import Call
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
@@ -285,7 +285,8 @@ class Attachment:
                 f"{self.base.config.model_type}: a new image on a used cache is not supported on this family, whose "
                 "masks are built over the whole prompt; start again without past_key_values"
             )
-        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
+        usable = cache is None or adoptable(cache)  # adopt() says why not; generate() builds 4-D masks for static ones
+        if mask is not None and not self.adapter.own_mask and not _is_2d(mask) and usable:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
                 "follow dropped tokens; give the 2-D padding mask (batch, length)"

@@ -259,11 +259,13 @@ def shorten(
         UnsupportedError: for inputs or models that this plane cannot serve.
     """
     ids, mask = _checked(model, adapter, inputs)
-    by_features = _FEATURES in inspect.signature(model.forward).parameters
-    if adapter.deepstack and not by_features:
+    by_features = _takes_features(model)
+    family, remedy = adapter.base.config.model_type, "use transformers >= 5.18, or compress() with a DynamicCache"
+    embeddable = "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
+    if not by_features and (adapter.deepstack or not embeddable):
         raise UnsupportedError(
-            f"{adapter.base.config.model_type}: its DeepStack features cannot be given to generate() in transformers "
-            f"{transformers.__version__}; use transformers >= 5.18, or compress() with a DynamicCache"
+            f"{family}: generate() of transformers {transformers.__version__} takes neither encoded images nor "
+            f"{'DeepStack features' if embeddable else 'embeddings'}; {remedy}"
         )
     outputs = _encode(adapter.base, inputs)
     masks = {m: ids == token for m, token in adapter.placeholders().items() if m in outputs}
@@ -272,10 +274,10 @@ def shorten(
     for modality, output in outputs.items():
         features, places = _flat(output.pooler_output), masks[modality]
         if len(features) != int(places.sum()):
-            raise ConfigError(
-                f"inputs: {len(features)} encoded {modality} tokens stand against {int(places.sum())} placeholders; "
-                "give input_ids and pixels of one processor call"
-            )
+            error = f"inputs: {len(features)} encoded {modality} tokens stand against {int(places.sum())} placeholders"
+            if not by_features and outputs.keys() == {"video"}:  # LLaVA-OneVision adds a newline in its forward
+                raise UnsupportedError(f"{error}, in transformers {transformers.__version__}; {remedy}")
+            raise ConfigError(f"{error}; give input_ids and pixels of one processor call")
         embeds[places] = features.to(embeds)
     attended = torch.ones_like(visual) if mask is None else mask.bool()
     depth = len(getattr(adapter.base, adapter.text).layers)
@@ -304,6 +306,11 @@ def shorten(
     call.trace.plane, call.trace.steps = "inputs", None
     call.trace.finish([alive] * depth, [prompt.ids.shape[1]] * depth)
     return CompressedInputs(data, prompt, call.trace.ledger, call.trace, describe)  # type: ignore[arg-type]
+
+
+def _takes_features(model: Any) -> bool:
+    """Whether ``generate`` and ``forward`` take encoded images, as they do from transformers 5.18 on."""
+    return _FEATURES in inspect.signature(model.forward).parameters
 
 
 def _checked(model: Any, adapter: Adapter, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -466,12 +473,19 @@ class Generate:
         cache = given.get("past_key_values")
         if not isinstance(cache, Cache):
             cache = None
-        turn: Prompt | None = getattr(cache, _PROMPT, None) if cache is not None and cache.get_seq_length() else None
+        if cache is not None and not cache.get_seq_length():
+            cache.__dict__.pop(_PROMPT, None)  # it was reset since
+        turn: Prompt | None = getattr(cache, _PROMPT, None)
         pixels = any(given.get(name) is not None for names in _PIXELS.values() for name in names)
         if turn is None and not (pixels and (self.always or self._hooks_cannot(given, cache))):
             return self._stock(*args, **kwargs)
         if self._setting(given, "use_cache") is False:
             raise UnsupportedError("use_cache=False: a prompt compressed before the model needs a cache; leave it out")
+        if self._setting(given, "prefill_chunk_size") is not None and not _takes_features(self.model):
+            raise UnsupportedError(
+                f"prefill_chunk_size: transformers {transformers.__version__} cannot split embeddings into chunks; "
+                "leave it out, or use transformers >= 5.18"
+            )
         if given.get("inputs") is not None:
             given["input_ids"] = given.pop("inputs")
         inputs = {name: value for name, value in given.items() if _is_input(self.adapter.base, name)}

@@ -161,8 +161,8 @@ def find(base: nn.Module, *, inside: bool = True) -> Adapter:
     if not inside or set(odd) - RECURRENT:
         raise _refusal(base, f"plain attention layers (it has {', '.join(odd)})")
     raise UnsupportedError(
-        f"{base.config.model_type}: visiontok needs plain attention layers to drop tokens inside the language model "
-        f"(it has {', '.join(odd)}); use a recipe of prompt stages alone, such as 'divprune'"
+        f"{adapter.base.config.model_type}: visiontok needs plain attention layers to drop tokens inside the language "
+        f"model (it has {', '.join(odd)}); use a recipe of prompt stages alone, such as 'divprune'"
     )
 
 

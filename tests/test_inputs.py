@@ -1,4 +1,4 @@
-"""The second plane, shorter inputs for the stock model: equal to the hooks, to the decoder called on the kept tokens and
+"""Plane 2, shorter inputs for the stock model: equal to the hooks, to the decoder called on the kept tokens and
 to the dense oracle; with every cache; nothing is left on the model."""
 
 from __future__ import annotations
@@ -429,7 +429,9 @@ def test_compress_takes_this_plane_where_hooks_cannot_serve(name, kind):
     assert vars(model).keys() - {"_previous_max_cache_length"} == before
 
 
+@pytest.mark.slow
 def test_a_quantised_cache_of_another_package():
+    """Quanto builds an extension when it is first used, which takes minutes."""
     try:
         importlib.metadata.version("optimum-quanto")
     except importlib.metadata.PackageNotFoundError:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontok import demo, errors, functional
-    from visiontok.api import Compression, attached, compress, compress_inputs
+    from visiontok.api import CompressedInputs, Compression, attached, compress, compress_inputs
     from visiontok.budget import Budget
     from visiontok.context import Context
-    from visiontok.engine.inputs import CompressedInputs
     from visiontok.method import Card, Method, Needs, Selection, Stage
     from visiontok.recipe import Recipe, recipe
     from visiontok.recipes import methods
@@ -48,7 +47,7 @@ __all__ = [
 _SOURCES = {
     "Budget": "visiontok.budget",
     "Card": "visiontok.method",
-    "CompressedInputs": "visiontok.engine.inputs",
+    "CompressedInputs": "visiontok.api",
     "Compression": "visiontok.api",
     "Context": "visiontok.context",
     "Method": "visiontok.method",

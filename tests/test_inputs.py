@@ -558,6 +558,7 @@ class Fails(Method):
 def test_nothing_is_left_on_the_model(name):
     model = build(name)
     inputs = batch(name, model)
+    generate(model, inputs)  # Transformers installs hooks of its own when a tower first runs
     before = state(model)
     short = shortened(model, inputs, "hiprune", keep=4)
     assert state(model) == before

@@ -278,7 +278,7 @@ def test_chunked_prefill_is_refused():
         pytest.skip("transformers 5.17 cannot chunk a prompt with pictures")
     model = build("llava")
     inputs = batch("llava", model, rows=1, pad=0)
-    with visiontok.compress(model, "divprune", keep=4), pytest.raises(UnsupportedError, match="prefill_chunk_size"):
+    with visiontok.compress(model, recipe("cut")), pytest.raises(UnsupportedError, match="prefill_chunk_size"):
         generate(model, inputs, prefill_chunk_size=8)
 
 

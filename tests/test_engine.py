@@ -215,11 +215,11 @@ def test_the_cache_of_a_compressed_prompt_cannot_be_cut_into_the_prompt():
             cache.crop(-STEPS - 6)
 
 
-def test_static_caches_are_refused():
+def test_static_caches_are_refused_where_layers_hold_different_tokens():
     model = build("llava")
-    inputs = batch("llava", model, rows=1, pad=0)
+    inputs = batch("llava", model)
     with (
-        visiontok.compress(model, "grid", keep=4),
+        visiontok.compress(model, recipe("cut")),
         pytest.raises(UnsupportedError, match="DynamicCache"),
     ):
         generate(model, inputs, cache_implementation="static")

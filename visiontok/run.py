@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-    from visiontok.method import Method
+    from visiontok.method import Mass, Method
     from visiontok.recipe import Recipe
     from visiontok.report import Report
 
@@ -264,6 +264,7 @@ def run_job(
     ask: str | None = None,
     method: str = "divprune",
     keep: str | float | int | None = None,
+    mass: bool = False,
     model: str = TINY,
     device: str = "auto",
     overlay: str | None = None,
@@ -282,6 +283,7 @@ def run_job(
             gets the first that it answers rightly when stock.
         method: name of a method, or a recipe file as :func:`visiontok.compress` takes it.
         keep: budget; None is 25 % where the method takes a budget and none is set.
+        mass: mass attention at every selection; without it, as the recipe says.
         model: ``tiny``, the embedded model, or a Hugging Face id or folder.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         overlay: path of a PNG to write.
@@ -295,6 +297,8 @@ def run_job(
         UnsupportedError: if the model cannot do what the method needs.
     """
     recipe = _recipe(method, keep, options or {}, seed)
+    if mass:
+        recipe = recipe.with_mass(Mass())
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: give at least 1")
     if max_new_tokens < 1:

@@ -207,7 +207,7 @@ class Attachment:
             ids_host = None if ids is None else ids.cpu()
             masks = self._placeholders(module, ids_host, embeds, present)
             if any(bool(m.any()) for m in masks.values()):
-                length = ids.shape[1] if ids is not None else embeds.shape[1]
+                length = next(iter(masks.values())).shape[1]
                 attended = mask[:, -length:].bool().cpu() if _is_2d(mask) else None
                 handover |= {"masks": masks, "ids_host": ids_host, "attended": attended}
                 if self.adapter.own_mask and not first:

@@ -15,8 +15,6 @@ import argparse
 import copy
 import gc
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -29,9 +27,10 @@ from typing import Any
 
 import torch
 import transformers as T
+from prefill import machine
 from torch import nn
 
-from visiontok import Budget, Mass, Recipe, __version__, compress
+from visiontok import Budget, Mass, Recipe, compress
 from visiontok.method import Stage
 from visiontok.recipes import find
 
@@ -310,18 +309,6 @@ def holds(bar: dict[str, Any]) -> bool:
     return bool(bar["value"] <= bar["limit"])
 
 
-def machine() -> str:
-    """Processor, cores, threads used, versions and load."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    return (
-        f"{cpu}, {os.cpu_count()} cores; float32, {torch.get_num_threads()} thread(s); Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers {T.__version__}, visiontok {__version__}; "
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, load average {os.getloadavg()[0]:.1f} at the end"
-    )
-
-
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
@@ -336,8 +323,7 @@ def table(result: dict[str, Any]) -> str:
         "* The first row of each batch is a second stock copy: what it shows is noise.",
         "* Prefill is the whole forward, tower included, beside stock on the same inputs; it has no bar.",
         "",
-        "| case | stored per row | layers with a hook | decode, per layer | per step | in generate(), per layer | "
-        "prefill, per layer | per prefill |",
+        "| case | stored | hooked layers | decode, per layer | per step | generate(), per layer | prefill, per layer | whole |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in result["cases"].items():
@@ -365,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if ``--check`` finds a bar missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=8, help="rounds (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=8, help="rounds, 2 or more (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file to write the result to, beside printing it")
     parser.add_argument("--json", action="store_true", help="JSON instead of Markdown")

@@ -53,7 +53,7 @@ class Batch:
 
 @dataclass
 class Samples:
-    """CPU seconds of one case, one entry per round; ``tokens`` of each row and ``slots`` of all, average over layers."""
+    """CPU seconds of one case, one entry per round; ``tokens`` of each row, ``slots`` of all: average over layers."""
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -196,9 +196,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"* Command: `{result['command']}`",
         f"* Machine: {result['machine']}",
-        f"* {result['rounds']} interleaved rounds. Medians in ms of CPU time in one thread: a prefill without its tower,",
-        "  and a decode step. In `a / b`, a is the ratio of the medians and b the median of the ratios within a round.",
-        "* *Slots* is what a layer computes per row, on average over the layers; *filled* is the share that is not padding.",
+        f"* {result['rounds']} interleaved rounds. Medians of one thread's CPU time in ms: a prefill without its",
+        "  tower, and a decode step. In `a / b`, a is the ratio of medians and b the median of the ratios in a round.",
+        "* *Slots* is what a layer computes per row, averaged over the layers; *filled* is the share that is a token.",
         "  A batch is as wide as its longest row: what is not filled is paid for and lost, in stock too.",
         "",
         "| batch | case | slots | filled | prefill | × stock | × kept length | decode | × stock | × kept length |",

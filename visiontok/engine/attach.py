@@ -450,7 +450,8 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip=skip)
-            kwargs[CALL] = Decode(self.trace, masks)
+            if masks is not None:
+                kwargs[CALL] = Decode(self.trace, masks)
         _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.trace, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:

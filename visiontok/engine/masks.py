@@ -52,8 +52,8 @@ class LayerMasks:
         batch, new = x.shape[:2]
         return cache.layers[layer].valid_through(new, mask, batch, x.device)
 
-    def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, *, skip: bool) -> list[Any]:
-        """The mask of each layer for a chunk in which nothing is dropped.
+    def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, *, skip: bool) -> list[Any] | None:
+        """The mask of each layer for a chunk in which nothing is dropped; None if the language model's serves all.
 
         Args:
             cache: what is stored.
@@ -70,7 +70,15 @@ class LayerMasks:
                 mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=bias is not None)
                 built[key] = self._biased(mask, bias, index, x, cache)
             out.append(built[key])
+        # without a mask, one token sees all that is stored, however much that is
+        unmasked = all(mask is None or mask is UNCHANGED for mask in built.values())
+        if unmasked and skip and self._is_lone(x) and self.stored(cache, 0, mask_2d, x) is None:
+            return None
         return out
+
+    def _is_lone(self, x: torch.Tensor) -> bool:
+        """Whether one token enters, and kernels take None for seeing all that is stored."""
+        return x.shape[1] == 1 and self.config._attn_implementation == "sdpa" and _KINDS[1] not in self._kinds
 
     def prefill(self, call: Prefill, index: int, x: torch.Tensor, layout: Any) -> Any:
         """Mask of one layer that holds ``layout`` (None: every entry slot)."""

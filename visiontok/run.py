@@ -30,6 +30,7 @@ from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.images import load_image
+from visiontok.method import Mass
 from visiontok.overlay import overlay as draw_overlay
 from visiontok.recipes import find as find_method
 from visiontok.recipes import names as method_names
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-    from visiontok.method import Mass, Method
+    from visiontok.method import Method
     from visiontok.recipe import Recipe
     from visiontok.report import Report
 

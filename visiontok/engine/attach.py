@@ -332,6 +332,7 @@ class Attachment:
             call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
             cache.serve()
+            cache.prefilling()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
         kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
@@ -449,16 +450,16 @@ class Attachment:
         cache.serve()
         masks = None
         mask_2d = self._mask_2d(kwargs, handover)
-        skip: Any = None
+        skip = False
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x)
-            if cache.layers[0].bias is None:
-                skip = self.masks.key(cache, 0)  # the language model builds this one itself
+            skip = cache.layers[0].bias is None  # the language model builds this one itself
         if not cache.is_uniform():
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
-            masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+            masks = self.masks.decode(cache, mask_2d, x, skip=skip)
+            if masks is not None:
+                kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
         _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:

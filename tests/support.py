@@ -4,8 +4,8 @@ A test marked ``support`` speaks for cells of the table. Its ``architecture``, `
 those its markers name; what they do not, its parameters ``name``, ``schedule`` (each of whose stages is one) and ``mode``
 say. A test that shows a refusal hands its sentence over with ``record_property("refused", sentence)``.
 
-``pytest --support FILE`` writes down what the marked tests found, with ``--collect-only`` which cells there are;
-``python tests/support.py FILE...`` prints the table of all these runs. The pytest plugin is this module.
+``pytest --support FILE`` writes down what the marked tests found, ``python tests/support.py FILE...`` prints the table of
+such runs. This module is the pytest plugin, too.
 """
 
 from __future__ import annotations
@@ -77,11 +77,6 @@ class Results:
         elif report.passed and "refused" in properties:
             outcome, reason = "refused", properties["refused"]
         self.found.append([report.nodeid, properties["support"], outcome, reason])
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if session.config.option.collectonly:
-            marked = ((item.nodeid, dict(item.user_properties)) for item in session.items)
-            self.found = [[name, found["support"], "collected", ""] for name, found in marked if "support" in found]
 
     def pytest_sessionfinish(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -274,13 +274,16 @@ def test_a_used_cache_is_served_even_where_nothing_is_dropped():
     assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
-@pytest.mark.support(architecture="llava", mode="chunked prefill", stage="prompt")
+@pytest.mark.support(architecture="llava", mode="chunked prefill", stage="cut")
 def test_chunked_prefill_is_refused(record_property):
     if T.__version__ < "5.18":
         pytest.skip("transformers 5.17 cannot chunk a prompt with pictures")
     model = build("llava")
     inputs = batch("llava", model, rows=1, pad=0)
-    with visiontok.compress(model, "divprune", keep=4), pytest.raises(UnsupportedError, match="prefill_chunk_size") as refusal:
+    with (
+        visiontok.compress(model, recipe("cut")),
+        pytest.raises(UnsupportedError, match="prefill_chunk_size") as refusal,
+    ):
         generate(model, inputs, prefill_chunk_size=8)
     record_property("refused", str(refusal.value))
 

@@ -219,12 +219,12 @@ def test_the_cache_of_a_compressed_prompt_cannot_be_cut_into_the_prompt():
             cache.crop(-STEPS - 6)
 
 
-@pytest.mark.support(architecture="llava", mode="static cache", stage="prompt")
-def test_static_caches_are_refused(record_property):
+@pytest.mark.support(architecture="llava", mode="static cache", stage="cut")
+def test_static_caches_are_refused_where_layers_hold_different_tokens(record_property):
     model = build("llava")
-    inputs = batch("llava", model, rows=1, pad=0)
+    inputs = batch("llava", model)
     with (
-        visiontok.compress(model, "grid", keep=4),
+        visiontok.compress(model, recipe("cut")),
         pytest.raises(UnsupportedError, match="DynamicCache") as refusal,
     ):
         generate(model, inputs, cache_implementation="static")

@@ -332,9 +332,7 @@ def test_without_a_cross_attention_mask_and_on_a_cache_without_layers():
     [
         pytest.param({"num_beams": 3}, marks=pytest.mark.support(mode="beams")),
         pytest.param({"num_beams": 4, "num_return_sequences": 2}, marks=pytest.mark.support(mode="several beams")),
-        pytest.param(
-            {"do_sample": True, "num_return_sequences": 3}, marks=pytest.mark.support(mode="several samples")
-        ),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, marks=pytest.mark.support(mode="several samples")),
     ],
     ids=str,
 )

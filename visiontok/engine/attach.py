@@ -12,26 +12,26 @@ Decoder layers have hooks only where a recipe changes something inside the langu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs, knows
 from ..errors import UnsupportedError
-from ..ledger import TokenLedger
-from .cache import TwoLengthCache, adopt
+from .cache import TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, Tap, attention_modules
-from .trace import Trace
-from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
+from .prompt import run_prompt_stages
+from .trace import Trace, Traces
+from .vision import Encoded, begin_forward, record_features, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -76,9 +76,25 @@ class _Thread(threading.local):
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
         self.running: dict[int, Prefill | Decode] = {}  # language model pre-hook → post-hook
         self.labels: dict[int, dict[str, torch.Tensor]] = {}  # model hook → language model post-hook
+        self.bypassed = False  # whether this thread's forwards run stock
 
 
 _thread = _Thread()
+
+
+@contextlib.contextmanager
+def bypass() -> Iterator[None]:
+    """Within it, this thread's forwards run stock, whatever is attached."""
+    _thread.bypassed = True
+    try:
+        yield
+    finally:
+        _thread.bypassed = False
+
+
+def is_bypassed() -> bool:
+    """Whether this thread runs under :func:`bypass`."""
+    return _thread.bypassed
 
 
 class Attachment:
@@ -87,14 +103,21 @@ class Attachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         outer: the modules around the base model whose forward may be given labels.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
     def __init__(
-        self, adapter: Adapter, policy: Policy, *, outer: Sequence[nn.Module] = (), force: bool = False
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        *,
+        serves: Callable[[], bool],
+        outer: Sequence[nn.Module],
+        force: bool = False,
     ) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
@@ -106,7 +129,7 @@ class Attachment:
             )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
-        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        self.traces = Traces()
         # whether layers are rewritten one by one, or get what the language model was given
         self._layered = force or bool(policy.changes) or policy.biased is not None
         self._removables: list[Any] = [
@@ -120,22 +143,14 @@ class Attachment:
             for index, layer in enumerate(self.layers):
                 pre = functools.partial(self._layer_pre, index)
                 self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
-        for modality in ("image", "video"):
-            if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder(self.base, modality))
+        self._removables += record_features(self.base)
+        if policy.biased is not None:  # these layers choose a kernel that can take a bias
+            biased = [module for layer in self.layers[policy.biased :] for module in attention_modules(layer)]
+            self._removables += [Tap(module, None) for module in biased]
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
-
-    def tap_biased(self) -> None:
-        """Let the layers that get a bias choose a kernel that can take it; behind all other taps."""
-        if self.policy.biased is None:
-            return
-        for layer in self.layers[self.policy.biased :]:
-            for module in attention_modules(layer):
-                if not hasattr(module, "_visiontok_tap"):
-                    self.add(Tap(module, None))
 
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
@@ -146,20 +161,12 @@ class Attachment:
             slot.pop(id(self), None)
         begin_forward()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of an attached model starts without the traces of past calls."""
-        return self.__dict__ | {"_latest": {}}
-
-    @property
-    def trace(self) -> Trace | None:
-        """What the latest prefill did: this thread's, or else any thread's."""
-        return self._latest.get(threading.get_ident(), self._latest.get(0))
-
     def _is_flash(self) -> bool:
         return "flash" in str(self.config._attn_implementation)
 
     # ---- the model around: labels
 
+    @torch.compiler.disable
     def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
@@ -173,7 +180,7 @@ class Attachment:
     def _ignore_labels(self, call: Prefill) -> None:
         copies = _thread.labels.pop(id(self), {})
         labels, shifted = copies.get("labels"), copies.get("shift_labels")
-        gone = call.visual & ~call.alive[len(self.layers) - 1]
+        gone = ~call.alive[len(self.layers) - 1]  # padding too, whose states are not what they were
         if labels is not None and labels.shape == gone.shape:
             labels[:, 1:].masked_fill_(gone[:, :-1].to(labels.device), IGNORED)
         if shifted is not None and shifted.shape == gone.shape:
@@ -181,16 +188,19 @@ class Attachment:
 
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
+    @torch.compiler.disable
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _thread.bypassed or not self.serves():
+            return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
         begin_forward()
-        if (trace := self.trace) is not None:
+        if (trace := self.traces.latest) is not None:
             trace.promises.settle(wait=False)
         handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
-        present = _modalities(kwargs)
+        present = modalities(kwargs)
         first = cache is None or not cache.get_seq_length()
         if ids is None or present or first:
             # read before the vision tower starts: later, the host would wait for it
@@ -243,7 +253,10 @@ class Attachment:
 
     # ---- language model
 
+    @torch.compiler.disable
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _thread.bypassed or not self.serves():
+            return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
         if "cache" in handover:
@@ -264,16 +277,18 @@ class Attachment:
         trace.chunk = self._is_chunk(handover["encoded"], records)
         if trace.chunk and self.policy.selects:
             self._refuse_split_images(masks, cache)
-        visual = functools.reduce(torch.logical_or, masks.values())
-        units = self._units(masks, records)
-        call = Prefill(trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
-        trace.ledger = TokenLedger(call.visual, call.attended, call.units, len(self.layers))
-        trace.encoders = [record.clock for record in records]
-        trace.inputs = [self._vision_inputs(record) for record in records]
-        trace.clock.mark("selection")
-        keep, embeds = self.policy.prompt(call, x)
-        trace.clock.mark("selected")
-        drops = list(call.counts) != units.sizes
+        call, keep, embeds = run_prompt_stages(
+            self.adapter,
+            self.policy,
+            trace,
+            masks=masks,
+            records=records,
+            ids=handover["ids"],
+            ids_host=handover["ids_host"],
+            embeds=x,
+            attended=attended,
+        )
+        drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
@@ -281,9 +296,6 @@ class Attachment:
             trace.ran_stock()
             call.stock = True
             return args, kwargs
-        if keep is not None:
-            call.kept = keep & call.visual
-        call.check_last(torch.where(call.visual, call.kept, call.attended))
         self._enter(module, kwargs, call, embeds, mask_2d, repack=drops or (self.force and keep is not None))
         if self._in_layers:
             kwargs[CALL] = call
@@ -306,28 +318,6 @@ class Attachment:
                 f"{self.base.config.model_type}: this prefill comes in chunks, one of which begins or ends within an "
                 "image, of which no budget can be kept; choose prefill_chunk_size so that images stay whole, or drop it"
             )
-
-    def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not knows(self.base.config):
-            return None
-        return VisionInputs.from_call(self.base.config, record.inputs)
-
-    def _units(self, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:
-        grids: dict[Any, Any] = {}
-        for modality in masks:
-            items = [
-                (r, i, grid)
-                for r, record in enumerate(records)
-                if record.modality == modality
-                for i, grid in enumerate(self.adapter.grids(record))
-            ]
-            grids[modality] = items if any(record.modality == modality for record in records) else None
-        return locate(
-            dict(masks),  # type: ignore[arg-type]
-            grids,
-            join_adjacent=self.adapter.join_adjacent,
-            model=self.base.config.model_type,
-        )
 
     def _enter(
         self, module: Any, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
@@ -432,7 +422,9 @@ class Attachment:
             UnsupportedError: for a mask of the caller's that is not 2-D, and for a kernel that got no layer hooks.
         """
         mask = kwargs.get("attention_mask")
-        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
+        cache = kwargs.get("past_key_values")
+        usable = cache is None or adoptable(cache)  # adopt() says why not; generate() builds 4-D masks for static ones
+        if mask is not None and not self.adapter.own_mask and not _is_2d(mask) and usable:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
                 "follow dropped tokens; give the 2-D padding mask (batch, length)"
@@ -466,13 +458,14 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.trace, masks)
-        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.trace, None)
+            kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
         return mask if _is_2d(mask) else None
 
+    @torch.compiler.disable
     def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = _thread.running.pop(id(self), None)
         if call is None:
@@ -494,14 +487,15 @@ class Attachment:
                 [call.alive[i] for i in depth], [call.slots(i) for i in depth], [call.masses.get(i) for i in depth]
             )
             self._ignore_labels(call)
-        self._latest[0] = self._latest[threading.get_ident()] = call.trace
+        self.traces.publish(call.trace)
         return output
 
     # ---- decoder layers
 
+    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = kwargs.get(CALL)
-        if call is None:
+        if call is None or call.policy is not self.policy:
             return None
         if isinstance(call, Decode):
             del kwargs[CALL]
@@ -513,6 +507,7 @@ class Attachment:
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:
+            self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
@@ -522,6 +517,18 @@ class Attachment:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
         return args, kwargs
+
+    def _refuse_reentrant(self, call: Prefill) -> None:
+        """Reentrant checkpoints run the layer without gradients; up to transformers 5.17 these hooks are inside.
+
+        Raises:
+            UnsupportedError: since gradients of what layers hand on beside their inputs would be lost.
+        """
+        if call.trains and not torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: reentrant gradient checkpointing loses gradients of a recipe that "
+                'works inside the language model; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
     def _relayout(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
@@ -561,6 +568,9 @@ class Attachment:
             )
         return x
 
+    # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17 runs
+    # these hooks again, must save the same tensors although it chooses no more.
+    @torch.no_grad()
     def _decide(self, call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None) -> None:
         """Which tokens layer ``index`` holds, and with which bias."""
         before = call.layouts[index - 1]
@@ -606,7 +616,7 @@ class Attachment:
         return x + added, states + level * ~layout.keep[..., None]  # type: ignore[operator]
 
 
-def _modalities(kwargs: Mapping[str, Any]) -> set[str]:
+def modalities(kwargs: Mapping[str, Any]) -> set[str]:
     """Which modalities a forward carries, as pixels or as features."""
     given = {name for name, value in kwargs.items() if value is not None}
     found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}

@@ -204,17 +204,26 @@ class TwoLengthCache(DynamicCache):
         return len(kinds) <= 1 and all(unbiased for *_, unbiased in kinds)
 
 
+def adoptable(cache: Any) -> bool:
+    """Whether :func:`adopt` can turn ``cache`` into a two-length cache, or it is one."""
+    lazy = getattr(cache, "layer_class_to_replicate", None)
+    kinds = {type(layer) for layer in cache.layers} | ({lazy} if lazy is not None else set())
+    plain = type(cache) is DynamicCache and not cache.offloading and kinds <= _REPLACEMENT.keys()
+    return plain or isinstance(cache, TwoLengthCache)
+
+
 def adopt(cache: Cache, depth: int) -> TwoLengthCache:
     """Turn ``cache`` into a two-length cache, in place.
 
     Raises:
-        UnsupportedError: for caches whose layers cannot hold different lengths (static, quantised, linear attention).
+        UnsupportedError: for caches whose layers cannot hold different lengths (static, quantised, linear attention) or
+            that are offloaded.
     """
     if isinstance(cache, TwoLengthCache):
         return cache
     lazy = getattr(cache, "layer_class_to_replicate", None)
     kinds = {type(layer) for layer in cache.layers} | ({lazy} if lazy is not None else set())
-    if type(cache) is not DynamicCache or not kinds <= _REPLACEMENT.keys():
+    if not adoptable(cache):
         found = type(cache).__name__ + "[" + ", ".join(sorted(kind.__name__ for kind in kinds)) + "]"
         raise UnsupportedError(
             f"past_key_values={found}: pruning inside the model stores a different number of tokens per layer, which "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,23 +14,29 @@ from .layout import Layout
 from .trace import Trace
 from .vision import Encoded, Units
 
+if TYPE_CHECKING:
+    from .attach import Policy
+
 
 class Decode:
     """A forward on a compressed cache in which nothing is dropped.
 
     Attributes:
+        policy: whose call it is; several may be attached to one model, and each attachment knows its calls by this.
         masks: per decoder layer the mask it gets, or ``UNCHANGED`` for the language model's own; None if all layers
             take the language model's.
     """
 
-    def __init__(self, trace: Trace | None, masks: list[Any] | None) -> None:
-        self.trace, self.masks = trace, masks
+    def __init__(self, policy: Policy, trace: Trace | None, masks: list[Any] | None) -> None:
+        self.policy, self.trace, self.masks = policy, trace, masks
 
 
 class Prefill:
     """A forward that carries images; B rows, N prompt positions of this forward, E of them entering.
 
     Attributes:
+        policy: who decides.
+        trains: whether gradients were wanted when the language model was entered.
         visual: (B, N) bool, visual positions.
         attended: (B, N) bool, positions that are not padding.
         units: the images of the call.
@@ -51,6 +57,7 @@ class Prefill:
 
     def __init__(
         self,
+        policy: Policy,
         trace: Trace,
         units: Units,
         records: list[Encoded],
@@ -61,6 +68,7 @@ class Prefill:
         embeds: torch.Tensor,
     ) -> None:
         """``visual`` and ``attended`` are given on the host."""
+        self.policy, self.trains = policy, torch.is_grad_enabled()
         self.trace, self.units, self.records = trace, units.to(embeds.device), records
         self.ids, self.embeds = ids, embeds
         self.batch, self.length = visual.shape

@@ -18,6 +18,7 @@ class Clock:
     def __init__(self) -> None:
         self._marks: dict[str, float | torch.cuda.Event] = {}
 
+    @torch.compiler.disable
     def mark(self, name: str, *, again: bool = False) -> None:
         """Remember this instant; the first mark of a name counts, or with ``again`` the last."""
         if name in self._marks and not again:

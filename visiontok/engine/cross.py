@@ -12,7 +12,7 @@ For the methods, and in the ledger, a row is its V columns followed by its L tex
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ from ..method import Stage
 from .call import Decode, Prefill
 from .layout import Layout
 from .policy import StagePolicy
-from .trace import Trace
+from .trace import Trace, Traces
 from .vision import Encoded, TowerRecorder, Units, begin_forward, current_record, take_records
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class CrossPolicy(StagePolicy):
     ) -> None:
         """What each place of the tower receives from the tokens of real tiles, which see padding too."""
         record = current_record()
-        if record is None:
+        if record is None or not self._serves():
             return
         visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
         weight = visible.diagonal(dim1=1, dim2=2).float()
@@ -209,29 +209,29 @@ class CrossAttachment:
     Args:
         adapter: where the parts of the model are.
         policy: who decides.
+        serves: whether the calls of the present thread are this attachment's; others may stand beside it.
         force: run the whole machinery even where nothing is dropped (for tests of its exactness).
     """
 
-    def __init__(self, adapter: Adapter, policy: StagePolicy, *, force: bool = False) -> None:
-        self.adapter, self.policy, self.force = adapter, policy, force
+    def __init__(
+        self, adapter: Adapter, policy: StagePolicy, *, serves: Callable[[], bool], force: bool = False
+    ) -> None:
+        self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers = list(self.text.layers)
         self.cross = frozenset(self.text.config.cross_attention_layers)
-        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        self.traces = Traces()
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
             self.text.register_forward_hook(self._text_post, with_kwargs=True),
-            TowerRecorder(getattr(self.base, adapter.tower), self.base.get_submodule(adapter.projector)),
+            TowerRecorder(getattr(self.base, adapter.tower), self.base.get_submodule(adapter.projector), serves),
         ]
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
-
-    def tap_biased(self) -> None:
-        """Nothing to do: cross-attention takes masks of numbers anyway."""
 
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
@@ -242,27 +242,22 @@ class CrossAttachment:
         _thread.running.pop(id(self), None)
         begin_forward()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of an attached model starts without the traces of past calls."""
-        return self.__dict__ | {"_latest": {}}
-
-    @property
-    def trace(self) -> Trace | None:
-        """What the latest prefill did: this thread's, or else any thread's."""
-        return self._latest.get(threading.get_ident(), self._latest.get(0))
-
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.serves():
+            return
         begin_forward()
         _thread.masks[id(self)] = kwargs.get("cross_attention_mask")
 
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.serves():
+            return None
         given = _thread.masks.pop(id(self), None)
         _thread.running.pop(id(self), None)
         cache = kwargs.get("past_key_values")
         if kwargs.get("cross_attention_states") is not None:
             self._prefill(module, kwargs, given)
         elif isinstance(cache, CrossCache):
-            _thread.running[id(self)] = Decode(self.trace, None)
+            _thread.running[id(self)] = Decode(self.policy, self.traces.latest, None)
             if cache.slots is not None:
                 _check_columns(kwargs.get("cross_attention_mask"), cache.columns)
                 kwargs |= self._masks(kwargs, cache.slots, cache.valid, cache.bias)
@@ -299,7 +294,7 @@ class CrossAttachment:
             written = attended & (ids != token).cpu()
         present = torch.cat([columns, written], 1)
         host = None if prompt is None else prompt.cpu()
-        call = _thread.running[id(self)] = Prefill(trace, units, records, visual, present, prompt, host, x)
+        call = _thread.running[id(self)] = Prefill(self.policy, trace, units, records, visual, present, prompt, host, x)
         attended = attended.to(device)
         everything = torch.cat([call.visual[:, :width], attended], 1)
         trace.ledger = TokenLedger(call.visual, everything, call.units, len(self.layers), stock)
@@ -426,7 +421,7 @@ class CrossAttachment:
             widths = [call.width if layer in self.cross else stock[layer] for layer in depth]
             mass = None if call.mass is None else call.units.scatter(call.mass)
             call.trace.finish([call.kept] * len(self.layers), widths, [mass] * len(self.layers))
-        self._latest[0] = self._latest[threading.get_ident()] = call.trace
+        self.traces.publish(call.trace)
 
 
 def _columns_in(cache: Any, layer: int) -> int:

@@ -22,6 +22,8 @@ TAKE_BIAS = ("eager", "sdpa")
 that corrupts memory on the CPU (torch 2.13)."""
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
 
+_TAPS = "_visiontok_taps"  # attribute of a tapped module: its own config object, and the taps
+
 Sink = Callable[..., None]
 
 
@@ -29,21 +31,30 @@ def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     call = kwargs.pop(CALL, None)
-    config, eager, sink = module._visiontok_tap
-    if sink is not None:
-        sink(call, query, key, attention_mask, kwargs)
+    # another thread may have taken the last tap away since this one read the config
+    config, taps = module.__dict__.get(_TAPS) or (module.config, ())
+    _show(taps, call, query, key, attention_mask, kwargs)
     name = config._attn_implementation
     if name not in TAKE_BIAS and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
         name = "sdpa"  # only a bias per key leads to such a mask here
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _show(taps: tuple[Tap, ...], *seen: Any) -> None:
+    with torch.no_grad():  # scores have no gradient, and a replay by gradient checkpointing may find no call to score
+        for tap in taps:
+            if tap.sink is not None:
+                tap.sink(*seen)
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)
 
 
 class Tap:
-    """A removable tap on one attention module.
+    """A removable tap on one attention module, which may have several.
 
     Args:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
@@ -52,18 +63,23 @@ class Tap:
     """
 
     def __init__(self, module: Any, sink: Sink | None) -> None:
-        self.module = module
-        config: Any = module.config
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        self.module._visiontok_tap = (config, eager, sink)
-        tapped = copy.copy(config)
-        tapped.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
-        self.module.config = tapped
+        self.module, self.sink = module, sink
+        config, taps = module.__dict__.get(_TAPS) or (module.config, ())
+        module.__dict__[_TAPS] = (config, (*taps, self))
+        if not taps:
+            tapped = copy.copy(config)
+            tapped.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
+            module.config = tapped
 
     def remove(self) -> None:
-        """Put the original config object back."""
-        self.module.config = self.module._visiontok_tap[0]
-        del self.module._visiontok_tap
+        """Take this tap away, and with the last one put the original config object back."""
+        config, taps = self.module.__dict__[_TAPS]
+        rest = tuple(tap for tap in taps if tap is not self)
+        if rest:
+            self.module.__dict__[_TAPS] = (config, rest)
+        else:
+            self.module.config = config
+            del self.module.__dict__[_TAPS]
 
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,13 +62,22 @@ class FeatureRecorder:
     def __init__(self, base: nn.Module, modality: Modality) -> None:
         self.base = base
         self.modality: Modality = modality
-        self.name = f"get_{modality}_features"
+        self.name = _getter(modality)
+        self.users = 0
         base.__dict__[self.name] = self
+
+    @classmethod
+    def on(cls, base: nn.Module, modality: Modality) -> FeatureRecorder:
+        """The recorder of a model, shared by its attachments, each of which calls :meth:`remove` in the end."""
+        recorder = base.__dict__.get(_getter(modality)) or cls(base, modality)
+        recorder.users += 1
+        return recorder
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(getattr(type(self.base), self.name).__get__(self.base))
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # the tower itself may be compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         method = getattr(type(self.base), self.name)
         if _thread.current is not None:  # one modality's method may be built on the other's
@@ -93,8 +103,14 @@ class FeatureRecorder:
         return output
 
     def remove(self) -> None:
-        """Uncover the class's method again."""
-        del self.base.__dict__[self.name]
+        """Uncover the class's method again, once nobody records."""
+        self.users -= 1
+        if not self.users:
+            del self.base.__dict__[self.name]
+
+
+def _getter(modality: Modality) -> str:
+    return f"get_{modality}_features"
 
 
 def _is_sizes(x: Any) -> bool:
@@ -105,17 +121,22 @@ class TowerRecorder:
     """Remembers the same where a model encodes pictures inside its forward: from the tower's input to the projector's
     output."""
 
-    def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, projector: nn.Module, serves: Callable[[], bool]) -> None:
+        self._serves = serves  # whether this thread's calls are to be recorded here
         self._handles = [
             tower.register_forward_pre_hook(self._start, with_kwargs=True),
             projector.register_forward_hook(self._end),
         ]
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._serves():
+            return
         _thread.current = record = Encoded("image", dict(kwargs))
         record.clock.mark("start")
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._serves():
+            return
         record, _thread.current = _thread.current, None
         if record is not None:
             record.output = output
@@ -126,6 +147,12 @@ class TowerRecorder:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+
+def record_features(base: nn.Module) -> list[FeatureRecorder]:
+    """A recorder before each modality's method of ``base``."""
+    modalities: tuple[Modality, ...] = ("image", "video")
+    return [FeatureRecorder.on(base, m) for m in modalities if hasattr(type(base), f"get_{m}_features")]
 
 
 def current_record() -> Encoded | None:

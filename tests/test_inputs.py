@@ -80,6 +80,7 @@ def same(got, expected, tolerance=1e-6):
     assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.support(mode="static cache", stage="prompt")
 @pytest.mark.parametrize("what", [HALF, MERGE], ids=["choice", "merge"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equal_to_the_hooks(name, what):
@@ -237,6 +238,7 @@ def hybrid(name):
     return model, batch(name, model, images=[1, 2])
 
 
+@pytest.mark.support(mode="greedy", stage="prompt")
 @pytest.mark.parametrize("name", [*HYBRIDS, "lfm2"])
 def test_a_hybrid_equals_its_decoder_on_the_kept_tokens(name):
     """Left-padded rows of different lengths that keep different numbers of tokens."""
@@ -260,11 +262,13 @@ def test_a_hybrid_equals_its_decoder_on_the_kept_tokens(name):
         assert not torch.equal(generate(model, inputs).logits[0], out.logits[0])
 
 
+@pytest.mark.support(mode="greedy", stage="cut")
 @pytest.mark.parametrize("name", [*HYBRIDS, "lfm2"])
-def test_what_a_hybrid_cannot_do_it_says(name):
+def test_what_a_hybrid_cannot_do_it_says(name, record_property):
     model, inputs = hybrid(name)
-    with pytest.raises(UnsupportedError, match="recipe of prompt stages alone"):
+    with pytest.raises(UnsupportedError, match="recipe of prompt stages alone") as refusal:
         visiontok.compress(model, recipe("cut"))
+    record_property("refused", str(refusal.value))
     with visiontok.compress(model, HALF), torch.no_grad():
         with pytest.raises(UnsupportedError, match="compress_inputs"):
             model(**inputs)
@@ -398,9 +402,17 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.support(stage="prompt")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("static", marks=pytest.mark.support(mode="static cache")),
+        pytest.param("fp8", marks=pytest.mark.support(mode="quantised cache")),
+        pytest.param("chunks", marks=pytest.mark.support(mode="chunked prefill")),
+    ],
+)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_compress_takes_this_plane_where_hooks_cannot_serve(name, kind):
+def test_compress_takes_this_plane_where_hooks_cannot_serve(name, kind, record_property):
     model = build(name)
     inputs = batch(name, model)
     before = vars(model).keys() - {"_previous_max_cache_length"}
@@ -408,8 +420,9 @@ def test_compress_takes_this_plane_where_hooks_cannot_serve(name, kind):
         expected = generate(model, inputs)
         assert compression.report.plane == "hooks"
         if not TAKES_FEATURES and kind == "chunks":
-            with pytest.raises(UnsupportedError, match=r"prefill_chunk_size.* use transformers >= 5.18"):
+            with pytest.raises(UnsupportedError, match=r"prefill_chunk_size.* use transformers >= 5.18") as refusal:
                 generate(model, inputs, **CACHES[kind])
+            record_property("refused", str(refusal.value))
             return
         if kind == "fp8" and not hasattr(T.cache_utils, "Fp8QuantizedLayer"):
             pytest.skip("this transformers has no quantised cache without another package")

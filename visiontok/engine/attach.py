@@ -595,7 +595,7 @@ class Attachment:
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
         if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
-            call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
+            call.masks[key] = (layout, embeddings, tuple(layout.gather(e, e.ndim - 2) for e in embeddings))
         return call.masks[key][2]
 
     @staticmethod

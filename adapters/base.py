@@ -31,6 +31,8 @@ _FAMILIES = {
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
     "qwen3_vl_moe": "qwen_vl",
+    "qwen3_5": "qwen_vl",
+    "qwen3_5_moe": "qwen_vl",
     "glm4v": "qwen_vl",
     "gemma3": "gemma3",
     "paligemma": "paligemma",
@@ -55,6 +57,12 @@ _FAMILIES = {
     "qwen3_omni_moe_thinker": "qwen_vl",
     "shieldgemma2": "gemma3",
 }
+
+
+PER_TOKEN = {"full_attention", "sliding_attention"}
+"""Kinds of decoder layers that keep keys and values per token."""
+RECURRENT = {"linear_attention", "conv"}
+"""Kinds that carry one state along the sequence and skip padding; they can be given fewer tokens, but lose none."""
 
 
 class Record(Protocol):
@@ -171,22 +179,35 @@ def is_supported(model_type: str) -> bool:
     return model_type in _FAMILIES or model_type in _third_party()
 
 
-def find(base: nn.Module) -> Adapter:
+def find(base: nn.Module, *, inside: bool = True) -> Adapter:
     """The adapter of a base model (the module that holds tower and language model).
 
     Families without an adapter of their own get the default one if they pass its structural check.
+
+    Args:
+        base: the base model.
+        inside: tokens are to be dropped inside the language model, not only before it; recurrent layers rule that out.
 
     Raises:
         UnsupportedError: if the model's structure does not fit; says what is missing.
     """
     adapter = _own(base)
     if adapter is None:
-        return check(Adapter(base))
-    text = getattr(base, adapter.text, None)
-    missing = _odd_layers(text) or (None if adapter.cross_attention else _odd_inputs(adapter, text))
-    if missing is not None:
-        raise _refusal(base, missing)
-    return adapter
+        adapter = check(Adapter(base))
+    elif not adapter.cross_attention:
+        missing = _odd_inputs(adapter, getattr(base, adapter.text, None))
+        if missing is not None:
+            raise _refusal(base, missing)
+    served = PER_TOKEN if inside else PER_TOKEN | RECURRENT
+    odd = sorted(layer_kinds(adapter) - served)
+    if not odd:
+        return adapter
+    if not inside or set(odd) - RECURRENT:
+        raise _refusal(base, f"plain attention layers (it has {', '.join(odd)})")
+    raise UnsupportedError(
+        f"{adapter.base.config.model_type}: visiontok needs plain attention layers to drop tokens inside the language "
+        f"model (it has {', '.join(odd)}); use a recipe of prompt stages alone, such as 'divprune'"
+    )
 
 
 def _own(base: nn.Module) -> Adapter | None:
@@ -232,7 +253,7 @@ def check(adapter: Adapter) -> Adapter:
         else "get_image_features"
         if not hasattr(type(base), "get_image_features")
         else odd
-        if (odd := _odd_layers(text) or _odd_inputs(adapter, text)) is not None
+        if (odd := _odd_inputs(adapter, text)) is not None
         else "image_token_id in its config"
         if not adapter.placeholders()
         else "a causal mask built in the language model"
@@ -244,11 +265,10 @@ def check(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _odd_layers(text: Any) -> str | None:
-    """What is missing in a language model some of whose layers keep no keys and values per token."""
-    kinds = set(getattr(getattr(text, "config", None), "layer_types", None) or ())
-    odd = sorted(kinds - {"full_attention", "sliding_attention"})
-    return f"plain attention layers (it has {', '.join(odd)})" if odd else None
+def layer_kinds(adapter: Adapter) -> set[str]:
+    """Kinds of the decoder layers, as far as the config tells."""
+    config = getattr(getattr(adapter.base, adapter.text, None), "config", None)
+    return set(getattr(config, "layer_types", None) or ())
 
 
 _INPUTS = {

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their kin: native resolution, 2 × 2 patch merger, M-RoPE."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V and their kin: native resolution, 2 × 2 patch merger, M-RoPE."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .base import Adapter, Record, raster
 
 
 class QwenVLAdapter(Adapter):
-    """Qwen2-VL: full attention in every tower block."""
+    """Qwen2-VL: full attention in every tower block; Qwen3.5, whose language model has linear attention too."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen3_5", "qwen3_5_moe")
     tower = "visual"
     projector = "visual.merger"
 

@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import visiontok._torchvision  # noqa: F401
 
+pytest_plugins = ("support",)
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Count the golden cases at the end of the run, so that nobody takes skipped for checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,12 +19,7 @@ from visiontok.conformance.schedules import SCHEDULES, cut, prompt
 from visiontok.conformance.zoo import (
     ARCHITECTURES,
     BANNED,
-    CLIP,
     IMAGE,
-    IMAGE_IDS,
-    MROPE,
-    QWEN3_VISION,
-    QWEN_IDS,
     SIGLIP,
     TEXT,
     batch,
@@ -92,34 +88,26 @@ def test_the_check_accepts_only_what_the_default_adapter_serves(name):
         check(Adapter(base))
 
 
-def test_hybrid_and_cross_attention_models_are_refused():
-    text = {**TEXT, "head_dim": 8, "rope_parameters": dict(MROPE, partial_rotary_factor=1.0)} | {
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-    }
-    vision = {k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"}
-    hybrid = T.AutoModelForImageTextToText.from_config(
-        T.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_IDS)
-    )
-    with pytest.raises(UnsupportedError, match=r"qwen3_5: visiontok needs plain attention layers .*linear_attention"):
-        visiontok.compress(hybrid, "divprune", keep=2)
+def test_cross_attention_models_without_an_adapter_are_refused():
     vision = {"embed_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     idefics = T.IdeficsConfig(**TEXT, vision_config=vision, cross_layer_interval=2)
     with pytest.raises(UnsupportedError, match=r"idefics: .*gated cross-attention"):
         visiontok.compress(T.IdeficsForVisionText2Text(idefics), "divprune", keep=2)
 
 
-def test_a_hybrid_language_model_inside_a_known_family_is_refused():
-    """The layer kinds count, not the name of the family."""
-    text = {"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48}
-    model = T.AutoModelForImageTextToText.from_config(
-        T.LlavaConfig(text_config=text, vision_config=CLIP, vision_feature_layer=-2, **IMAGE_IDS)
-    )
-    with pytest.raises(UnsupportedError, match=r"llava: visiontok needs plain attention layers \(it has conv\)"):
-        visiontok.compress(model, "random", keep=4)
+@pytest.mark.parametrize("kind", ["linear_attention", "conv", "chunked_attention"])
+def test_the_layer_kinds_count_not_the_name_of_the_family(kind):
+    """Recurrent layers can be given fewer tokens, but none can be dropped inside; of other kinds nothing is known."""
+    model = copy.deepcopy(build("llava"))
+    model.model.language_model.config.layer_types = [kind, "full_attention"] * 2
+    if kind == "chunked_attention":
+        with pytest.raises(UnsupportedError, match=r"llava: visiontok needs plain attention layers \(it has chunked"):
+            visiontok.compress(model, "random", keep=4)
+    else:
+        visiontok.compress(model, "random", keep=4).remove()
+    message = "register an adapter" if kind == "chunked_attention" else f"it has {kind}.*prompt stages alone"
+    with pytest.raises(UnsupportedError, match=message):
+        visiontok.compress(model, Recipe(stages=(cut(2),)))
 
 
 def test_llava_next_with_a_cls_token_per_crop_is_refused():

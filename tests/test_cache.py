@@ -74,6 +74,7 @@ def test_an_image_behind_a_padded_text_turn(schedule):
     assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.support(mode="new image in a later turn")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
 def test_a_new_image_in_the_second_turn(name, schedule):
@@ -293,13 +294,18 @@ def test_a_used_cache_is_served_even_where_nothing_is_dropped():
     assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
-def test_chunked_prefill_is_refused():
+@pytest.mark.support(architecture="llava", mode="chunked prefill", stage="cut")
+def test_chunked_prefill_is_refused(record_property):
     if T.__version__ < "5.18":
         pytest.skip("transformers 5.17 cannot chunk a prompt with pictures")
     model = build("llava")
     inputs = batch("llava", model, rows=1, pad=0)
-    with visiontok.compress(model, "divprune", keep=4), pytest.raises(UnsupportedError, match="prefill_chunk_size"):
+    with (
+        visiontok.compress(model, recipe("cut")),
+        pytest.raises(UnsupportedError, match="prefill_chunk_size") as refusal,
+    ):
         generate(model, inputs, prefill_chunk_size=8)
+    record_property("refused", str(refusal.value))
 
 
 def test_a_custom_mask_is_refused():

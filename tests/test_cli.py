@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from visiontok import cli, doctor
+from visiontok import _window, cli, doctor
 from visiontok.errors import ConfigError, UnsupportedError
 
 Call = Callable[..., SimpleNamespace]
@@ -214,6 +214,30 @@ def test_doctor(call: Call) -> None:
     findings = json.loads(call("doctor", "--json").out)
     assert findings["devices"][0]["device"] == "cpu"
     assert findings["versions"]["visiontok"] == "0.1.0"
+    assert findings["transformers"] == _window.describe(findings["versions"]["transformers"])
+    assert findings["transformers"] in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        ("4.57.6", "is not supported: it is older than"),
+        ("5.9.0", "is not supported: it is older than"),
+        ("5.13.1", "is not supported: it is older than"),
+        ("5.14.0", "lies in"),
+        ("5.20.2", "lies in"),
+        ("5.23.9", "lies in"),
+        ("5.24.0.dev0", "is untested: it is newer than"),
+        ("6.0rc1", "is untested: it is newer than"),
+    ],
+)
+def test_doctor_tells_whether_transformers_is_tested(
+    call: Call, monkeypatch: pytest.MonkeyPatch, version: str, verdict: str
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    monkeypatch.setattr(_window, "TESTED", ("5.14.1", "5.20.2", "5.23.0"))
+    findings = json.loads(call("doctor", "--json").out)
+    assert findings["transformers"] == f"{version} {verdict} the tested window 5.14 – 5.23"
 
 
 def test_doctor_where_everything_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +245,8 @@ def test_doctor_where_everything_is_missing(call: Call, monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED)
     findings = json.loads(call("doctor", "--json").out)
-    assert findings["torch"] == findings["torchvision"] == findings["embedded model"] == "not installed"
+    for name in ("transformers", "torch", "torchvision", "embedded model"):
+        assert findings[name] == "not installed"
     assert findings["triton"].startswith("not installed")
     assert findings["devices"] == []
     assert call("doctor").code == 0

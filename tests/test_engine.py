@@ -36,6 +36,7 @@ def masks(compression):
     return [compression.ledger.alive(layer) for layer in range(DEPTH)]
 
 
+@pytest.mark.support(mode="greedy")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -55,6 +56,7 @@ def test_generation_equals_the_oracle(name, schedule, attention):
     assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
 
 
+@pytest.mark.support(mode="any number of images", stage=("prompt", "cut", "inject", "exit"))
 @pytest.mark.parametrize("images", [[2, 0], [0, 1], [1, 3]])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "llava_next"])
 def test_rows_may_hold_any_number_of_images(name, images):
@@ -64,6 +66,7 @@ def test_rows_may_hold_any_number_of_images(name, images):
         against_oracle(model, inputs, recipe(schedule), BANNED)
 
 
+@pytest.mark.support(mode="right padding", stage=("prompt", "cut", "inject", "exit"))
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_right_padding(name):
     """A forward over a right-padded batch; logits of padding mean nothing."""
@@ -108,6 +111,7 @@ def videos(name, model):
     } | ({"second_per_grid_ts": torch.tensor([1.0])} if name == "qwen2_5_vl" else {})
 
 
+@pytest.mark.support(mode="video", stage=("prompt", "cut", "inject", "exit", "skip"))
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 def test_video_and_image_in_one_prompt(name):
     model = build(name)
@@ -215,14 +219,16 @@ def test_the_cache_of_a_compressed_prompt_cannot_be_cut_into_the_prompt():
             cache.crop(-STEPS - 6)
 
 
-def test_static_caches_are_refused():
+@pytest.mark.support(architecture="llava", mode="static cache", stage="cut")
+def test_static_caches_are_refused_where_layers_hold_different_tokens(record_property):
     model = build("llava")
-    inputs = batch("llava", model, rows=1, pad=0)
+    inputs = batch("llava", model)
     with (
-        visiontok.compress(model, "grid", keep=4),
-        pytest.raises(UnsupportedError, match="DynamicCache"),
+        visiontok.compress(model, recipe("cut")),
+        pytest.raises(UnsupportedError, match="DynamicCache") as refusal,
     ):
         generate(model, inputs, cache_implementation="static")
+    record_property("refused", str(refusal.value))
 
 
 def test_an_attached_model_can_be_copied_and_the_copy_is_its_own():

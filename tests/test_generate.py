@@ -103,10 +103,12 @@ def test_stock_5_17_cannot_chunk_a_prompt_with_images(name):
     assert (whole - chunked).abs().max() > 0.1
 
 
-def test_stock_gemma3_generates_from_ids_only():
+@pytest.mark.support(architecture="gemma3", mode="embeddings instead of ids", stage="prompt")
+def test_stock_gemma3_generates_from_ids_only(record_property):
     model = build("gemma3")
-    with pytest.raises(ValueError, match="inputs_embeds"):
+    with pytest.raises(ValueError, match="inputs_embeds") as refusal:
         run(model, {"inputs_embeds": torch.zeros(1, 3, 32).double()})
+    record_property("refused", f"stock: {refusal.value}")
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
@@ -135,6 +137,7 @@ MODES = {
 }
 
 
+@pytest.mark.support
 @pytest.mark.parametrize("mode", MODES)
 @on_every_schedule
 @on_every_model
@@ -183,6 +186,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.support(mode="endings", stage=("inject", "cut", "exit"))
 @pytest.mark.parametrize("ending", ENDINGS)
 @on_every_model
 def test_endings(name, ending):
@@ -202,6 +206,7 @@ def test_endings(name, ending):
         assert not torch.equal(got.sequences, plain)
 
 
+@pytest.mark.support(mode="answer begun by the user")
 @on_every_schedule
 @on_every_model
 def test_a_prompt_that_begins_an_answer(name, schedule):
@@ -221,6 +226,7 @@ def test_a_prompt_that_begins_an_answer(name, schedule):
 EMBEDDED = [name for name in NAMES if name != "gemma3"]
 
 
+@pytest.mark.support(mode="embeddings instead of ids")
 @on_every_schedule
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embeddings_instead_of_ids(name, schedule):
@@ -275,6 +281,7 @@ class Recorder(BaseStreamer):
         self.ended += 1
 
 
+@pytest.mark.support(mode="streamers")
 @on_every_schedule
 @on_every_model
 def test_streamers(name, schedule):
@@ -307,6 +314,7 @@ def two_right_one_wrong(answer):
     return get_candidates
 
 
+@pytest.mark.support(mode="prompt lookup")
 @pytest.mark.parametrize("candidates", ["from the prompt", "two right, one wrong"])
 @on_every_schedule
 @on_every_model
@@ -332,6 +340,7 @@ def test_candidates(name, schedule, candidates, monkeypatch):
     torch.testing.assert_close(torch.stack(got.logits, 1).double(), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.support(mode="assistant model", stage=("inject", "cut", "exit"))
 @on_every_model
 def test_a_draft_model(name):
     """A stock model drafts for a compressed one, whose answer stays its own."""
@@ -344,6 +353,7 @@ def test_a_draft_model(name):
 # ---- what generate() returns besides tokens
 
 
+@pytest.mark.support(mode="hidden states, attentions")
 @on_every_schedule
 @on_every_model
 def test_hidden_states_and_attentions(name, schedule):
@@ -467,6 +477,7 @@ def new_images(name):
 TEXT, MORE = left_padded([7, 8], [11, 12, 13, 14, 15]), left_padded([21, 22, 23, 24], [25])
 
 
+@pytest.mark.support(mode="text turns")
 @on_every_schedule
 @pytest.mark.parametrize("name", [*NAMES, "paligemma"])
 def test_text_turns(name, schedule):
@@ -477,6 +488,7 @@ def test_text_turns(name, schedule):
     chat.check()
 
 
+@pytest.mark.support(mode="new image in a later turn")
 @on_every_schedule
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl"])
 def test_new_images_in_the_second_turn(name, schedule):
@@ -487,6 +499,7 @@ def test_new_images_in_the_second_turn(name, schedule):
     chat.check()
 
 
+@pytest.mark.support(mode="copied cache")
 @on_every_schedule
 @on_every_model
 def test_a_copied_cache_goes_another_way(name, schedule):
@@ -501,6 +514,7 @@ def test_a_copied_cache_goes_another_way(name, schedule):
         each.check()
 
 
+@pytest.mark.support(mode="decoding by hand")
 @pytest.mark.parametrize("rows", [1, 2])
 @on_every_schedule
 @on_every_model
@@ -532,6 +546,7 @@ def test_decoding_by_hand(name, schedule, rows):
 # ---- images and prompts in pieces
 
 
+@pytest.mark.support(mode="new image in a later turn")
 @on_every_schedule
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_new_images_where_masks_span_the_prompt(name, schedule):
@@ -551,8 +566,15 @@ CHUNKED = {
 }
 
 
+@pytest.mark.support(mode="chunked prefill")
 @pytest.mark.skipif(OLD, reason="transformers 5.17 cannot chunk a prompt with images")
-@pytest.mark.parametrize("case", CHUNKED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.support(stage="prompt" if chosen == "divprune" else ("inject", "exit")))
+        for case, (chosen, _) in CHUNKED.items()
+    ],
+)
 @on_every_model
 def test_chunked_prefill(name, case):
     """A prompt in pieces gives what it gives at once."""

@@ -113,6 +113,7 @@ def check(model, inputs, stages, tolerance, **options):
     return alive, owner, masses, out
 
 
+@pytest.mark.support(mode="greedy", stage="mass")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "paligemma"])
 def test_generation_equals_the_dense_model_with_masses(name, schedule):
@@ -135,6 +136,7 @@ def test_generation_equals_the_dense_model_with_masses(name, schedule):
     assert not torch.allclose(torch.stack(plain.logits), torch.stack(out.logits)), "masses changed nothing"
 
 
+@pytest.mark.support(mode="greedy", stage="mass")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_and_eager_attention(name):
     for attention, dtype, tolerance in (("sdpa", torch.float64, 2e-6), ("eager", torch.float32, 1e-4)):
@@ -205,31 +207,38 @@ def agreeing(stage):
     return Stage(kind=stage.kind, layer=stage.layer, method=method, keep=keep, mass=stage.mass)
 
 
+MODES = {
+    "beams": {"num_beams": 3},
+    "several samples": {"num_return_sequences": 3, "do_sample": True, "temperature": 2.0},
+}
+
+
+@pytest.mark.support(stage="mass")
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("schedule", ["prompt", "pyramid", "inject, cut, exit"])
-def test_beams_and_samples_keep_their_masses(name, schedule):
+def test_beams_and_samples_keep_their_masses(name, schedule, mode):
     model = build(name)
     inputs = batch(name, model, images=1)
     stages = tuple(s if s.method is None else agreeing(s) for s in SCHEDULES[schedule])
-    for options in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True, "temperature": 2.0}):
 
-        def run(options=options, **more):
-            torch.manual_seed(0)
-            with torch.no_grad():
-                return model.generate(
-                    **inputs,
-                    max_new_tokens=STEPS,
-                    suppress_tokens=list(BANNED),
-                    **{"do_sample": False} | options | more,
-                )
+    def run(**more):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model.generate(
+                **inputs,
+                max_new_tokens=STEPS,
+                suppress_tokens=list(BANNED),
+                **{"do_sample": False} | MODES[mode] | more,
+            )
 
-        with visiontok.compress(model, Recipe(stages=stages)) as compression:
-            got = run()
-            alive = masks(compression)
-            owner = torch.where(compression.ledger.visual, compression.ledger.grid()[..., 0], -1)
-        with DenseMass(model, alive, stages, owner):
-            expected = run(use_cache=False)
-        assert torch.equal(got, expected)
+    with visiontok.compress(model, Recipe(stages=stages)) as compression:
+        got = run()
+        alive = masks(compression)
+        owner = torch.where(compression.ledger.visual, compression.ledger.grid()[..., 0], -1)
+    with DenseMass(model, alive, stages, owner):
+        expected = run(use_cache=False)
+    assert torch.equal(got, expected)
 
 
 def test_masses_live_with_the_cache():
@@ -285,6 +294,7 @@ def test_masses_leave_the_window_with_their_tokens(name, schedule):
     assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.support(mode="new image in a later turn", stage="mass")
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_a_second_image_brings_its_own_masses(name):
     model = build(name)
@@ -312,8 +322,15 @@ def test_a_second_image_brings_its_own_masses(name):
     assert (torch.stack(two.logits, 1) - logits).abs().max() < 2e-6 * logits.abs().max()
 
 
+@pytest.mark.support(stage="mass")
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        pytest.param(False, marks=pytest.mark.support(mode="training")),
+        pytest.param(True, marks=pytest.mark.support(mode="gradient checkpointing")),
+    ],
+)
 def test_gradients(name, checkpointing):
     model = copy.deepcopy(build(name)).train()
     if checkpointing:

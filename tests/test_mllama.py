@@ -217,9 +217,16 @@ def test_masses_are_copies_of_keys_and_values(merge):
     assert not torch.equal(out.logits[0], oracle(model, inputs, alive, 1).logits[0])
 
 
+@pytest.mark.support(architecture="mllama", stage="prompt")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("images", [RAGGED, [[1]], [[1, 4, 2], [2, 2, 1]], [[2], []], [[], [1, 1]]], ids=str)
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    "caching",
+    [
+        pytest.param(True, marks=pytest.mark.support(mode="greedy")),
+        pytest.param(False, marks=pytest.mark.support(mode="no cache")),
+    ],
+)
 def test_generation_equals_the_oracle(attention, images, caching):
     # eager attention takes its softmax in float32, where masks of float64 overflow to -inf: stock gives NaN there
     dtype, tolerance = (torch.float64, 1e-6) if attention == "sdpa" else (torch.float32, 1e-4)
@@ -319,9 +326,14 @@ def test_without_a_cross_attention_mask_and_on_a_cache_without_layers():
     assert_same(out, oracle(model, inputs, alive))
 
 
+@pytest.mark.support(architecture="mllama", stage="prompt")
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+    [
+        pytest.param({"num_beams": 3}, marks=pytest.mark.support(mode="beams")),
+        pytest.param({"num_beams": 4, "num_return_sequences": 2}, marks=pytest.mark.support(mode="several beams")),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, marks=pytest.mark.support(mode="several samples")),
+    ],
     ids=str,
 )
 def test_beams_and_samples(options):
@@ -369,6 +381,7 @@ def test_a_cache_whose_rows_are_reordered(mass):
         assert torch.allclose(step(other, [1]), expected[[1]])
 
 
+@pytest.mark.support(architecture="mllama", stage="prompt", mode="text turns")
 @pytest.mark.parametrize("cropped", [0, 2])
 def test_text_turn_on_a_compressed_cache(cropped):
     model = build()
@@ -389,6 +402,7 @@ def test_text_turn_on_a_compressed_cache(cropped):
     assert steps == 3 + 3
 
 
+@pytest.mark.support(architecture="mllama", stage="prompt", mode="new image in a later turn")
 @pytest.mark.parametrize(("fraction", "then"), [(0.4, 0.6), (3.0, 0.6), (0.4, 3.0)])
 def test_a_new_image_on_a_used_cache(fraction, then):
     """Its columns stand behind those of the earlier turn, of which the cache holds some or all."""
@@ -414,7 +428,14 @@ def test_a_new_image_on_a_used_cache(fraction, then):
     assert_same(out, oracle(model, inputs, torch.cat(alive, 1)))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.support(architecture="mllama", stage="prompt")
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        pytest.param(False, marks=pytest.mark.support(mode="training")),
+        pytest.param(True, marks=pytest.mark.support(mode="gradient checkpointing")),
+    ],
+)
 def test_gradients_equal_those_of_the_oracle(checkpointing):
     model = copy.deepcopy(build()).train()
     if checkpointing:
@@ -680,10 +701,20 @@ def test_threads_and_copies_do_not_meet():
     assert visiontok.attached(twin) is not compression
 
 
-@pytest.mark.parametrize("stage", [cut(2), inject(2), leave(3), Stage(kind="skip", layer=1, until=2)], ids=str)
-def test_stages_inside_the_language_model_are_refused(stage):
-    with pytest.raises(UnsupportedError, match=f"{stage.kind} stage at layer .* no visual tokens in the sequence"):
+@pytest.mark.support(architecture="mllama", mode="greedy")
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=pytest.mark.support(stage=stage.kind))
+        for stage in (cut(2), inject(2), leave(3), Stage(kind="skip", layer=1, until=2))
+    ],
+    ids=str,
+)
+def test_stages_inside_the_language_model_are_refused(stage, record_property):
+    refused = f"{stage.kind} stage at layer .* no visual tokens in the sequence"
+    with pytest.raises(UnsupportedError, match=refused) as refusal:
         visiontok.compress(build(), Recipe(stages=(stage, *recipe().stages)))
+    record_property("refused", str(refusal.value))
     assert visiontok.attached(build()) is None
 
 

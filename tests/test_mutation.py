@@ -63,8 +63,9 @@ class Probe:
 
     def __call__(self) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            fixtures = {"monkeypatch": monkeypatch} if "monkeypatch" in inspect.signature(self.test).parameters else {}
-            self.test(**self.arguments, **fixtures)
+            fixtures = {"monkeypatch": monkeypatch, "record_property": lambda *_: None}
+            wanted = inspect.signature(self.test).parameters.keys() - self.arguments
+            self.test(**self.arguments, **{name: fixtures[name] for name in wanted})
 
     def catches(self) -> str:
         """How it fails; nothing if it passes.
@@ -231,23 +232,23 @@ MUTANTS = [
     Mutant(
         "mask not compacted in decode",
         LayerMasks.stored,
-        "known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])",
-        "known = None if mask is None else mask[:, : stored.physical_length()].bool()",
+        "return cache.layers[layer].valid_through(new, mask, batch, x.device)",
+        "return mask if mask is None else mask[:, : cache.layers[layer].physical_length() + new].bool()",
         oracle("llava", "prompt"),
     ),
     Mutant(
         "one decode mask for all layers",
-        TwoLengthCache.is_uniform,
-        "len(kinds) <= 1",
-        "len(kinds) <= 9",
+        LayerMasks.decode,
+        "key = self._kinds[index], first",
+        "key = self._kinds[0], 0",
         oracle("llava", "pyramid"),
         oracle("qwen3_vl", "inject"),
     ),
     Mutant(
         "one decode mask for layers of one width",
-        TwoLengthCache.is_uniform,
-        "layer.pattern,",
-        "(),",
+        TwoLengthCache.first_alike,
+        "layer.pattern",
+        "()",
         WIDTHS,
     ),
     Mutant(
@@ -274,9 +275,9 @@ MUTANTS = [
     ),
     Mutant(
         "one mask for sliding and full layers",
-        LayerMasks.key,
-        "self.kind(index), ",
-        "'', ",
+        LayerMasks.decode,
+        "key = self._kinds[index], first",
+        "key = '', first",
         Probe(test_cache.test_windows_shorter_than_the_prompt, name="qwen2"),
     ),
     # ---- positions
@@ -290,8 +291,8 @@ MUTANTS = [
     Mutant(
         "positions renumbered behind a cut",
         Attachment._gathered,
-        "layout.gather(e) for e in embeddings",
-        "e[:, : layout.width] for e in embeddings",
+        "layout.gather(e, e.ndim - 2) for e in embeddings",
+        "e[..., : layout.width, :] for e in embeddings",
         oracle("llava", "cut"),
         oracle("qwen2_5_vl", "pyramid"),
     ),
@@ -471,7 +472,7 @@ MUTANTS = [
     Mutant(
         "mass forgotten in decode",
         LayerMasks.decode,
-        "self._biased(mask, layer.bias_with(None, x.shape[1]), index, x, cache)",
+        "self._biased(mask, bias, index, x, cache)",
         "mask",
         masses("llava", "cut"),
     ),

@@ -67,6 +67,7 @@ def close(got, expected, tolerance=1e-6):
         assert error <= tolerance * max(float(gradient.abs().max()), 1e-6), name
 
 
+@pytest.mark.support(mode="training")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_loss_and_gradients_equal_the_oracle(name, schedule):
@@ -94,12 +95,13 @@ def checkpointing(model, reentrant=False):
         model.enable_input_require_grads()
 
 
+@pytest.mark.support(mode="gradient checkpointing")
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning")
 @pytest.mark.parametrize(
     ("schedule", "reentrant"), [*((s, False) for s in SCHEDULES), ("prompt", True), ("pyramid", True)]
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing(name, schedule, reentrant):
+def test_gradient_checkpointing(name, schedule, reentrant, record_property):
     model = fresh(name)
     inputs = batch(name, model)
     with visiontok.compress(model, recipe(schedule)) as compression:
@@ -109,8 +111,9 @@ def test_gradient_checkpointing(name, schedule, reentrant):
         labels = masked(labels_of(inputs), alive)
         checkpointing(model, reentrant)
         if reentrant and HOOKS_INSIDE and (schedule != "prompt" or name == "qwen3_vl"):
-            with pytest.raises(UnsupportedError, match="use_reentrant"):
+            with pytest.raises(UnsupportedError, match="use_reentrant") as refusal:
                 step(model, inputs, labels)
+            record_property("refused", str(refusal.value))
             return
         got = step(model, inputs, labels)
     model.gradient_checkpointing_disable()

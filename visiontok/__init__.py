@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontok import demo, errors, functional
-    from visiontok.api import Compression, attached, compress
+    from visiontok.api import CompressedInputs, Compression, attached, compress, compress_inputs
     from visiontok.budget import Budget
     from visiontok.context import Context
     from visiontok.method import Card, Contract, Mass, Method, Needs, Selection, Stage
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Card",
+    "CompressedInputs",
     "Compression",
     "Context",
     "Contract",
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "attached",
     "compress",
+    "compress_inputs",
     "demo",
     "errors",
     "functional",
@@ -47,6 +49,7 @@ __all__ = [
 _SOURCES = {
     "Budget": "visiontok.budget",
     "Card": "visiontok.method",
+    "CompressedInputs": "visiontok.api",
     "Compression": "visiontok.api",
     "Context": "visiontok.context",
     "Contract": "visiontok.method",
@@ -58,6 +61,7 @@ _SOURCES = {
     "Stage": "visiontok.method",
     "attached": "visiontok.api",
     "compress": "visiontok.api",
+    "compress_inputs": "visiontok.api",
     "methods": "visiontok.recipes",
     "recipe": "visiontok.recipe",
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,11 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from visiontok.adapters.base import RECURRENT, find, is_supported, layer_kinds
+from visiontok.adapters.refused import reason
+
 from . import _torchvision as _torchvision
 from .budget import Budget
 from .context import Context
-from .engine.attach import Attachment
+from .engine.attach import Attachment, bypass
 from .engine.cross import CrossAttachment, CrossPolicy
+from .engine.inputs import CompressedInputs, Generate, InputPlane, shorten
 from .engine.policy import StagePolicy, describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
@@ -64,38 +69,33 @@ class Compression:
     def __init__(
         self, model: nn.Module, recipe: Recipe, *, adapter: type[Adapter] | None = None, force: bool = False
     ) -> None:
-        from visiontok.adapters.base import find
-
         self.model, self.recipe = model, recipe
         self._base, self._thread = base_model(model), _thread.number
-        base = self._base
-        known = find(base) if adapter is None else adapter(base)
-        depth = len(getattr(base, known.text).layers)
-        tower = describe_tower(known)
-        # what really runs: defaults that depend on the model are filled in, and named in the label
-        adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
-        self._label = replace(recipe, stages=adapted).label
-        decide = CrossPolicy if known.cross_attention else StagePolicy
-        policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
-        self._attachment: Attachment | CrossAttachment
+        base, alone = self._base, _is_before(recipe)
+        known, policy, self._label = _plan(base, recipe, adapter)
+        recurrent = bool(layer_kinds(known) & RECURRENT)
+        self._attachment: Attachment | CrossAttachment | InputPlane
         with _lock:
-            others = base.__dict__.get(_MARK, ())
-            if (other := next((c for c in others if c._thread == self._thread), None)) is not None:
-                raise ConfigError(
-                    f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; call .remove() "
-                    "on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
-                )
+            _refuse_second(base, self._thread)
             if known.cross_attention:
                 self._attachment = CrossAttachment(known, policy, serves=self._serves, force=force)
+            elif recurrent:
+                self._attachment = InputPlane(known, serves=self._serves, guard=True)
             else:
                 outer = _around(model, base)
                 self._attachment = Attachment(known, policy, serves=self._serves, outer=outer, force=force)
             try:
                 policy.attach(self._attachment)
+                core = _unwrapped(model)
+                if alone and not known.cross_attention and hasattr(type(core), "generate"):
+                    describe = functools.partial(Report.of, recipe, self._label, base, known)
+                    options: Any = {"serves": self._serves, "always": recurrent}
+                    traces = self._attachment.traces
+                    self._attachment.add(Generate(core, known, policy, traces, describe, **options))
             except Exception:
                 self._attachment.remove()
                 raise
-            base.__dict__[_MARK] = (*others, self)
+            base.__dict__[_MARK] = (*base.__dict__.get(_MARK, ()), self)
 
     def _serves(self) -> bool:
         return _serving(self._base) is self
@@ -126,7 +126,7 @@ class Compression:
         Raises:
             ConfigError: before any such call.
         """
-        trace = self._attachment.trace
+        trace = self._attachment.traces.latest
         if trace is None or trace.ledger is None:
             raise ConfigError("ledger: no image has gone through this model since compress(); run the model first")
         trace.promises.settle(wait=True)
@@ -140,7 +140,7 @@ class Compression:
             ConfigError: before any such call.
         """
         ledger = self.ledger
-        trace = self._attachment.trace
+        trace = self._attachment.traces.latest
         return Report.of(self.recipe, self._label, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
 
 
@@ -166,13 +166,10 @@ def base_model(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: if there is none.
     """
-    from visiontok.adapters.base import is_supported
-    from visiontok.adapters.refused import reason
-
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={model!r}: expected a torch module, as from_pretrained() returns it")
     core = _unwrapped(model)
-    config = getattr(core, "config", None)
+    config: Any = getattr(core, "config", None)
     if (why := reason(config)) is not None and not is_supported(config.model_type):
         raise UnsupportedError(f"{config.model_type}: visiontok cannot drop tokens here, because {why}")
     base = getattr(core, "model", core)
@@ -195,6 +192,33 @@ def _unwrapped(model: Any) -> Any:
 def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
     """The modules around ``base`` that may be given labels; PEFT's wrapper skips the hooks of the one inside."""
     return [m for m in dict.fromkeys((model, _unwrapped(model))) if m is not base]
+
+
+def _refuse_second(base: nn.Module, thread: int) -> None:
+    """A thread may have one compression on a model."""
+    for other in base.__dict__.get(_MARK, ()):
+        if other._thread == thread:
+            raise ConfigError(
+                f"model={type(base).__name__}: it is already compressed with {other.recipe.label}; call .remove() on "
+                "that Compression, which is visiontok.attached(model) (or leave its with-block) first"
+            )
+
+
+def _is_before(recipe: Recipe) -> bool:
+    """Whether a recipe does everything before the language model."""
+    return all(s.kind == "prompt" and (s.mass is None or not s.mass.beta) for s in recipe.stages)
+
+
+def _plan(base: nn.Module, recipe: Recipe, kind: type[Adapter] | None = None) -> tuple[Adapter, StagePolicy, str]:
+    """Adapter (of ``kind``, if given), policy and label of a recipe on a model."""
+    adapter = find(base, inside=not _is_before(recipe)) if kind is None else kind(base)
+    depth = len(getattr(base, adapter.text).layers)
+    tower = describe_tower(adapter)
+    # what really runs: defaults that depend on the model are filled in, and named in the label
+    adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
+    decide = CrossPolicy if adapter.cross_attention else StagePolicy
+    policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
+    return adapter, policy, replace(recipe, stages=adapted).label
 
 
 @dataclass(frozen=True)
@@ -259,6 +283,83 @@ def compress(
         ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
+    return Compression(model, _settled(recipe, keep, mass, seed, fidelity, options))
+
+
+_taps = threading.Lock()  # over a model that carries taps for the time of one compress_inputs()
+
+
+def compress_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    recipe: str | Path | Recipe | Method | Callable[[Context], torch.Tensor | Selection],
+    *,
+    keep: Budget | int | float | str | None = None,
+    seed: int | None = None,
+    fidelity: Literal["fixed", "official"] | None = None,
+    **options: Any,
+) -> CompressedInputs:
+    """Run the vision tower and a recipe of prompt stages once; returns shorter inputs for the stock model.
+
+    Nothing stays on the model. Without gradients; train inside :func:`compress`.
+
+    Args:
+        model: a Hugging Face vision-language model, possibly wrapped by PEFT.
+        inputs: what its processor returned, with pixels.
+        recipe: as for :func:`compress`; prompt stages only, without a bias of mass attention.
+        keep: as for :func:`compress`.
+        seed: of stochastic methods; the recipe's own by default.
+        fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
+        **options: options of the method; only with a name.
+
+    Returns:
+        a mapping for ``model.generate(**short)``; ``short.restore(output)`` brings sequences into the usual format,
+        ``short.extend(...)`` makes the next turn, ``short.report`` and ``short.ledger`` say what was kept.
+
+    Raises:
+        ConfigError: for an unknown recipe, option or budget, incomplete inputs, or a model already compressed.
+        UnsupportedError: for a stage inside the language model, or a model that cannot be given shorter inputs.
+    """
+    made = _settled(recipe, keep, None, seed, fidelity, options)
+    if not _is_before(made):
+        acts = next((f"its {s.kind} stage" for s in made.stages if s.kind != "prompt"), "its mass attention")
+        raise UnsupportedError(
+            f"{made.label}: {acts} acts inside the language model, where shorter inputs cannot reach; use "
+            "compress(model, recipe)"
+        )
+    base, core, thread = base_model(model), _unwrapped(model), _thread.number
+    if not hasattr(core, "_prepare_position_ids_for_generation"):
+        raise UnsupportedError(
+            f"{type(core).__name__}: it cannot generate, so it cannot number the prompt; load the model with "
+            "AutoModelForImageTextToText"
+        )
+    with _taps:
+        _refuse_second(base, thread)
+        adapter, policy, label = _plan(base, made)
+        if adapter.cross_attention:
+            raise UnsupportedError(
+                f"{adapter.base.config.model_type}: its images are no part of the prompt, so no input can be made "
+                "shorter; use compress(model, recipe)"
+            )
+        plane = InputPlane(adapter, serves=lambda: _thread.number == thread)
+        try:
+            policy.attach(plane)
+            describe = functools.partial(Report.of, made, label, base, adapter)
+            with bypass():
+                return shorten(core, adapter, policy, inputs, describe)
+        finally:
+            plane.remove()
+
+
+def _settled(
+    recipe: Any,
+    keep: Any,
+    mass: Mass | bool | None,
+    seed: int | None,
+    fidelity: Literal["fixed", "official"] | None,
+    options: dict[str, Any],
+) -> Recipe:
+    """The recipe with everything that a call sets."""
     made = as_recipe(recipe, **options)
     changes: dict[str, Any] = {}
     if seed is not None:
@@ -268,9 +369,7 @@ def compress(
     made = replace(made, **changes)
     if keep is not None:
         made = made.with_keep(Budget.parse(keep))
-    if mass is not None:
-        made = made.with_mass(Mass.parse(mass))
-    return Compression(model, made)
+    return made if mass is None else made.with_mass(Mass.parse(mass))
 
 
 def as_recipe(source: Any, **options: Any) -> Recipe:

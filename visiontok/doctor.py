@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import _window
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,6 +41,7 @@ def inspect() -> dict[str, Any]:
     devices = _devices(torch) if torch else []
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}},
+        "transformers": _transformers(),
         "platform": platform.platform(),
         "torch": _torch(torch, problem),
         "devices": devices,
@@ -59,8 +62,8 @@ def render(findings: dict[str, Any], console: Console) -> None:
     table.add_column(overflow="fold")
     for name, version in findings["versions"].items():
         table.add_row("versions" if name == "python" else "", name, version)
-    table.add_row("platform", "", findings["platform"])
-    table.add_row("torch", "", findings["torch"])
+    for name in ("transformers", "platform", "torch"):
+        table.add_row(name, "", findings[name])
     for place, device in enumerate(findings["devices"]):
         memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
         table.add_row("" if place else "devices", device["device"], f"{device['name']}{memory}")
@@ -90,6 +93,11 @@ def _import(name: str) -> tuple[ModuleType | None, str]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _transformers() -> str:
+    version = _version("transformers")
+    return version if version == NOT_INSTALLED else _window.describe(version)
 
 
 def _torch(torch: Any, problem: str) -> str:

@@ -57,8 +57,9 @@ class Report:
         account: FLOPs of vision tower and language model and KV bytes, stock and compressed; the bytes are of this
             prefill's own tokens, what earlier turns left on the same cache is not counted.
         seconds: measured parts: vision, selection, prefill, decode (all ``steps`` so far).
-        steps: forwards on a compressed cache between this prefill and the next one; None (not counted) if nothing was
-            dropped before the model and the call ran stock.
+        steps: forwards on a compressed cache between this prefill and the next one; None (not counted) if the model
+            ran stock, on shorter inputs or because nothing was dropped.
+        plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the stock model got shorter inputs.
         warnings: what a reader must know before trusting the numbers.
     """
 
@@ -70,6 +71,7 @@ class Report:
     account: Account
     seconds: dict[str, float | None]
     steps: int | None
+    plane: str
     warnings: tuple[str, ...]
 
     @classmethod
@@ -127,6 +129,7 @@ class Report:
             account=costs,
             seconds=trace.seconds(),
             steps=trace.steps,
+            plane=trace.plane,
             warnings=tuple(warnings),
         )
 
@@ -161,6 +164,8 @@ class Report:
             lines.append(f"LM prefill     {sum(costs.decoder_stock):.3g} -> {sum(costs.decoder):.3g} FLOPs")
         if costs.vision is not None:
             lines.append(f"vision tower   {costs.vision.tower + costs.vision.projector:.3g} FLOPs, unchanged")
+        if self.plane == "inputs":
+            lines.append("ran as         stock generate() on shorter inputs")
         ratio = costs.speed_up()
         if ratio is not None:
             lines.append(

@@ -54,6 +54,9 @@ QWEN3_VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
 }
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+"""Language models with layers of linear attention; only shorter inputs serve them."""
+GRIDS = (*QWEN, *HYBRIDS)
 ANYRES = ("llava_next", "llava_onevision")
 TILED = ("idefics3", "smolvlm")
 ARCHITECTURES = (
@@ -117,6 +120,18 @@ def config(name: str) -> Any:
             text = {**TEXT, "head_dim": 8, "rope_parameters": dict(MROPE)}
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
             return T.Qwen3VLMoeConfig(text_config=text | experts, vision_config=QWEN3_VISION, **QWEN_IDS)
+        case "qwen3_5" | "qwen3_5_moe":
+            text = {
+                **TEXT, "head_dim": 8, "rope_parameters": dict(MROPE, partial_rotary_factor=1.0),
+                "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4,
+                "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            }  # fmt: skip
+            vision = {k: v for k, v in QWEN3_VISION.items() if k != "deepstack_visual_indexes"}
+            if name == "qwen3_5":
+                return T.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_IDS)
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            experts["shared_expert_intermediate_size"] = 16
+            return T.Qwen3_5MoeConfig(text_config=text | experts, vision_config=vision, **QWEN_IDS)
         case "glm4v":
             return T.Glm4vConfig(
                 text_config={**TEXT, "rope_parameters": dict(MROPE, partial_rotary_factor=1.0)},
@@ -171,7 +186,7 @@ def prepare(model: Any, dtype: torch.dtype = torch.float64) -> Any:
 def _image(name: str, model: Any, k: int, dtype: torch.dtype) -> tuple[int, dict[str, torch.Tensor]]:
     """Visual tokens and inputs of image number ``k``; sizes differ where the architecture allows."""
     g = torch.Generator().manual_seed(100 + k)
-    if name in QWEN:
+    if name in GRIDS:
         h, w = [(8, 8), (4, 12), (8, 4)][k % 3]
         patches = torch.randn(h * w, 96, generator=g).to(dtype)
         return h * w // 4, {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, h, w]])}
@@ -215,7 +230,9 @@ def batch(
     g = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     per_row = [images] * rows if isinstance(images, int) else images
-    start, end = ([102], [103]) if name in QWEN[:4] else ([104], [105]) if name == "glm4v" else ([], [])
+    start, end = (
+        ([102], [103]) if name in GRIDS and name != "glm4v" else ([104], [105]) if name == "glm4v" else ([], [])
+    )
     prompts: list[list[int]] = []
     pictures: list[list[dict[str, torch.Tensor]]] = []
     for b, number in enumerate(per_row):
@@ -246,7 +263,7 @@ def batch(
             pixels[b, :number] = out["pixel_values"][at : at + number, 0]
             at += number
         out["pixel_values"] = pixels
-    if name in QWEN:
+    if name in GRIDS:
         out["mm_token_type_ids"] = (ids == IMAGE).int()
     if name == "gemma3":
         out["token_type_ids"] = (ids == IMAGE).long()

@@ -12,26 +12,26 @@ Decoder layers have hooks only where a recipe changes something inside the langu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..cost import VisionInputs, knows
 from ..errors import UnsupportedError
-from ..ledger import TokenLedger
-from .cache import TwoLengthCache, adopt
+from .cache import TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, Tap, attention_modules
-from .trace import Trace
-from .vision import Encoded, FeatureRecorder, Units, begin_forward, locate, take_records
+from .prompt import run_prompt_stages
+from .trace import Trace, Traces
+from .vision import Encoded, begin_forward, record_features, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -76,9 +76,25 @@ class _Thread(threading.local):
         self.handover: dict[int, dict[str, Any]] = {}  # base model hook → language model hook
         self.running: dict[int, Prefill | Decode] = {}  # language model pre-hook → post-hook
         self.labels: dict[int, dict[str, torch.Tensor]] = {}  # model hook → language model post-hook
+        self.bypassed = False  # whether this thread's forwards run stock
 
 
 _thread = _Thread()
+
+
+@contextlib.contextmanager
+def bypass() -> Iterator[None]:
+    """Within it, this thread's forwards run stock, whatever is attached."""
+    _thread.bypassed = True
+    try:
+        yield
+    finally:
+        _thread.bypassed = False
+
+
+def is_bypassed() -> bool:
+    """Whether this thread runs under :func:`bypass`."""
+    return _thread.bypassed
 
 
 class Attachment:
@@ -113,7 +129,7 @@ class Attachment:
             )
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
-        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        self.traces = Traces()
         # whether layers are rewritten one by one, or get what the language model was given
         self._layered = force or bool(policy.changes) or policy.biased is not None
         self._removables: list[Any] = [
@@ -127,21 +143,14 @@ class Attachment:
             for index, layer in enumerate(self.layers):
                 pre = functools.partial(self._layer_pre, index)
                 self._removables.append(layer.register_forward_pre_hook(pre, with_kwargs=True))
-        for modality in ("image", "video"):
-            if hasattr(type(self.base), f"get_{modality}_features"):
-                self._removables.append(FeatureRecorder.on(self.base, modality))
+        self._removables += record_features(self.base)
+        if policy.biased is not None:  # these layers choose a kernel that can take a bias
+            biased = [module for layer in self.layers[policy.biased :] for module in attention_modules(layer)]
+            self._removables += [Tap(module, None) for module in biased]
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
-
-    def tap_biased(self) -> None:
-        """Let the layers that get a bias choose a kernel that can take it."""
-        if self.policy.biased is None:
-            return
-        for layer in self.layers[self.policy.biased :]:
-            for module in attention_modules(layer):
-                self.add(Tap(module, None))
 
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
@@ -151,15 +160,6 @@ class Attachment:
         for slot in (_thread.handover, _thread.running, _thread.labels):
             slot.pop(id(self), None)
         begin_forward()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of an attached model starts without the traces of past calls."""
-        return self.__dict__ | {"_latest": {}}
-
-    @property
-    def trace(self) -> Trace | None:
-        """What the latest prefill did: this thread's, or else any thread's."""
-        return self._latest.get(threading.get_ident(), self._latest.get(0))
 
     def _is_flash(self) -> bool:
         return "flash" in str(self.config._attn_implementation)
@@ -190,24 +190,24 @@ class Attachment:
 
     @torch.compiler.disable
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.serves():
+        if _thread.bypassed or not self.serves():
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
         begin_forward()
-        if (trace := self.trace) is not None:
+        if (trace := self.traces.latest) is not None:
             trace.promises.settle(wait=False)
         handover: dict[str, Any] = {"ids": ids, "encoded": encoded, "mask": mask}
         _thread.handover[id(self)] = handover
-        present = _modalities(kwargs)
+        present = modalities(kwargs)
         first = cache is None or not cache.get_seq_length()
         if ids is None or present or first:
             # read before the vision tower starts: later, the host would wait for it
             ids_host = None if ids is None else ids.cpu()
             masks = self._placeholders(module, ids_host, embeds, present)
             if any(bool(m.any()) for m in masks.values()):
-                length = ids.shape[1] if ids is not None else embeds.shape[1]
+                length = next(iter(masks.values())).shape[1]
                 attended = mask[:, -length:].bool().cpu() if _is_2d(mask) else None
                 handover |= {"masks": masks, "ids_host": ids_host, "attended": attended}
                 if self.adapter.own_mask and not first:
@@ -255,7 +255,7 @@ class Attachment:
 
     @torch.compiler.disable
     def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.serves():
+        if _thread.bypassed or not self.serves():
             return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
@@ -277,16 +277,18 @@ class Attachment:
         trace.chunk = self._is_chunk(handover["encoded"], records)
         if trace.chunk and self.policy.selects:
             self._refuse_split_images(masks, cache)
-        visual = functools.reduce(torch.logical_or, masks.values())
-        units = self._units(masks, records)
-        call = Prefill(self.policy, trace, units, records, visual, attended, handover["ids"], handover["ids_host"], x)
-        trace.ledger = TokenLedger(call.visual, call.attended, call.units, len(self.layers))
-        trace.encoders = [record.clock for record in records]
-        trace.inputs = [self._vision_inputs(record) for record in records]
-        trace.clock.mark("selection")
-        keep, embeds = self.policy.prompt(call, x)
-        trace.clock.mark("selected")
-        drops = list(call.counts) != units.sizes
+        call, keep, embeds = run_prompt_stages(
+            self.adapter,
+            self.policy,
+            trace,
+            masks=masks,
+            records=records,
+            ids=handover["ids"],
+            ids_host=handover["ids_host"],
+            embeds=x,
+            attended=attended,
+        )
+        drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
@@ -294,9 +296,6 @@ class Attachment:
             trace.ran_stock()
             call.stock = True
             return args, kwargs
-        if keep is not None:
-            call.kept = keep & call.visual
-        call.check_last(torch.where(call.visual, call.kept, call.attended))
         self._enter(module, kwargs, call, embeds, mask_2d, repack=drops or (self.force and keep is not None))
         if self._in_layers:
             kwargs[CALL] = call
@@ -320,28 +319,6 @@ class Attachment:
                 "image, of which no budget can be kept; choose prefill_chunk_size so that images stay whole, or drop it"
             )
 
-    def _vision_inputs(self, record: Encoded) -> VisionInputs | None:
-        if not knows(self.base.config):
-            return None
-        return VisionInputs.from_call(self.base.config, record.inputs)
-
-    def _units(self, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:
-        grids: dict[Any, Any] = {}
-        for modality in masks:
-            items = [
-                (r, i, grid)
-                for r, record in enumerate(records)
-                if record.modality == modality
-                for i, grid in enumerate(self.adapter.grids(record))
-            ]
-            grids[modality] = items if any(record.modality == modality for record in records) else None
-        return locate(
-            dict(masks),  # type: ignore[arg-type]
-            grids,
-            join_adjacent=self.adapter.join_adjacent,
-            model=self.base.config.model_type,
-        )
-
     def _enter(
         self, module: Any, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor, mask_2d: Any, *, repack: bool
     ) -> None:
@@ -355,6 +332,7 @@ class Attachment:
             call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
             cache.serve()
+            cache.prefilling()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
         kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
@@ -445,7 +423,9 @@ class Attachment:
             UnsupportedError: for a mask of the caller's that is not 2-D, and for a kernel that got no layer hooks.
         """
         mask = kwargs.get("attention_mask")
-        if mask is not None and not self.adapter.own_mask and not _is_2d(mask):
+        cache = kwargs.get("past_key_values")
+        usable = cache is None or adoptable(cache)  # adopt() says why not; generate() builds 4-D masks for static ones
+        if mask is not None and not self.adapter.own_mask and not _is_2d(mask) and usable:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: attention_mask of {type(mask).__name__} {tuple(mask.shape)} cannot "
                 "follow dropped tokens; give the 2-D padding mask (batch, length)"
@@ -470,17 +450,17 @@ class Attachment:
         cache.serve()
         masks = None
         mask_2d = self._mask_2d(kwargs, handover)
-        skip: Any = None
+        skip = False
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x)
-            if cache.layers[0].bias is None:
-                skip = self.masks.key(cache, 0)  # the language model builds this one itself
+            skip = cache.layers[0].bias is None  # the language model builds this one itself
         if not cache.is_uniform():
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
-            masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.policy, self.trace, masks)
-        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.trace, None)
+            masks = self.masks.decode(cache, mask_2d, x, skip=skip)
+            if masks is not None:
+                kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+        _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
         mask = handover.get("mask") if self.adapter.own_mask else kwargs.get("attention_mask")
@@ -508,7 +488,7 @@ class Attachment:
                 [call.alive[i] for i in depth], [call.slots(i) for i in depth], [call.masses.get(i) for i in depth]
             )
             self._ignore_labels(call)
-        self._latest[0] = self._latest[threading.get_ident()] = call.trace
+        self.traces.publish(call.trace)
         return output
 
     # ---- decoder layers
@@ -615,7 +595,7 @@ class Attachment:
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
         if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
-            call.masks[key] = (layout, embeddings, tuple(layout.gather(e) for e in embeddings))
+            call.masks[key] = (layout, embeddings, tuple(layout.gather(e, e.ndim - 2) for e in embeddings))
         return call.masks[key][2]
 
     @staticmethod
@@ -637,7 +617,7 @@ class Attachment:
         return x + added, states + level * ~layout.keep[..., None]  # type: ignore[operator]
 
 
-def _modalities(kwargs: Mapping[str, Any]) -> set[str]:
+def modalities(kwargs: Mapping[str, Any]) -> set[str]:
     """Which modalities a forward carries, as pixels or as features."""
     given = {name for name, value in kwargs.items() if value is not None}
     found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}

@@ -27,7 +27,7 @@ from ..method import Stage
 from .call import Decode, Prefill
 from .layout import Layout
 from .policy import StagePolicy
-from .trace import Trace
+from .trace import Trace, Traces
 from .vision import Encoded, TowerRecorder, Units, begin_forward, current_record, take_records
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class CrossAttachment:
         self.text: Any = getattr(self.base, adapter.text)
         self.layers = list(self.text.layers)
         self.cross = frozenset(self.text.config.cross_attention_layers)
-        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+        self.traces = Traces()
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -233,9 +233,6 @@ class CrossAttachment:
         """Tie the life of a tap to this attachment."""
         self._removables.append(removable)
 
-    def tap_biased(self) -> None:
-        """Nothing to do: cross-attention takes masks of numbers anyway."""
-
     def remove(self) -> None:
         """Take every hook away; the model is stock again."""
         for removable in self._removables:
@@ -244,15 +241,6 @@ class CrossAttachment:
         _thread.masks.pop(id(self), None)
         _thread.running.pop(id(self), None)
         begin_forward()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle of an attached model starts without the traces of past calls."""
-        return self.__dict__ | {"_latest": {}}
-
-    @property
-    def trace(self) -> Trace | None:
-        """What the latest prefill did: this thread's, or else any thread's."""
-        return self._latest.get(threading.get_ident(), self._latest.get(0))
 
     def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.serves():
@@ -269,7 +257,7 @@ class CrossAttachment:
         if kwargs.get("cross_attention_states") is not None:
             self._prefill(module, kwargs, given)
         elif isinstance(cache, CrossCache):
-            _thread.running[id(self)] = Decode(self.policy, self.trace, None)
+            _thread.running[id(self)] = Decode(self.policy, self.traces.latest, None)
             if cache.slots is not None:
                 _check_columns(kwargs.get("cross_attention_mask"), cache.columns)
                 kwargs |= self._masks(kwargs, cache.slots, cache.valid, cache.bias)
@@ -433,7 +421,7 @@ class CrossAttachment:
             widths = [call.width if layer in self.cross else stock[layer] for layer in depth]
             mass = None if call.mass is None else call.units.scatter(call.mass)
             call.trace.finish([call.kept] * len(self.layers), widths, [mass] * len(self.layers))
-        self._latest[0] = self._latest[threading.get_ident()] = call.trace
+        self.traces.publish(call.trace)
 
 
 def _columns_in(cache: Any, layer: int) -> int:

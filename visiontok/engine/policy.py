@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -27,11 +27,26 @@ from .vision import current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
-    from .attach import Attachment
-    from .cross import CrossAttachment
-
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _TILE = 256  # query rows whose attention is held at a time
+
+
+class Host(Protocol):
+    """What owns the taps of a policy.
+
+    Attributes:
+        adapter: where the parts of the model are.
+        layers: the decoder layers.
+        serves: whether the calls of the present thread are the host's.
+    """
+
+    adapter: Adapter
+    layers: list[nn.Module]
+    serves: Callable[[], bool]
+
+    def add(self, removable: Any) -> None:
+        """Tie the life of a tap to the host's."""
+        ...
 
 
 def describe_tower(adapter: Adapter) -> Tower:
@@ -121,7 +136,7 @@ class StagePolicy:
                         )
                     self._taps.setdefault(tapped, set()).add(stat)
 
-    def attach(self, attachment: Attachment | CrossAttachment) -> None:
+    def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
 
         Raises:
@@ -148,7 +163,6 @@ class StagePolicy:
                 self._tap_projector(attachment)
         for index, stats in wanted.items():
             attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
-        attachment.tap_biased()
         self.tower_depth = len(tower)
 
     @property
@@ -411,7 +425,7 @@ class StagePolicy:
             raise UnsupportedError(f"{self._model}: this call has no image")
         return out.to(units.row.device)
 
-    def _tap_projector(self, attachment: Attachment | CrossAttachment) -> None:
+    def _tap_projector(self, attachment: Host) -> None:
         if self.adapter.projector is None:
             raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
         module = self.adapter.base.get_submodule(self.adapter.projector)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any, Literal
+
 import torch
 
 from ..cost import VisionInputs
@@ -18,6 +21,7 @@ class Trace:
         clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
         inputs: what went into the tower in each run; None for a family outside the cost model.
+        plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
         chunk: whether this was a part of a prompt only.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
@@ -30,6 +34,7 @@ class Trace:
         self.clock = Clock()
         self.encoders: list[Clock] = []
         self.inputs: list[VisionInputs | None] = []
+        self.plane: Literal["hooks", "inputs"] = "hooks"
         self.chunk = False
         self.promises = Promises()
         self.steps: int | None = 0
@@ -61,3 +66,23 @@ class Trace:
             "prefill": prefill - selection if known else None,  # type: ignore[operator]
             "decode": self.clock.seconds("finished", "step"),
         }
+
+
+class Traces:
+    """The latest trace of each thread."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, Trace] = {}  # by thread; 0 is whichever was last
+
+    @property
+    def latest(self) -> Trace | None:
+        """This thread's, or else any thread's."""
+        return self._latest.get(threading.get_ident(), self._latest.get(0))
+
+    def publish(self, trace: Trace) -> None:
+        """Make ``trace`` the latest one."""
+        self._latest[0] = self._latest[threading.get_ident()] = trace
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle starts without the traces of past calls."""
+        return {"_latest": {}}

@@ -149,6 +149,12 @@ class TowerRecorder:
             handle.remove()
 
 
+def record_features(base: nn.Module) -> list[FeatureRecorder]:
+    """A recorder before each modality's method of ``base``."""
+    modalities: tuple[Modality, ...] = ("image", "video")
+    return [FeatureRecorder.on(base, m) for m in modalities if hasattr(type(base), f"get_{m}_features")]
+
+
 def current_record() -> Encoded | None:
     """The vision-tower run in progress on this thread."""
     return _thread.current

@@ -135,7 +135,7 @@ def test_all_tokens_kept_changes_nothing() -> None:
 
 def test_mass_attention_can_be_asked_for(call: Call) -> None:
     done = call("--keep", "16", "--mass", "--max-new-tokens", "2", "--json")
-    assert json.loads(done.out)["report"]["recipe"] == "divprune[mass]"
+    assert json.loads(done.out)["method"] == "divprune[mass]"
     assert "mass" in call("--method", "vtw", "--mass").err
 
 

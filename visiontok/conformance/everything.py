@@ -209,8 +209,9 @@ def _pictures(base: Any, k: int) -> Iterator[dict[str, torch.Tensor]]:
     if "pixel_attention_mask" in names:
         yield {"pixel_values": square[None], "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
     if "spatial_shapes" in names:
-        shape = {"spatial_shapes": torch.tensor([[8, 8]]), "pixel_attention_mask": torch.ones(1, 64, dtype=torch.long)}
-        yield {"pixel_values": noise(1, 64, flat), **shape}
+        ones = torch.ones(1, 64, dtype=torch.long)
+        patches = {"spatial_shapes": torch.tensor([[8, 8]]), "pixel_attention_mask": ones}
+        yield {"pixel_values": noise(1, 64, flat), **patches}
     yield {"pixel_values": square}
     yield {"pixel_values": square[None]}
     yield {"pixel_values": noise(1, 3, 256, 256)}  # convolutional towers
@@ -375,7 +376,8 @@ _TITLE = """\
 Every image-text-to-text class of transformers {version}: {passed} pass, {refused} are refused, {failed} failed.
 
 *Pass* means: on a tiny random model of the class, with two left-padded prompts of two images each, visiontok attached,
-dropped visual tokens, and greedy generation equalled the dense masked oracle in every token and every logit (float64).
+dropped visual tokens, and greedy generation equalled the dense masked oracle in every token and every logit (float64);
+where the language model has a recurrent state, the oracle is its decoder on the kept tokens alone.
 *Adapter* is `own` where visiontok knows the family, `default` where the model passed the structural check; then methods
 that ask where tokens lie in their image, or for attention inside the tower, say that they cannot know. Videos and audio
 were not tried here. Made by `python -m visiontok.conformance.everything --write docs/models.md`.

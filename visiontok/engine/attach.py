@@ -166,16 +166,21 @@ class Attachment:
 
     # ---- the model around: labels
 
-    @torch.compiler.disable
     def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
         The innermost module's copy is the one that the loss reads.
         """
+        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            return None
+        return args, kwargs | self._copy_labels(kwargs)
+
+    @torch.compiler.disable
+    def _copy_labels(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         given = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
         copies = {name: labels.clone() for name, labels in given.items() if torch.is_tensor(labels)}
         _thread.labels[id(self)] = copies
-        return args, kwargs | copies
+        return copies
 
     def _ignore_labels(self, call: Prefill) -> None:
         copies = _thread.labels.pop(id(self), {})
@@ -208,7 +213,7 @@ class Attachment:
             masks = self._placeholders(module, ids_host, embeds, present)
             if any(bool(m.any()) for m in masks.values()):
                 length = next(iter(masks.values())).shape[1]
-                attended = mask[:, -length:].bool().cpu() if _is_2d(mask) else None
+                attended = mask[:, -length:].bool().cpu() if mask is not None and _is_2d(mask) else None
                 handover |= {"masks": masks, "ids_host": ids_host, "attended": attended}
                 if self.adapter.own_mask and not first:
                     self._hide_past(kwargs, handover, length)
@@ -493,11 +498,14 @@ class Attachment:
 
     # ---- decoder layers
 
-    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = kwargs.get(CALL)
         if call is None or call.policy is not self.policy:
             return None
+        return self._in_layer(index, call, args, kwargs)
+
+    @torch.compiler.disable
+    def _in_layer(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(call, Decode):
             del kwargs[CALL]
             mask = call.masks[index]  # type: ignore[index]  # a uniform decode has no call in the keywords
@@ -619,11 +627,10 @@ class Attachment:
 
 def modalities(kwargs: Mapping[str, Any]) -> set[str]:
     """Which modalities a forward carries, as pixels or as features."""
-    given = {name for name, value in kwargs.items() if value is not None}
     found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}
-    if given & {"pixel_values", "pixel_values_images", "image_hidden_states"}:
+    if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_images", "image_hidden_states")):
         found.add("image")
-    if "pixel_values_videos" in given:
+    if kwargs.get("pixel_values_videos") is not None:
         found.add("video")
     return found
 

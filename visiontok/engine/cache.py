@@ -7,6 +7,7 @@ same object, only its classes change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -196,9 +197,9 @@ class TwoLengthCache(DynamicCache):
     layers: list[Any]
     _alike: dict[int, int] | None = None
 
-    @property
+    @functools.cached_property
     def storing(self) -> dict[int, Any]:
-        """Index → layer, of the layers that store keys and values of their own."""
+        """Index → layer, of the layers that store keys and values of their own; all are there from the beginning."""
         own = TwoLengthLayer, TwoLengthSlidingLayer
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, own)}
 

@@ -277,7 +277,7 @@ def test_a_used_cache_is_served_even_where_nothing_is_dropped():
 @pytest.mark.support(architecture="llava", mode="chunked prefill", stage="cut")
 def test_chunked_prefill_is_refused(record_property):
     if T.__version__ < "5.18":
-        pytest.skip("transformers 5.17 cannot chunk a prompt with pictures")
+        pytest.skip("transformers up to 5.17 cannot chunk a prompt with pictures")
     model = build("llava")
     inputs = batch("llava", model, rows=1, pad=0)
     with (

@@ -83,7 +83,7 @@ def history(name, inputs, ids, mask):
 # ---- what stock gets wrong, and is therefore left out below
 
 
-@pytest.mark.skipif(not OLD, reason="a bug of transformers 5.17")
+@pytest.mark.skipif(not OLD, reason="a bug of transformers up to 5.17")
 def test_stock_5_17_gives_copies_of_a_prompt_the_wrong_images():
     """Two images A B of a prompt become A A B B where the prompt is doubled, except on Qwen and Idefics."""
     model = build("llava")
@@ -93,7 +93,7 @@ def test_stock_5_17_gives_copies_of_a_prompt_the_wrong_images():
     assert torch.equal(expanded["pixel_values"], torch.stack([first, first, second, second]))
 
 
-@pytest.mark.skipif(not OLD, reason="a bug of transformers 5.17")
+@pytest.mark.skipif(not OLD, reason="a bug of transformers up to 5.17")
 @pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3"])
 def test_stock_5_17_cannot_chunk_a_prompt_with_images(name):
     """On Qwen it raises; on these it gives another answer."""
@@ -458,7 +458,7 @@ class Conversation:
         return other
 
     def check(self):
-        # 5.17 counts the answer of PaliGemma's first turn as prefix when it is computed again
+        # 5.17 and before count the answer of PaliGemma's first turn as prefix when it is computed again
         first = int(OLD and self.name == "paligemma")
         for answer, whole, alive in self.log[first:]:
             check_same(answer, by_oracle(self.compression.model, alive, whole, 3))
@@ -551,7 +551,7 @@ def test_decoding_by_hand(name, schedule, rows):
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_new_images_where_masks_span_the_prompt(name, schedule):
     if OLD and name == "gemma3":
-        pytest.skip("transformers 5.17 answers differently with and without a cache")
+        pytest.skip("transformers up to 5.17 answers differently with and without a cache")
     with visiontok.compress(build(name), recipe(schedule)) as compression:
         chat = Conversation(name, compression, first_turn(name))
         chat.hear(new_images(name))
@@ -567,7 +567,7 @@ CHUNKED = {
 
 
 @pytest.mark.support(mode="chunked prefill")
-@pytest.mark.skipif(OLD, reason="transformers 5.17 cannot chunk a prompt with images")
+@pytest.mark.skipif(OLD, reason="transformers up to 5.17 cannot chunk a prompt with images")
 @pytest.mark.parametrize(
     "case",
     [

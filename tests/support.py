@@ -92,9 +92,9 @@ TITLE = """\
 Made by `python tests/support.py` from the results of the tests marked `support`, run on tiny random models with
 transformers {versions}. Each compares with the dense masked oracle, or with what its name says.
 
-Letters are stages that passed in this mode on this architecture: {legend}. A
-recipe of several stages counts for each of them. In brackets: it does not work, for the reason of that number; a number behind
-letters without brackets: it works, except as said there. Empty: no test tries it.
+Letters are stages that passed in this mode on this architecture: {legend}.
+A recipe of several stages counts for each of them. In brackets: it does not work, for the reason of that number; a
+number behind letters without brackets: it works, except as said there. Empty: no test tries it.
 """
 
 

@@ -238,14 +238,15 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> str:
-    """Processor, cores, threads used, versions and load."""
+    """Processor, cores, threads used, versions, date and load."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     return (
         f"{cpu}, {os.cpu_count()} cores; float32, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} thread(s); Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {T.__version__}, visiontok {__version__}; load average {os.getloadavg()[0]:.1f} at the end"
+        f"transformers {T.__version__}, visiontok {__version__}; {time.strftime('%Y-%m-%d', time.gmtime())}, "
+        f"load average {os.getloadavg()[0]:.1f} at the end"
     )
 
 

@@ -1,10 +1,11 @@
-"""The benchmark's own arithmetic, on a model small enough for a unit test."""
+"""The benchmarks' own arithmetic, on models small enough for a unit test."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,16 +15,29 @@ TINY = ["--layers", "2", "--hidden", "32", "--heads", "2", "--tower-layers", "3"
 TINY += ["--image-size", "56", "--text", "6", "--keep", "4", "--runs", "2"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """The scripts import each other, as they do when they are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
+        yield
+    for name in ("prefill", "overhead", "batches"):
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture(scope="module")
 def prefill() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "bench" / "prefill.py"
-    spec = importlib.util.spec_from_file_location("bench_prefill", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("prefill")
+
+
+@pytest.fixture(scope="module")
+def overhead() -> ModuleType:
+    return importlib.import_module("overhead")
+
+
+@pytest.fixture(scope="module")
+def batches() -> ModuleType:
+    return importlib.import_module("batches")
 
 
 def test_every_case_runs_at_the_length_it_names(prefill: ModuleType, tmp_path: Path) -> None:
@@ -61,3 +75,93 @@ def test_check_fails_where_a_bar_is_missed(
 
     monkeypatch.setattr(prefill, "rounds", measured)
     assert prefill.main([*TINY, "--check"]) == code
+
+
+def test_overhead_stands_beside_stock_of_the_stored_length(overhead: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    assert overhead.main(["--layers", "4", "--runs", "2", "--steps", "1", "--json", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    stored = {name: row["stored"] for name, row in result["cases"].items()}
+    text, image = 4, 2  # question, and what stands before each image
+    assert {name: rows for name, rows in stored.items() if "alone" in name} == {
+        "stock, alone": [text + image + 16],
+        "prompt, alone": [text + image + 4],
+        "cut, alone": [text + image + (16 + 3 * 4) // 4],
+        "pyramid, alone": [text + image + round((16 + 8 + 4 + 2) / 4)],
+        "inject and exit, alone": [text + image + 2 * 4 // 4],
+        "prompt, mass, alone": [text + image + 4],
+        "cut, mass, alone": [text + image + (16 + 3 * 4) // 4],
+    }
+    assert stored["prompt, ragged"] == [text + 2 * (image + 4), text + image + 4]
+    for name, row in result["cases"].items():
+        free = name.startswith(("stock", "prompt, alone", "prompt, ragged"))
+        assert row["hooked"] == (0 if free else 4), name
+        for kind in ("decode", "generate", "prefill"):
+            assert row[kind]["low"] <= row[kind]["per_layer"] <= row[kind]["high"]
+            assert row[kind]["total"] == pytest.approx(4 * row[kind]["per_layer"])
+    assert all(name in overhead.table(result) for name in stored)
+
+
+def test_what_is_added_is_the_median_of_the_differences(overhead: ModuleType) -> None:
+    added = overhead.added([(1e-6, 3e-6), (1e-6, 9e-6), (7e-6, 11e-6)], 2)
+    assert added == pytest.approx({"stock": 1.0, "total": 4.0, "per_layer": 2.0, "low": 1.5, "high": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "micro", "hooked", "code"),
+    [("prompt", 0.9, 0, 0), ("prompt", 1.1, 0, 1), ("prompt", 0.0, 1, 1), ("cut", 4.9, 8, 0), ("cut", 5.1, 8, 1)],
+)
+def test_overhead_check_fails_where_a_bar_is_missed(
+    overhead: ModuleType, monkeypatch: pytest.MonkeyPatch, recipe: str, micro: float, hooked: int, code: int
+) -> None:
+    def measured(layers, todo, runs, steps):
+        nothing = [(1e-3, 1e-3)] * 3
+        samples = {case.name: overhead.Samples(nothing, nothing, nothing, (9,), 0) for case in todo}
+        slower = [(1e-3, 1e-3 + 8 * micro * 1e-6)] * 3
+        samples[f"{recipe}, ragged"] = overhead.Samples(nothing, slower, nothing, (9,), hooked)
+        return samples
+
+    monkeypatch.setattr(overhead, "rounds", measured)
+    assert overhead.main(["--layers", "8", "--check"]) == code
+
+
+def test_batches_stand_beside_stock_of_the_kept_length(batches: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    tiny = ["--layers", "2", "--hidden", "32", "--heads", "2", "--image-size", "56", "--rows", "3", "--text", "8"]
+    tiny += ["--keep", "4", "--cut", "1", "--runs", "1", "--steps", "1", "--json", "--out", str(out)]
+    assert batches.main(tiny) == 0
+    result = json.loads(out.read_text())
+    seen = {
+        batch: {name: (row["tokens"], row["slots"]) for name, row in rows.items() if " as short " not in name}
+        for batch, rows in result["batches"].items()
+    }
+    assert seen == {
+        "1 row": {"stock": ([24], 24), "prompt": ([12], 12), "cut at 1": ([18], 18)},
+        "1 row, left padded": {"stock": ([24], 32), "prompt": ([12], 12), "cut at 1": ([18], 22)},
+        "3 equal rows": {"stock": ([24] * 3, 24), "prompt": ([12] * 3, 12), "cut at 1": ([18] * 3, 18)},
+        "3 rows, left padded": {
+            "stock": ([18, 24, 30], 30), "prompt": ([6, 12, 18], 18), "cut at 1": ([12, 18, 24], 24),
+        },
+        "3 rows, ragged counts": {
+            "stock": ([24] * 3, 24), "prompt": ([9, 12, 15], 15), "cut at 1": ([16, 18, 20], 19.5),
+        },
+        "tiny model, 1 row": {"stock": ([24], 24), "prompt": ([12], 12), "cut at 1": ([18], 18)},
+    }  # fmt: skip
+    for rows in result["batches"].values():
+        for name, row in rows.items():
+            if (short := rows.get(batches.at_kept_length(name))) is not None:
+                assert short["tokens"] == row["tokens"]
+    assert all(batch in batches.table(result) for batch in seen)
+
+
+def test_negatives_are_named(batches: ModuleType) -> None:
+    def row(full, kept):
+        return {"median": 1.0, "to_full": {"paired": full}, "to_kept_length": {"paired": kept}}
+
+    fine, slow = row(0.5, 1.05), row(1.2, 1.15)
+    rows = {"stock": {"prefill": row(1.0, 1.0) | {"to_kept_length": None}, "decode": fine}}
+    rows |= {"prompt": {"prefill": fine, "decode": slow}}
+    assert batches.negatives({"batches": {"1 row": rows}}) == [
+        "1 row, prompt: decode is slower than stock (1.20 ×)",
+        "1 row, prompt: decode costs 1.15 × stock at the kept length",
+    ]

@@ -71,7 +71,20 @@ def test_the_command_is_installed() -> None:
 
 def test_run_hands_over_its_arguments(call: Call, job: SimpleNamespace) -> None:
     done = call(
-        *("run", "--image", "cat.png", "--ask", "What is it?", "--method", "fastv", "--keep", "0.5", "--model", "m"),
+        *(
+            "run",
+            "--image",
+            "cat.png",
+            "--ask",
+            "What is it?",
+            "--method",
+            "fastv",
+            "--keep",
+            "0.5",
+            "--mass",
+            "--model",
+            "m",
+        ),
         *("--device", "cpu", "--overlay", "out.png", "--seed", "3", "--max-new-tokens", "7"),
         *("--option", "layer=2", "--option", "note = a=b"),
     )
@@ -81,6 +94,7 @@ def test_run_hands_over_its_arguments(call: Call, job: SimpleNamespace) -> None:
         "ask": "What is it?",
         "method": "fastv",
         "keep": "0.5",
+        "mass": True,
         "model": "m",
         "device": "cpu",
         "overlay": "out.png",

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from test_cache import short_windows
 from test_engine import DEPTH, STEPS, generate, masks
 
 import visiontok
@@ -272,6 +273,25 @@ def test_masses_live_with_the_cache():
         longer.crop(-2)
         again = model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=longer).logits
         assert torch.allclose(again, plain)
+
+
+@pytest.mark.parametrize("schedule", ["prompt", "cut"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen2"])
+def test_masses_leave_the_window_with_their_tokens(name, schedule):
+    """With windows shorter than the prompt, steps on the cache equal one forward without."""
+    model, kind = short_windows(name), "gemma3" if name == "gemma3" else "llava"
+    inputs, more = batch(kind, model, rows=1, pad=0, text=2), torch.tensor([[9, 10]])
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    step = {"input_ids": more, "attention_mask": whole["attention_mask"]}
+    if kind == "gemma3":
+        whole["token_type_ids"], step["token_type_ids"] = (ids == IMAGE).long(), torch.zeros_like(more)
+    with visiontok.compress(model, Recipe(stages=SCHEDULES[schedule])) as compression, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert all(mass.max() > 1 for mass in (compression.ledger.mass(layer)[:, -8:] for layer in (2, 3)))
+        got = model(**step, past_key_values=cache).logits
+        expected = model(**whole, use_cache=False).logits[:, -2:]
+    assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.support(mode="new image in a later turn", stage="mass")

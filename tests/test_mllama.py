@@ -348,8 +348,9 @@ def test_beams_and_samples(options):
     assert torch.equal(out.sequences, expected.sequences)
 
 
-def test_a_cache_whose_rows_are_reordered():
-    """Which columns a row holds goes with the row."""
+@pytest.mark.parametrize("mass", [None, visiontok.Mass()])
+def test_a_cache_whose_rows_are_reordered(mass):
+    """Which columns a row holds, and what they weigh, goes with the row."""
     model = build()
     inputs = batch(model)
     token, mask = torch.tensor([[7], [8]]), inputs["cross_attention_mask"]
@@ -366,7 +367,8 @@ def test_a_cache_whose_rows_are_reordered():
             past_key_values=cache,
         ).logits
 
-    with visiontok.compress(model, recipe()), torch.no_grad():
+    stages = (replace(prompt(), mass=mass),)
+    with visiontok.compress(model, Recipe(stages=stages)), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         expected = step(copy.deepcopy(cache), [0, 1])
         other = copy.deepcopy(cache)

@@ -133,6 +133,12 @@ def test_all_tokens_kept_changes_nothing() -> None:
     assert any("nothing was dropped" in note for note in result.notes)
 
 
+def test_mass_attention_can_be_asked_for(call: Call) -> None:
+    done = call("--keep", "16", "--mass", "--max-new-tokens", "2", "--json")
+    assert json.loads(done.out)["method"] == "divprune[mass]"
+    assert "mass" in call("--method", "vtw", "--mass").err
+
+
 def test_nothing_stays_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = run._load("tiny", torch.device("cpu"))
     monkeypatch.setattr(run, "_load", lambda *_: loaded)

@@ -63,6 +63,7 @@ def run(
         str | None,
         typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: 0.25, if it takes one."),
     ] = None,
+    mass: Annotated[bool, typer.Option("--mass", help="Let kept tokens speak for those they replace.")] = False,
     model: Annotated[str, typer.Option(help="Hugging Face id, folder, or `tiny`, the embedded model.")] = "tiny",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     overlay: Annotated[
@@ -84,6 +85,7 @@ def run(
         ask=ask,
         method=method,
         keep=keep,
+        mass=mass,
         model=model,
         device=device,
         overlay=overlay,

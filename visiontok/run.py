@@ -30,6 +30,7 @@ from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.images import load_image
+from visiontok.method import Mass
 from visiontok.overlay import overlay as draw_overlay
 from visiontok.recipes import find as find_method
 from visiontok.recipes import names as method_names
@@ -264,6 +265,7 @@ def run_job(
     ask: str | None = None,
     method: str = "divprune",
     keep: str | float | int | None = None,
+    mass: bool = False,
     model: str = TINY,
     device: str = "auto",
     overlay: str | None = None,
@@ -282,6 +284,7 @@ def run_job(
             gets the first that it answers rightly when stock.
         method: name of a method, or a recipe file as :func:`visiontok.compress` takes it.
         keep: budget; None is 25 % where the method takes a budget and none is set.
+        mass: mass attention at every selection; without it, as the recipe says.
         model: ``tiny``, the embedded model, or a Hugging Face id or folder.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         overlay: path of a PNG to write.
@@ -295,6 +298,8 @@ def run_job(
         UnsupportedError: if the model cannot do what the method needs.
     """
     recipe = _recipe(method, keep, options or {}, seed)
+    if mass:
+        recipe = recipe.with_mass(Mass())
     if repeats < 1:
         raise ConfigError(f"repeats={repeats}: give at least 1")
     if max_new_tokens < 1:

@@ -166,16 +166,21 @@ class Attachment:
 
     # ---- the model around: labels
 
-    @torch.compiler.disable
     def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
         The innermost module's copy is the one that the loss reads.
         """
+        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            return None
+        return args, kwargs | self._copy_labels(kwargs)
+
+    @torch.compiler.disable
+    def _copy_labels(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         given = {name: kwargs.get(name) for name in ("labels", "shift_labels")}
         copies = {name: labels.clone() for name, labels in given.items() if torch.is_tensor(labels)}
         _thread.labels[id(self)] = copies
-        return args, kwargs | copies
+        return copies
 
     def _ignore_labels(self, call: Prefill) -> None:
         copies = _thread.labels.pop(id(self), {})
@@ -207,8 +212,8 @@ class Attachment:
             ids_host = None if ids is None else ids.cpu()
             masks = self._placeholders(module, ids_host, embeds, present)
             if any(bool(m.any()) for m in masks.values()):
-                length = ids.shape[1] if ids is not None else embeds.shape[1]
-                attended = mask[:, -length:].bool().cpu() if _is_2d(mask) else None
+                length = next(iter(masks.values())).shape[1]
+                attended = mask[:, -length:].bool().cpu() if mask is not None and _is_2d(mask) else None
                 handover |= {"masks": masks, "ids_host": ids_host, "attended": attended}
                 if self.adapter.own_mask and not first:
                     self._hide_past(kwargs, handover, length)
@@ -332,6 +337,7 @@ class Attachment:
             call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
             cache.serve()
+            cache.prefilling()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
         kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
@@ -449,16 +455,16 @@ class Attachment:
         cache.serve()
         masks = None
         mask_2d = self._mask_2d(kwargs, handover)
-        skip: Any = None
+        skip = False
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x)
-            if cache.layers[0].bias is None:
-                skip = self.masks.key(cache, 0)  # the language model builds this one itself
+            skip = cache.layers[0].bias is None  # the language model builds this one itself
         if not cache.is_uniform():
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
-            masks = self.masks.decode(cache, mask_2d, x, skip)
-            kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+            masks = self.masks.decode(cache, mask_2d, x, skip=skip)
+            if masks is not None:
+                kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
         _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
@@ -492,11 +498,14 @@ class Attachment:
 
     # ---- decoder layers
 
-    @torch.compiler.disable
     def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = kwargs.get(CALL)
         if call is None or call.policy is not self.policy:
             return None
+        return self._in_layer(index, call, args, kwargs)
+
+    @torch.compiler.disable
+    def _in_layer(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(call, Decode):
             del kwargs[CALL]
             mask = call.masks[index]  # type: ignore[index]  # a uniform decode has no call in the keywords
@@ -618,11 +627,10 @@ class Attachment:
 
 def modalities(kwargs: Mapping[str, Any]) -> set[str]:
     """Which modalities a forward carries, as pixels or as features."""
-    given = {name for name, value in kwargs.items() if value is not None}
     found = {name for name, value in (kwargs.get("mm_encoder_outputs") or {}).items() if value is not None}
-    if given & {"pixel_values", "pixel_values_images", "image_hidden_states"}:
+    if any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_images", "image_hidden_states")):
         found.add("image")
-    if "pixel_values_videos" in given:
+    if kwargs.get("pixel_values_videos") is not None:
         found.add("video")
     return found
 

@@ -7,10 +7,12 @@ same object, only its classes change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -69,6 +71,24 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
             """(B, P + width) bool: all physical slots, then ``new`` ones (None: all valid); None if all are valid."""
             return self.join(self.valid_slots(batch, device, history), new, width, batch, device)
 
+        def valid_through(self, new: int, mask: torch.Tensor | None, batch: int, device: Any) -> torch.Tensor | None:
+            """(B, P + new) bool for a chunk in which nothing is dropped; None if all are valid.
+
+            ``mask`` is the caller's over all logical tokens, the chunk included. Called in every step, so it makes one
+            tensor: behind the last prefill, what is stored and what is new stand side by side in ``mask``.
+            """
+            tail = self.physical_length() - self.prompt
+            if self.valid is None and (mask is None or not tail):
+                fresh = None if mask is None else mask[:, -new:].bool()
+                if fresh is None or new == 1 or bool(fresh.all()):
+                    return None
+            known = self.valid
+            if known is None:
+                known = torch.ones(batch, self.prompt, dtype=torch.bool, device=device)
+            if mask is None:
+                return F.pad(known.to(device), (0, tail + new), value=True)
+            return torch.cat([known.to(device), mask[:, mask.shape[1] - tail - new :].to(device, torch.bool)], 1)
+
         def join(
             self, stored: torch.Tensor | None, new: torch.Tensor | None, width: int, batch: int, device: Any
         ) -> torch.Tensor | None:
@@ -83,13 +103,13 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
 
         def bias_with(self, new: torch.Tensor | None, width: int) -> torch.Tensor | None:
             """(B, P + width) float: the bias of all physical slots, then ``width`` new ones; None if there is none."""
-            if self.bias is None and new is None:
-                return None
-            like: torch.Tensor = self.bias if new is None else new  # type: ignore[assignment]
-            stored = like.new_zeros(len(like), self.physical_length())
+            if new is None:
+                tail = self.physical_length() + width - self.prompt
+                return None if self.bias is None else F.pad(self.bias, (0, tail))
+            stored = new.new_zeros(len(new), self.physical_length())
             if self.bias is not None:
-                stored[:, : self.prompt] = self.bias.to(like.device)
-            return torch.cat([stored, like.new_zeros(len(like), width) if new is None else new], 1)
+                stored[:, : self.prompt] = self.bias.to(new.device)
+            return torch.cat([stored, new], 1)
 
         def note_prefill(
             self,
@@ -175,10 +195,11 @@ class TwoLengthCache(DynamicCache):
     """A ``DynamicCache`` whose layers know how many tokens they stand for and how many they store."""
 
     layers: list[Any]
+    _alike: dict[int, int] | None = None
 
-    @property
+    @functools.cached_property
     def storing(self) -> dict[int, Any]:
-        """Index → layer, of the layers that store keys and values of their own."""
+        """Index → layer, of the layers that store keys and values of their own; all are there from the beginning."""
         own = TwoLengthLayer, TwoLengthSlidingLayer
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, own)}
 
@@ -198,10 +219,25 @@ class TwoLengthCache(DynamicCache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def prefilling(self) -> None:
+        """A prefill begins, after which layers may differ in another way."""
+        self._alike = None
+
+    def first_alike(self) -> dict[int, int]:
+        """Per storing layer the first one that stores the same slots with the same bias.
+
+        Found once per prefill: decoding, cropping and reordering do the same to all layers.
+        """
+        if self._alike is None:
+            seen: dict[Any, int] = {}
+            found = ((i, (layer.physical_length(), layer.pattern)) for i, layer in self.storing.items())
+            self._alike = {i: seen.setdefault(stores, i) for i, stores in found}
+        return self._alike
+
     def is_uniform(self) -> bool:
         """Whether every layer stores the same slots without a bias, so that the language model's mask serves all."""
-        kinds = {(layer.physical_length(), layer.pattern, layer.bias is None) for layer in self.storing.values()}
-        return len(kinds) <= 1 and all(unbiased for *_, unbiased in kinds)
+        firsts = set(self.first_alike().values())
+        return len(firsts) <= 1 and all(self.layers[first].bias is None for first in firsts)
 
 
 def adoptable(cache: Any) -> bool:

@@ -23,7 +23,7 @@ class Clock:
         """Remember this instant; the first mark of a name counts, or with ``again`` the last."""
         if name in self._marks and not again:
             return
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks[name] = event

@@ -26,6 +26,9 @@ class LayerMasks:
 
     def __init__(self, config: Any, *, own_mask: bool) -> None:
         self.config, self.own_mask = config, own_mask
+        windowed = getattr(config, "sliding_window", None) is not None
+        # read once: a config's attributes are slow
+        self._kinds = list(getattr(config, "layer_types", None) or [_KINDS[windowed]] * config.num_hidden_layers)
         # A bias per key needs a mask of numbers, which only the builder for sdpa leads to.
         self._dense = copy.copy(config)
         self._dense.__dict__["_attn_implementation_internal"] = "sdpa"
@@ -47,31 +50,36 @@ class LayerMasks:
     def stored(cache: TwoLengthCache, layer: int, mask: Any, x: Any) -> torch.Tensor | None:
         """2-D mask (B, stored + new) for a chunk in which nothing is dropped; None if nothing is masked."""
         batch, new = x.shape[:2]
-        stored = cache.layers[layer]
-        known = stored.valid_slots(batch, x.device, None if mask is None else mask[:, :-new])
-        fresh = None if mask is None else mask[:, -new:].bool()
-        if known is None and (fresh is None or new == 1 or bool(fresh.all())):
-            return None
-        return stored.join(known, fresh, new, batch, x.device)
+        return cache.layers[layer].valid_through(new, mask, batch, x.device)
 
-    def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, skip: Any) -> list[Any]:
-        """The mask of each layer for a chunk in which nothing is dropped.
+    def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, *, skip: bool) -> list[Any] | None:
+        """The mask of each layer for a chunk in which nothing is dropped; None if the language model's serves all.
 
         Args:
             cache: what is stored.
             mask_2d: the caller's mask over all logical tokens, or None.
             x: (B, new, D), what enters.
-            skip: :meth:`key` of the layers whose mask the language model builds itself; these are ``UNCHANGED``.
+            skip: whether the language model builds the mask of the first layer, and of those like it, itself; these
+                are ``UNCHANGED``.
         """
-        built: dict[Any, Any] = {skip: UNCHANGED}
+        built: dict[Any, Any] = {(self._kinds[0], 0): UNCHANGED} if skip else {}
         out: list[Any] = [UNCHANGED] * len(cache.layers)
-        for index, layer in cache.storing.items():
-            key = self.key(cache, index)
+        for index, first in cache.first_alike().items():
+            key = self._kinds[index], first
             if key not in built:
-                mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=layer.bias is not None)
-                built[key] = self._biased(mask, layer.bias_with(None, x.shape[1]), index, x, cache)
+                bias = cache.layers[index].bias_with(None, x.shape[1])
+                mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=bias is not None)
+                built[key] = self._biased(mask, bias, index, x, cache)
             out[index] = built[key]
+        # without a mask, one token sees all that is stored, however much that is
+        unmasked = all(mask is None or mask is UNCHANGED for mask in built.values())
+        if unmasked and skip and self._is_lone(x) and self.stored(cache, 0, mask_2d, x) is None:
+            return None
         return out
+
+    def _is_lone(self, x: torch.Tensor) -> bool:
+        """Whether one token enters, and kernels take None for seeing all that is stored."""
+        return x.shape[1] == 1 and self.config._attn_implementation == "sdpa" and _KINDS[1] not in self._kinds
 
     def prefill(self, call: Prefill, index: int, x: torch.Tensor, layout: Any) -> Any:
         """Mask of one layer that holds ``layout`` (None: every entry slot)."""
@@ -145,10 +153,7 @@ class LayerMasks:
         return self.kind(index), layer.physical_length(), layer.pattern
 
     def kind(self, index: int) -> str:
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds:
-            return kinds[index]
-        return _KINDS[getattr(self.config, "sliding_window", None) is not None]
+        return self._kinds[index]
 
     def _biased(self, mask: Any, bias: torch.Tensor | None, index: int, x: torch.Tensor, cache: Any) -> Any:
         """``mask`` (None: causal) plus ``bias`` (B, stored + new) on the keys, as numbers (B, 1, new, keys)."""
@@ -156,14 +161,21 @@ class LayerMasks:
             return mask
         rows = x.shape[1]
         length, offset = (rows, 0) if cache is None else cache.layers[index].get_mask_sizes(rows)
+        bias = bias[:, None, None, offset : offset + length]
+        if mask is None and rows == 1:  # decoding: the bias is the mask
+            return bias.to(x.dtype)
         if mask is None:
             mask = torch.ones(rows, length, dtype=torch.bool, device=x.device).tril(length - rows)[None, None]
         if mask.dtype == torch.bool:
             zero = torch.zeros((), dtype=x.dtype, device=x.device)
             mask = torch.where(mask, zero, torch.finfo(x.dtype).min)
-        return mask + bias[:, None, None, offset : offset + length].to(mask.dtype)
+        return mask + bias.to(mask.dtype)
 
     def _build(self, index: int, x: torch.Tensor, mask_2d: Any, cache: TwoLengthCache | None, *, dense: bool) -> Any:
+        full = self.kind(index) == "full_attention"
+        if full and x.shape[1] == 1 and (dense or self.config._attn_implementation == "sdpa"):
+            # decoding: what one token sees is what is stored, which is worth no builder in every step
+            return None if mask_2d is None else mask_2d[:, None, None]
         build = create_sliding_window_causal_mask if self.kind(index) == "sliding_attention" else create_causal_mask
         return build(
             config=self._dense if dense else self.config,

@@ -71,16 +71,18 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.reads: list[str] = []
         self._bypasses = _Bypasses(self)
-        self._autocast = torch.autocast
+        self._autocast, self._is_enabled = torch.autocast, torch.is_autocast_enabled
 
     def __enter__(self) -> Watch:
         self._bypasses.__enter__()
+        # PyTorch has no autocast for this type, and up to transformers 5.17 rotary embeddings ask
         torch.autocast = lambda device, **options: self._autocast("cpu", **options)  # type: ignore[assignment, misc]
+        torch.is_autocast_enabled = lambda device: self._is_enabled("cpu")  # type: ignore[assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.autocast = self._autocast  # type: ignore[misc]
+        torch.autocast, torch.is_autocast_enabled = self._autocast, self._is_enabled  # type: ignore[misc]
         self._bypasses.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,11 +1,11 @@
 """The support table: architecture × mode × stage, from what the tests found.
 
-A test marked ``support`` speaks for cells of the table. Its ``architecture``, ``stage`` (one or several) and ``mode`` are
-those its markers name; what they do not, its parameters ``name``, ``schedule`` (each of whose stages is one) and ``mode``
-say. A test that shows a refusal hands its sentence over with ``record_property("refused", sentence)``.
+A test marked ``support`` speaks for cells of the table. Its ``architecture``, ``stage`` (one or several) and ``mode``
+are those its markers name; what they do not, its parameters ``name``, ``schedule`` (each of whose stages is one) and
+``mode`` say. A test that shows a refusal hands its sentence over with ``record_property("refused", sentence)``.
 
-``pytest --support FILE`` writes down what the marked tests found, ``python tests/support.py FILE...`` prints the table of
-such runs. This module is the pytest plugin, too.
+``pytest --support FILE`` writes down what the marked tests found, ``python tests/support.py FILE...`` prints the table
+of such runs. This module is the pytest plugin, too.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ TITLE = """\
 Made by `python tests/support.py` from the results of the tests marked `support`, run on tiny random models with
 transformers {versions}. Each compares with the dense masked oracle, or with what its name says.
 
-Letters are stages that passed in this mode on this architecture: {legend}. A recipe of several stages counts for each of
-them. In brackets: it does not work, for the reason of that number; a number without brackets: it works, except as said
-there. Empty: no test tries it.
+Letters are stages that passed in this mode on this architecture: {legend}.
+A recipe of several stages counts for each of them. In brackets: it does not work, for the reason of that number; a
+number behind letters without brackets: it works, except as said there. Empty: no test tries it.
 """
 
 

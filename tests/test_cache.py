@@ -160,6 +160,8 @@ def short_windows(name):
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen2"])
 def test_windows_shorter_than_the_prompt(name):
     """Kept whole through the machinery the model is stock; pruned, a step on the cache equals one forward."""
+    if name == "gemma3" and T.__version__ < "5.17":
+        pytest.skip("transformers 5.16 sizes Gemma 3's masks by layer 0")
     model = short_windows(name)
     kind = "gemma3" if name == "gemma3" else "llava"
     inputs = batch(kind, model)
@@ -296,8 +298,8 @@ def test_a_used_cache_is_served_even_where_nothing_is_dropped():
 
 @pytest.mark.support(architecture="llava", mode="chunked prefill", stage="cut")
 def test_chunked_prefill_is_refused(record_property):
-    if T.__version__ < "5.18":
-        pytest.skip("transformers 5.17 cannot chunk a prompt with pictures")
+    if T.__version__ < "5.23":
+        pytest.skip("transformers up to 5.22 cannot chunk a prompt with images")
     model = build("llava")
     inputs = batch("llava", model, rows=1, pad=0)
     with (

@@ -48,7 +48,7 @@ LAYERS = {
 
 OPERATORS = {"errors", "kernels", "operators"}
 METHOD = OPERATORS | {"values", "method"}
-ENGINE = METHOD | {"recipe", "engine", "adapters.base", "cost", "torchvision"}
+ENGINE = METHOD | {"recipe", "engine", "adapters.base", "cost", "torchvision", "window"}
 API = ENGINE | {"recipes", "adapters", "report", "images", "api"}
 # `package` is `import visiontok`: the public names, which the outer layers use.
 MAY_IMPORT = {

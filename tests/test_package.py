@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import visiontok
+from visiontok._window import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("adapters", "kernels", "eval", "demo")
@@ -54,6 +55,11 @@ def test_wheel_holds_every_package_under_one_name(prefix: Path, tmp_path: Path) 
     code = f"import importlib\nfor name in {names}: print(importlib.import_module(name).__file__)"
     files = python(code, tmp_path, PYTHONPATH=str(prefix)).splitlines()
     assert files == [str(prefix.joinpath(*name.split("."), "__init__.py")) for name in names]
+
+
+def test_the_window_of_transformers_is_what_is_required_and_pinned() -> None:
+    assert f"transformers>={TESTED[0]}" in settings()["project"]["dependencies"]
+    assert f"transformers=={TESTED[-1]}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def test_wheel_has_no_bare_names(prefix: Path) -> None:

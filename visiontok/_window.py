@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-TESTED = ("5.14.1", "5.20.2", "5.23.0")
-"""What CI runs the engine's tests on: the oldest supported, the newest that current vLLM (0.33.0) allows, the newest."""
+TESTED = ("5.16.1", "5.20.2", "5.23.0")
+"""CI runs the engine's tests on these: the oldest supported, the newest that vLLM 0.33 allows (≥ 5.16.1, < 5.21), the
+newest."""
 
 
 def minor(version: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .._window import minor
 from ..errors import ConfigError, UnsupportedError
 from ..ledger import TokenLedger
 from .attach import Policy, bypass, is_bypassed, modalities
@@ -500,10 +501,10 @@ class Generate:
             return self._stock(*args, **kwargs)
         if self._setting(given, "use_cache") is False:
             raise UnsupportedError("use_cache=False: a prompt compressed before the model needs a cache; leave it out")
-        if self._setting(given, "prefill_chunk_size") is not None and not _takes_features(self.model):
+        if self._setting(given, "prefill_chunk_size") is not None and minor(transformers.__version__) < (5, 23):
             raise UnsupportedError(
-                f"prefill_chunk_size: transformers {transformers.__version__} cannot split embeddings into chunks; "
-                "leave it out, or use transformers >= 5.18"
+                f"prefill_chunk_size: transformers {transformers.__version__} answers a prompt with images in chunks "
+                "wrongly; leave it out, or use transformers >= 5.23"
             )
         if given.get("inputs") is not None:
             given["input_ids"] = given.pop("inputs")

@@ -319,7 +319,7 @@ MUTANTS = [
     ),
     Mutant(
         "gaps in positions read as packed sequences by flash attention",
-        Attachment._layer_pre,
+        Attachment._in_layer,
         'if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):',
         "if False:",
         FLASH,
@@ -431,7 +431,7 @@ MUTANTS = [
     ),
     Mutant(
         "labels of the caller changed in place",
-        Attachment._outer_pre,
+        Attachment._copy_labels,
         "labels.clone()",
         "labels",
         LABELS,

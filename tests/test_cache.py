@@ -267,6 +267,16 @@ def test_a_compressed_cache_is_refused_outside_its_block():
     inputs = batch("llava", model, rows=1, pad=0)
     with visiontok.compress(model, recipe("cut")), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
+    stored = [layer.keys.shape[2] for layer in cache.layers]
+    with pytest.raises(UnsupportedError, match="inside the compress"), torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == stored, "a refused call must store nothing"
+    with (
+        visiontok.compress(model, "grid", keep=4),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="another recipe"),
+    ):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
     with pytest.raises(UnsupportedError, match="inside the compress"), torch.no_grad():
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 

@@ -230,3 +230,12 @@ def test_wrong_arguments(
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_recipe_with_mass_attention_passes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mass.json"
+    visiontok.recipe("divprune", keep=0.5).with_mass(visiontok.Mass()).save(path)
+    code, _, _ = call(capsys, monkeypatch, str(path), "--arch", "llava", "--json")
+    assert code == 0

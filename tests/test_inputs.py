@@ -670,3 +670,45 @@ def test_inputs_that_cannot_be_shortened_are_refused():
     refused(UnsupportedError, "begin a conversation", past_key_values=cache)
     with pytest.raises(UnsupportedError, match="it cannot generate"):
         visiontok.compress_inputs(model.model, inputs, HALF)
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="encoded images can be marked, embeddings cannot")
+@pytest.mark.parametrize("method", ["cls_topk", "fastv"])
+def test_short_inputs_are_not_compressed_again_by_another_thread(method):
+    """A thread without a compression of its own is served by the oldest one, but not for what it has shortened."""
+    model = build("llava")
+    inputs = batch("llava", model, rows=1, pad=0)
+    alone = visiontok.compress_inputs(model, inputs, "cls_topk", keep=4)
+    expected = generate(model, alone)
+    with visiontok.compress(model, method, keep=2), ThreadPoolExecutor(1) as pool:
+
+        def other():
+            short = visiontok.compress_inputs(model, inputs, "cls_topk", keep=4)
+            assert short.report.images == alone.report.images
+            return generate(model, short)
+
+        got = pool.submit(other).result()
+    assert torch.equal(got.sequences, expected.sequences)
+    assert [x.keys.shape for x in got.past_key_values.layers] == [x.keys.shape for x in expected.past_key_values.layers]
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="static caches need encoded images")
+def test_a_patched_generate_and_a_compiled_model_keep_the_gate():
+    model = copy.deepcopy(build("llava"))
+    inputs = batch("llava", model)
+    stock = model.generate
+    model.generate = lambda **anything: stock(**anything)
+    for wrapped in (model, torch.compile(model, backend="eager")):
+        with visiontok.compress(wrapped, "grid", keep=4) as compression:
+            generate(model, inputs, cache_implementation="static")
+            assert compression.report.plane == "inputs"
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="static caches need encoded images")
+def test_a_cache_of_short_inputs_is_refused_by_hand():
+    model = build("llava")
+    inputs = batch("llava", model, rows=1, pad=0)
+    with visiontok.compress(model, "grid", keep=4), torch.no_grad():
+        cache = generate(model, inputs, cache_implementation="static").past_key_values
+        with pytest.raises(UnsupportedError, match="compressed before the model"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)

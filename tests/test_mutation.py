@@ -529,9 +529,9 @@ MUTANTS = [
     ),
     Mutant(
         "a compressed cache goes on outside its block",
-        both("update"),
-        "if self.dropped and not self.served:",
-        "if False:",
+        TwoLengthCache.update,
+        "if not self.served and any(",
+        "if False and any(",
         Probe(test_cache.test_a_compressed_cache_is_refused_outside_its_block),
     ),
     # ---- cross-attention

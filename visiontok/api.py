@@ -22,7 +22,7 @@ from visiontok.adapters.refused import reason
 from . import _torchvision as _torchvision
 from .budget import Budget
 from .context import Context
-from .engine.attach import Attachment, bypass
+from .engine.attach import Attachment, bypass, is_bypassed
 from .engine.cross import CrossAttachment, CrossPolicy
 from .engine.inputs import CompressedInputs, Generate, InputPlane, shorten
 from .engine.policy import StagePolicy, describe_tower
@@ -98,7 +98,7 @@ class Compression:
             base.__dict__[_MARK] = (*base.__dict__.get(_MARK, ()), self)
 
     def _serves(self) -> bool:
-        return _serving(self._base) is self
+        return not is_bypassed() and _serving(self._base) is self
 
     def remove(self) -> None:
         """Detach; with the last compression gone the model is stock again, bit for bit. A second call does nothing."""
@@ -185,13 +185,15 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside PEFT's wrapper."""
+    """The model inside the wrappers of torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
     """The modules around ``base`` that may be given labels; PEFT's wrapper skips the hooks of the one inside."""
-    return [m for m in dict.fromkeys((model, _unwrapped(model))) if m is not base]
+    wrapped = getattr(model, "_orig_mod", model)
+    return [m for m in dict.fromkeys((wrapped, _unwrapped(model))) if m is not base]
 
 
 def _refuse_second(base: nn.Module, thread: int) -> None:
@@ -264,7 +266,8 @@ def compress(
     """Attach ``recipe`` to ``model`` in place, reversibly.
 
     Args:
-        model: a Hugging Face vision-language model, possibly wrapped by PEFT.
+        model: a Hugging Face vision-language model, possibly wrapped by PEFT; for training, the one that is called with
+            labels, since what is around it is not seen.
         recipe: name of a method, a :class:`Recipe`, a :class:`Method`, a path to a JSON or YAML recipe,
             ``"file.py:name"`` of a Python file that defines one of these, or a function from a
             :class:`~visiontok.Context` to a (U, N) bool keep mask or a :class:`~visiontok.Selection`.
@@ -284,9 +287,6 @@ def compress(
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
     return Compression(model, _settled(recipe, keep, mass, seed, fidelity, options))
-
-
-_taps = threading.Lock()  # over a model that carries taps for the time of one compress_inputs()
 
 
 def compress_inputs(
@@ -333,7 +333,7 @@ def compress_inputs(
             f"{type(core).__name__}: it cannot generate, so it cannot number the prompt; load the model with "
             "AutoModelForImageTextToText"
         )
-    with _taps:
+    with _lock:
         _refuse_second(base, thread)
         adapter, policy, label = _plan(base, made)
         if adapter.cross_attention:
@@ -344,10 +344,15 @@ def compress_inputs(
         plane = InputPlane(adapter, serves=lambda: _thread.number == thread)
         try:
             policy.attach(plane)
+        except Exception:
+            plane.remove()
+            raise
+    try:
+        with bypass():
             describe = functools.partial(Report.of, made, label, base, adapter)
-            with bypass():
-                return shorten(core, adapter, policy, inputs, describe)
-        finally:
+            return shorten(core, adapter, policy, inputs, describe)
+    finally:
+        with _lock:
             plane.remove()
 
 

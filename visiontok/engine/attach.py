@@ -8,6 +8,9 @@ Any later forward on such a cache is a *decode*: nothing is selected, but the ma
 Per-call state travels in the keyword arguments of the decoder layers, so two threads, or a replay by gradient
 checkpointing, never see each other's; only the step from the base model to its language model uses a thread-local slot.
 Decoder layers have hooks only where a recipe changes something inside the language model.
+
+Hooks may be called without keywords: torch does so if another thread takes hooks off, or adds some, at that moment.
+Such a call is not theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import UnsupportedError
-from .cache import TwoLengthCache, adopt, adoptable
+from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
@@ -166,12 +169,12 @@ class Attachment:
 
     # ---- the model around: labels
 
-    def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outer_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Take copies of the labels: what a dropped position would have predicted is left out of the loss.
 
         The innermost module's copy is the one that the loss reads.
         """
-        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+        if kwargs is None or (kwargs.get("labels") is None and kwargs.get("shift_labels") is None):
             return None
         return args, kwargs | self._copy_labels(kwargs)
 
@@ -194,12 +197,19 @@ class Attachment:
     # ---- base model: where are the visual tokens, and does this call carry pictures at all?
 
     @torch.compiler.disable
-    def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _thread.bypassed or not self.serves():
+    def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None or not self.serves():
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         cache, encoded = kwargs.get("past_key_values"), kwargs.get("mm_encoder_outputs")
+        if any(SHORT in vars(output) for output in (encoded or {}).values() if output is not None):
+            return None  # inputs that are already shorter
+        if SHORT in getattr(cache, "__dict__", {}):
+            raise UnsupportedError(
+                "past_key_values: it holds a prompt that was compressed before the model; go on with generate(), or "
+                "with the inputs that extend() of the compressed inputs gives"
+            )
         begin_forward()
         if (trace := self.traces.latest) is not None:
             trace.promises.settle(wait=False)
@@ -259,8 +269,8 @@ class Attachment:
     # ---- language model
 
     @torch.compiler.disable
-    def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _thread.bypassed or not self.serves():
+    def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None or not self.serves():
             return None
         handover = _thread.handover.pop(id(self), {})
         _thread.running.pop(id(self), None)
@@ -336,7 +346,6 @@ class Attachment:
             call.first_key = self.masks.key(cache, 0)
             call.history = None if mask_2d is None or not past else mask_2d[:, :-length]
             kwargs["past_key_values"] = call.cache = cache
-            cache.serve()
             cache.prefilling()
         position_ids = kwargs.get("position_ids")
         kwargs["inputs_embeds"] = embeds
@@ -352,14 +361,16 @@ class Attachment:
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
             call.entry_valid = call.attended
+        if cache is not None:
+            if not self._layered and not cache.is_uniform():
+                raise UnsupportedError(_OTHER_RECIPE)
+            cache.serve()
         call.entered = call.row_counts(call.counts if repack else call.units.sizes)
         self._enter_mask(kwargs, call, past)
         if self.adapter.deepstack and kwargs.get(self.adapter.deepstack[0]) is not None:
             self._enter_deepstack(kwargs, call, embeds)
         if self._layered:
             return
-        if cache is not None and not cache.is_uniform():
-            raise UnsupportedError(_OTHER_RECIPE)
         depth = range(len(self.layers))
         call.alive = dict.fromkeys(depth, torch.where(call.visual, call.kept, call.attended))
         call.masses = dict.fromkeys(depth, None if call.mass is None else call.units.scatter(call.mass))
@@ -452,7 +463,6 @@ class Attachment:
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        cache.serve()
         masks = None
         mask_2d = self._mask_2d(kwargs, handover)
         skip = False
@@ -465,6 +475,7 @@ class Attachment:
             masks = self.masks.decode(cache, mask_2d, x, skip=skip)
             if masks is not None:
                 kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+        cache.serve()
         _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
     def _mask_2d(self, kwargs: dict[str, Any], handover: dict[str, Any]) -> torch.Tensor | None:
@@ -472,7 +483,9 @@ class Attachment:
         return mask if _is_2d(mask) else None
 
     @torch.compiler.disable
-    def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
+        if output is None:
+            return None
         call = _thread.running.pop(id(self), None)
         if call is None:
             return None
@@ -498,9 +511,9 @@ class Attachment:
 
     # ---- decoder layers
 
-    def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = kwargs.get(CALL)
-        if call is None or call.policy is not self.policy:
+    def _layer_pre(self, index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        call = None if kwargs is None else kwargs.get(CALL)
+        if kwargs is None or call is None or call.policy is not self.policy:
             return None
         return self._in_layer(index, call, args, kwargs)
 

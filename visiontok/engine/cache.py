@@ -18,6 +18,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ..errors import UnsupportedError
 
+SHORT = "_visiontok_short"
+"""Attribute of what belongs to a prompt that was made shorter before the model: encoder outputs, and its caches."""
+
 
 def _two_length(base: type[DynamicLayer]) -> type[Any]:
     # Built per base by single inheritance: in-place __class__ assignment needs an identical object layout.
@@ -28,17 +31,6 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
         valid: torch.Tensor | None = None  # (B, prompt) bool over the first physical slots; None: all hold a token
         bias: torch.Tensor | None = None  # (B, prompt) float over the same, added to the logits of these keys
         pattern: tuple[int, ...] = ()  # one number per prefill; equal in layers that store the same slots
-
-        served = False  # whether an attachment has prepared the masks of the present forward
-
-        def update(self, *args: Any, **kwargs: Any) -> Any:
-            if self.dropped and not self.served:
-                raise UnsupportedError(
-                    "past_key_values holds a compressed prompt, whose masks only the attached recipe can build; go on "
-                    "inside the compress() block, or start again without the cache"
-                )
-            self.served = False
-            return super().update(*args, **kwargs)
 
         def physical_length(self) -> int:
             return super().get_seq_length()
@@ -195,6 +187,7 @@ class TwoLengthCache(DynamicCache):
     """A ``DynamicCache`` whose layers know how many tokens they stand for and how many they store."""
 
     layers: list[Any]
+    served = False  # whether an attachment has prepared the masks of the present forward
     _alike: dict[int, int] | None = None
 
     @functools.cached_property
@@ -209,9 +202,18 @@ class TwoLengthCache(DynamicCache):
         return logical - self.layers[layer_idx].dropped if layer_idx < len(self.layers) else logical
 
     def serve(self) -> None:
-        """Allow the next update of every layer: its masks are taken care of."""
-        for layer in self.storing.values():
-            layer.served = True
+        """Allow the next forward: its masks are taken care of."""
+        self.served = True
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == next(iter(self.storing), 0):  # before anything of this forward is stored
+            if not self.served and any(x.dropped or x.bias is not None for x in self.storing.values()):
+                raise UnsupportedError(
+                    "past_key_values holds a compressed prompt, whose masks only the attached recipe can build; go on "
+                    "inside the compress() block, or start again without the cache"
+                )
+            self.served = False
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in the base class; nothing is cropped if any layer cannot be."""

@@ -242,14 +242,14 @@ class CrossAttachment:
         _thread.running.pop(id(self), None)
         begin_forward()
 
-    def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.serves():
+    def _base_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None or not self.serves():
             return
         begin_forward()
         _thread.masks[id(self)] = kwargs.get("cross_attention_mask")
 
-    def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.serves():
+    def _text_pre(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None or not self.serves():
             return None
         given = _thread.masks.pop(id(self), None)
         _thread.running.pop(id(self), None)
@@ -405,7 +405,9 @@ class CrossAttachment:
             mask = mask + bias[:, None, None].to(mask)
         return {"cross_attention_mask": mask, "full_text_row_masked_out_mask": sees * left}
 
-    def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _text_post(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        if output is None:
+            return
         call = _thread.running.pop(id(self), None)
         if call is None:
             return

@@ -24,8 +24,8 @@ from transformers.cache_utils import Cache
 from .._window import minor
 from ..errors import ConfigError, UnsupportedError
 from ..ledger import TokenLedger
-from .attach import Policy, bypass, is_bypassed, modalities
-from .cache import adoptable
+from .attach import Policy, bypass, modalities
+from .cache import SHORT, adoptable
 from .layout import Layout
 from .prompt import run_prompt_stages
 from .trace import Trace, Traces
@@ -39,7 +39,6 @@ _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _VISION = ("pixel_", "image_", "video_", "vision_", "batch_num_images", "second_per_grid_ts")  # beginnings of names
 _ALONG = ("input_ids", "attention_mask", "position_ids", *_TYPES)
 _FEATURES = "mm_encoder_outputs"  # transformers ≥ 5.18: features in the place of pixels
-_PROMPT = "_visiontok_prompt"  # on a cache: the inputs it was filled with
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class CompressedInputs(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = self._data[name]
         if name == _FEATURES:  # generate() repeats them in place for beams
-            return {modality: copy.copy(output) for modality, output in value.items()}
+            return {modality: _marked(copy.copy(output)) for modality, output in value.items()}
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -203,6 +202,12 @@ class CompressedInputs(Mapping[str, Any]):
         return CompressedInputs(data, prompt, self.ledger, self.trace, self._describe)
 
 
+def _marked(output: Any) -> Any:
+    """Tell hooks, which another thread may have attached, that these features are already a choice."""
+    output.__dict__[SHORT] = True
+    return output
+
+
 class InputPlane:
     """What must be on a model for its prompt stages to run: recorders of the tower's runs and the policy's taps.
 
@@ -231,8 +236,8 @@ class InputPlane:
         self._removables = []
         begin_forward()
 
-    def _refuse(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if modalities(kwargs) and self.serves() and not is_bypassed():
+    def _refuse(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and modalities(kwargs) and self.serves():
             raise UnsupportedError(
                 f"{self.adapter.base.config.model_type}: with recurrent layers, generate() is the only call that is "
                 "compressed as it is; for a forward, give the model visiontok.compress_inputs(model, inputs, recipe)"
@@ -483,7 +488,7 @@ class Generate:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._stock)
+        return inspect.signature(type(self.model).generate.__get__(self.model))  # a patched one may hide its own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.serves():
@@ -494,8 +499,8 @@ class Generate:
         if not isinstance(cache, Cache):
             cache = None
         if cache is not None and not cache.get_seq_length():
-            cache.__dict__.pop(_PROMPT, None)  # it was reset since
-        turn: Prompt | None = getattr(cache, _PROMPT, None)
+            cache.__dict__.pop(SHORT, None)  # it was reset since
+        turn: Prompt | None = getattr(cache, SHORT, None)
         pixels = any(given.get(name) is not None for names in _PIXELS.values() for name in names)
         if turn is None and not (pixels and (self.always or self._hooks_cannot(given, cache))):
             return self._stock(*args, **kwargs)
@@ -531,7 +536,7 @@ class Generate:
             output = self._stock(**{**options, **short, "past_key_values": cache})
         filled = getattr(output, "past_key_values", None) if cache is None else cache
         if filled is not None:
-            filled.__dict__[_PROMPT] = prompt
+            filled.__dict__[SHORT] = prompt
         if torch.is_tensor(output):
             return prompt.restore(output)
         output.sequences = prompt.restore(output.sequences)

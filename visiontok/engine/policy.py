@@ -510,9 +510,9 @@ def _in_entry(call: Prefill, edit: Callable[[torch.Tensor], torch.Tensor], state
     return call.entry.gather(edit(call.entry.fill(states)))
 
 
-def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     record = current_record()
-    if record is not None:
+    if record is not None and kwargs is not None:
         record.encoder_features = args[0] if args else next(iter(kwargs.values()))
 
 

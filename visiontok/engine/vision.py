@@ -128,8 +128,8 @@ class TowerRecorder:
             projector.register_forward_hook(self._end),
         ]
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._serves():
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None or not self._serves():
             return
         _thread.current = record = Encoded("image", dict(kwargs))
         record.clock.mark("start")

@@ -105,6 +105,8 @@ def test_a_new_image_in_the_second_turn(name, schedule):
 def test_own_masks_of_a_new_image_lie_behind_what_is_stored(name, force):
     """Keeping everything, two turns with an image each are the stock model's two turns, position ids given or not."""
     if name == "short windows":  # they count stored tokens, so padding would matter
+        if T.__version__ < "5.17":
+            pytest.skip("transformers 5.16 sizes Gemma 3's masks by layer 0")
         model = short_windows("gemma3")
         inputs = batch("gemma3", model, rows=1, pad=0, images=1)
     else:

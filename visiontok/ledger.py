@@ -37,7 +37,7 @@ class TokenLedger:
         self._masses: list[torch.Tensor | None] = [None] * depth
 
     def fill(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
-        """Set per layer the (B, N) mask, how many slots per row it computed, and the (B, N) masses (None: all 1)."""
+        """Set per layer the (B, N) mask, how many slots per row it computed, and the (U, N) masses (None: all 1)."""
         self._alive, self._widths, self._masses = alive, widths, masses
 
     def alive(self, layer: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ class TokenLedger:
             ConfigError: for a layer outside the model.
         """
         alive, mass = self.alive(layer).float(), self._masses[layer]
-        return alive if mass is None else torch.where(self.visual, mass.to(alive.device) * alive, alive)
+        return alive if mass is None else torch.where(self.visual, self.units.scatter(mass) * alive, alive)
 
     @property
     def dropped(self) -> bool:

@@ -373,7 +373,7 @@ class Attachment:
             return
         depth = range(len(self.layers))
         call.alive = dict.fromkeys(depth, torch.where(call.visual, call.kept, call.attended))
-        call.masses = dict.fromkeys(depth, None if call.mass is None else call.units.scatter(call.mass))
+        call.masses = dict.fromkeys(depth, call.mass)
         if cache is not None:
             for layer in cache.storing.values():
                 layer.note_prefill(
@@ -610,7 +610,7 @@ class Attachment:
             call.alive[index] = call.alive[index - 1] if index else torch.where(call.visual, call.kept, call.attended)
         hidden = not any(self.policy.counts(call, index))
         call.biases[index] = None if hidden else call.bias
-        call.masses[index] = None if call.mass is None else call.units.scatter(call.mass)
+        call.masses[index] = call.mass
 
     @staticmethod
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:

@@ -49,7 +49,7 @@ class Prefill:
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
-        biases: per decoder layer the ``bias`` it runs with; ``masses`` the (B, N) masses.
+        biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         stock: nothing is dropped, and the language model runs untouched.

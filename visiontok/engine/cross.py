@@ -421,8 +421,7 @@ class CrossAttachment:
             stock = call.trace.ledger.stock  # type: ignore[union-attr]  # a prefill has one
             # what cross-attention layers hold of this call's images
             widths = [call.width if layer in self.cross else stock[layer] for layer in depth]
-            mass = None if call.mass is None else call.units.scatter(call.mass)
-            call.trace.finish([call.kept] * len(self.layers), widths, [mass] * len(self.layers))
+            call.trace.finish([call.kept] * len(self.layers), widths, [call.mass] * len(self.layers))
         self.traces.publish(call.trace)
 
 

@@ -316,8 +316,7 @@ def shorten(
     data |= {name: value for name, value in inputs.items() if not _is_input(adapter.base, name)}
     alive = torch.where(visual, call.kept, attended)
     trace.plane, trace.steps = "inputs", None
-    mass = None if call.mass is None else call.units.scatter(call.mass)
-    trace.finish([alive] * depth, [prompt.ids.shape[1]] * depth, [mass] * depth)
+    trace.finish([alive] * depth, [prompt.ids.shape[1]] * depth, [call.mass] * depth)
     return CompressedInputs(data, prompt, trace.ledger, trace, describe)  # type: ignore[arg-type]
 
 

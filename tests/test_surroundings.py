@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from test_engine import DEPTH, STEPS, generate
 from transformers import LlavaForConditionalGeneration
 
 import visiontok
@@ -19,25 +20,10 @@ from visiontok.conformance.schedules import recipe
 from visiontok.conformance.zoo import BANNED, batch, build, config, prepare, visual
 from visiontok.errors import ConfigError
 
-DEPTH, STEPS = 4, 3
-
 
 def fresh(name, dtype=torch.float64, **options):
     """A model that no other test sees, with the weights of ``build(name)``."""
     return copy.deepcopy(build(name, dtype=dtype, **options))
-
-
-def generate(model, inputs, steps=STEPS, **options):
-    with torch.no_grad():
-        return model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            suppress_tokens=list(BANNED),
-            **options,
-        )
 
 
 def same(got, expected):

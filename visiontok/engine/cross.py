@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..budget import Budget
 from ..cost import VisionInputs
 from ..errors import ConfigError, UnsupportedError
 from ..functional import attention_rows
@@ -43,15 +42,8 @@ class CrossPolicy(StagePolicy):
         UnsupportedError: for stages and budgets that have no meaning here.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        depth: int,
-        *,
-        average: Budget | None = None,
-        seed: int = 0,
-        fidelity: Literal["fixed", "official"] = "fixed",
-    ) -> None:
+    def __init__(self, stages: Sequence[Stage], depth: int, **shared: Any) -> None:
+        """As :class:`~visiontok.engine.policy.StagePolicy`, which also takes what is ``shared`` by the stages."""
         for stage in stages:
             if stage.kind != "prompt":
                 raise UnsupportedError(
@@ -64,7 +56,7 @@ class CrossPolicy(StagePolicy):
                     f"keep={stage.keep}: a share of FLOPs is solved for visual tokens in the prompt only; give tokens "
                     "or a ratio"
                 )
-        super().__init__(stages, depth, average=average, seed=seed, fidelity=fidelity)
+        super().__init__(stages, depth, **shared)
 
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
         if stat == "cls":

@@ -79,8 +79,7 @@ def global_draw(ctx):
 
 
 def pythons_draw(ctx):
-    sign = random.choice((1, -1)), random.choice((1, -1)), random.choice((1, -1)), random.choice((1, -1))
-    return topk(length(ctx) * torch.tensor(sign * len(ctx.valid))[: len(ctx.valid), None], ctx.count, ctx.valid)
+    return topk(torch.tensor([[random.random() for _ in row] for row in ctx.valid]), ctx.count, ctx.valid)
 
 
 def first(ctx):

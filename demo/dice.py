@@ -1,0 +1,94 @@
+"""Random integers that are the same on every machine and device: the counter-based generator Philox 4x32-10."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
+    """Four random words for every counter.
+
+    Args:
+        counter: four int64 tensors that broadcast to one shape S, values in [0, 2^32).
+        key: two integers in [0, 2^32).
+
+    Returns:
+        int64 (*S, 4), values in [0, 2^32).
+
+    Reference:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox 4x32-10).
+    """
+    a, b, c, d = counter
+    left, right = key
+    for _ in range(_ROUNDS):
+        # A product of two 32-bit words wraps in int64, but its 64 bits are the right ones.
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            (second >> 32 & _MASK) ^ b ^ left,
+            second & _MASK,
+            (first >> 32 & _MASK) ^ d ^ right,
+            first & _MASK,
+        )
+        left, right = left + _WEYL[0] & _MASK, right + _WEYL[1] & _MASK
+    return torch.stack(torch.broadcast_tensors(a, b, c, d), -1)
+
+
+class Dice:
+    """Random integers for B seeds at once.
+
+    What a call returns for a seed depends on the seed, the stream and how many calls came before, never on the batch.
+
+    Args:
+        seeds: int64 (B,), each in [0, 2^63).
+        stream: which of 2^32 independent sequences of a seed to draw from.
+    """
+
+    def __init__(self, seeds: Tensor, stream: int):
+        self.seeds, self.stream = seeds, stream
+        self._calls = 0
+
+    def words(self, *shape: int) -> Tensor:
+        """int64 (B, *shape), uniform in [0, 2^32)."""
+        count = math.prod(shape)
+        blocks = torch.arange(-(-count // 4), device=self.seeds.device)
+        seeds, calls = self.seeds[:, None], torch.full_like(blocks, self._calls)
+        drawn = philox((blocks, calls, seeds & _MASK, seeds >> 32), (self.stream, 0))
+        self._calls += 1
+        return drawn.flatten(1)[:, :count].view(-1, *shape)
+
+    def below(self, stop: int | Tensor, *shape: int) -> Tensor:
+        """int64 (B, *shape), uniform in [0, stop); `stop` is at most 2^31 and may be a tensor (B, *shape)."""
+        return self.words(*shape) * stop >> 32
+
+    def between(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 (B, *shape), uniform in [low, high]."""
+        return low + self.below(high - low + 1, *shape)
+
+    def chance(self, percent: int, *shape: int) -> Tensor:
+        """bool (B, *shape), true in so many cases of a hundred."""
+        return self.below(100, *shape) < percent
+
+    def choose(self, mask: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Draw from what a mask allows, without replacement.
+
+        Args:
+            mask: bool (B, *S, M).
+            count: how many to draw from the last dimension.
+
+        Returns:
+            int64 (B, *S, count), indices in [0, M), and bool of the same shape, false where the mask allowed fewer.
+        """
+        # The index breaks ties, so that the order does not depend on the device's sort.
+        keys = (self.words(*mask.shape[1:]) << 16) + torch.arange(mask.shape[-1], device=mask.device)
+        ranked = torch.where(mask, keys, -1).topk(min(count, mask.shape[-1]), dim=-1)
+        short = count - ranked.indices.shape[-1]
+        indices = torch.nn.functional.pad(ranked.indices, (0, short))
+        return indices, torch.nn.functional.pad(ranked.values >= 0, (0, short))

@@ -1,109 +1,154 @@
-"""How well the model answers: per kind of question, with the picture, without it, and by the most frequent answer."""
+"""How well a model answers: per kind of question and split, with the picture, without it, and from the wording alone."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .packing import answer_logits, pack, pixel_values, see
-from .scenes import KINDS, Question, Scene, questions, render
+from .model import Architecture
+from .packing import answer_logits, answered, pack
+from .questions import FORM_NAMES, KIND_OF_FORM, KINDS, Questions, ask, ask_pairs, converse
+from .raster import paint
+from .scenes import NORMAL, STYLES, lay_out, seeds
 
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
-
+EXAMS = ("heldout", "composition", "detail", "pairs", "turns")
+_TURNS = 4
 _CHUNK = 16  # pictures per forward pass
 
 
-@torch.inference_mode()
-def predict(
-    model: LlavaForConditionalGeneration,
-    scenes: Sequence[Scene],
-    rows: Sequence[Sequence[Question]],
-    blind: bool = False,
-) -> list[list[bool]]:
-    """Which questions are answered rightly.
+@dataclass(frozen=True)
+class Sheet:
+    """A chunk of an exam.
+
+    Attributes:
+        pixels: uint8 (B * M, SIDE, SIDE, 3), M pictures for each of B prompts.
+        questions: Q questions about each prompt.
+        talk: int64 (B, Q), the conversation each belongs to.
+    """
+
+    pixels: Tensor
+    questions: Questions
+    talk: Tensor
+
+    @property
+    def pictures(self) -> int:
+        """M, the number of pictures in a prompt."""
+        return len(self.pixels) // len(self.questions)
+
+
+def exam(split: str, scenes: int) -> Iterator[Sheet]:
+    """The questions of a split.
 
     Args:
-        model: the model, in evaluation mode.
-        scenes: B scenes.
-        rows: the questions about each.
-        blind: leave the picture out of the prompt.
+        split: "heldout" and "validation" ask about ordinary scenes, "composition" about combinations that training
+            never shows, "detail" for the smallest glyphs, "pairs" about two pictures, "turns" several questions in one
+            conversation.
+        scenes: how many, from the first.
 
-    Returns:
-        One list per scene, one bool per question: answer and end of sequence are both the model's first choice.
+    Yields:
+        Chunks of at most 16 pictures.
     """
-    right: list[list[bool]] = []
-    for start in range(0, len(scenes), _CHUNK):
-        chunk, asked = scenes[start : start + _CHUNK], rows[start : start + _CHUNK]
-        features, _ = see(model, pixel_values([scene.pixels for scene in chunk]))
-        logits, labels = answer_logits(model, features[:, :0] if blind else features, pack(asked))
-        correct = (logits.argmax(-1) == labels).view(-1, 2).all(-1).tolist()
-        for row in asked:
-            right.append(correct[: len(row)])
-            del correct[: len(row)]
-    return right
+    for start in range(0, scenes, _CHUNK):
+        layout = lay_out(seeds(split, range(start, min(start + _CHUNK, scenes))), STYLES.get(split, NORMAL))
+        if split == "pairs":
+            questions = ask_pairs(layout)
+        elif split == "detail":
+            questions = ask(layout, {"read": 3, "sign": 1})
+        else:
+            questions = ask(layout, novel=split == "composition")
+        talk = torch.arange(questions.form.shape[1]).expand(questions.form.shape)
+        if split == "turns":
+            questions, talk = converse(questions, layout.seeds, _TURNS)
+        yield Sheet(paint(layout).pixels, questions, talk)
 
 
-def majority(rows: Sequence[Sequence[Question]]) -> dict[str, str]:
-    """The most frequent answer of each kind."""
-    answers = Counter((question.kind, question.answer) for row in rows for question in row)
-    best: dict[str, str] = {}
-    for (kind, answer), _ in answers.most_common():
-        best.setdefault(kind, answer)
-    return best
+@torch.inference_mode()
+def mark(architecture: Architecture, model: Any, sheet: Sheet, blind: bool = False, swapped: bool = False) -> Tensor:
+    """Which questions of a chunk are answered rightly, the whole answer word for word: bool (B, Q).
 
-
-def _by_kind(rows: Sequence[Sequence[Question]], right: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Accuracy in percent, by kind and over all questions."""
-    hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    for row, marks in zip(rows, right, strict=True):
-        for question, mark in zip(row, marks, strict=True):
-            hits[question.kind].append(mark)
-    table = {kind: round(100 * float(np.mean(marks)), 1) for kind, marks in hits.items() if marks}
-    table["all"] = round(100 * float(np.mean([mark for marks in right for mark in marks])), 1)
-    return table
-
-
-def _interval(right: Sequence[Sequence[bool]]) -> list[float]:
-    """95 % interval of the overall accuracy in percent: bootstrap over scenes, since questions about one are alike."""
-    hits = np.array([sum(marks) for marks in right])
-    asked = np.array([len(marks) for marks in right])
-    draws = np.random.RandomState(0).randint(0, len(right), (2000, len(right)))
-    return np.percentile(100 * hits[draws].sum(1) / asked[draws].sum(1), [2.5, 97.5]).round(1).tolist()
+    Args:
+        architecture: of the model.
+        model: the model, in evaluation mode.
+        sheet: the questions.
+        blind: leave the pictures out of the prompt.
+        swapped: show the pictures of the next prompt instead.
+    """
+    features, _ = architecture.see(model, sheet.pixels)
+    features = features.unflatten(0, (-1, sheet.pictures))
+    packed = pack(sheet.questions, sheet.talk)
+    if swapped:
+        features = features.roll(1, 0)
+    logits, labelled = answer_logits(architecture, model, features[:, :0] if blind else features, packed)
+    return answered(logits, labelled, packed, sheet.questions.form.shape[1])
 
 
 def accuracy(
-    model: LlavaForConditionalGeneration, split: str = "heldout", scenes: int = 160, per_scene: int = 12
+    architecture: Architecture, model: Any, split: str = "heldout", scenes: int = 320, controls: bool = True
 ) -> dict[str, Any]:
     """Measure a model.
 
     Args:
+        architecture: of the model.
         model: the model, in evaluation mode.
-        split: whose scenes are asked about.
-        scenes: how many, from number 0.
-        per_scene: questions about each.
+        split: as in `exam`.
+        scenes: how many, from the first.
+        controls: measure "swapped", "blind" and "prior" too.
 
     Returns:
-        Accuracies in percent by kind and over all: "full", "full_interval" (95 % over scenes), "swapped" (shown the
-        picture of another scene), "blind" (no picture in the prompt, which training never does), "majority" (the most
-        frequent answer of the kind), and "questions", how many there were of each.
+        Per kind of question and over "all" of them, "questions", how many there were, and accuracies in percent:
+        "full" with "interval" (95 %, bootstrap over prompts, since questions about one are alike), "swapped" (the
+        picture of another prompt), "blind" (no picture in the prompt) and "prior" (the most frequent answer to the
+        form of the question).
     """
-    pictures = [render(split, index) for index in range(scenes)]
-    rows = [questions(scene, per_scene) for scene in pictures]
-    best = majority(rows)
-    full = predict(model, pictures, rows)
-    counts = Counter(question.kind for row in rows for question in row)
-    return {
-        "split": split,
-        "scenes": scenes,
-        "questions": {**{kind: counts[kind] for kind in KINDS}, "all": counts.total()},
-        "full": _by_kind(rows, full),
-        "full_interval": _interval(full),
-        "swapped": _by_kind(rows, predict(model, pictures[1:] + pictures[:1], rows)),
-        "blind": _by_kind(rows, predict(model, pictures, rows, blind=True)),
-        "majority": _by_kind(rows, [[question.answer == best[question.kind] for question in row] for row in rows]),
-    }
+    names = ("full", "blind", "swapped") if controls else ("full",)
+    marks: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "form", "answer")}
+    for sheet in exam(split, scenes):
+        for name in names:
+            right = mark(architecture, model, sheet, blind=name == "blind", swapped=name == "swapped")
+            marks[name].append(right.numpy())
+        marks["form"].append(sheet.questions.form.numpy())
+        marks["answer"].append(sheet.questions.answer.numpy())
+    columns = {name: np.concatenate(values) for name, values in marks.items()}
+    form = columns.pop("form")
+    answers = columns.pop("answer")
+    if controls:
+        columns["prior"] = _prior(form, answers)
+    kind_of = np.array([KINDS.index(kind) for kind in KIND_OF_FORM])
+    kinds = np.where(form >= 0, kind_of[form], -1)
+    chosen = {kind: kinds == index for index, kind in enumerate(KINDS) if (kinds == index).any()}
+    chosen["all"] = kinds >= 0
+    result: dict[str, Any] = {"split": split, "scenes": scenes}
+    result["questions"] = {kind: int(mask.sum()) for kind, mask in chosen.items()}
+    for name, right in columns.items():
+        result[name] = {kind: round(100 * float(right[mask].mean()), 1) for kind, mask in chosen.items()}
+    result["interval"] = {kind: interval(columns["full"], mask) for kind, mask in chosen.items()}
+    return result
+
+
+def _prior(form: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """bool (B, Q): whether the answer is the most frequent one to its form of question."""
+    right = np.zeros(form.shape, bool)
+    for index in range(len(FORM_NAMES)):
+        rows = answers[form == index]
+        if len(rows):
+            best = Counter(map(tuple, rows.tolist())).most_common(1)[0][0]
+            right[form == index] = (rows == best).all(-1)
+    return right
+
+
+def interval(right: np.ndarray, asked: np.ndarray) -> list[float]:
+    """95 % interval of the accuracy in percent, by bootstrap over prompts.
+
+    Args:
+        right: bool (B, Q).
+        asked: bool (B, Q), the questions that count.
+    """
+    hits, total = (right & asked).sum(1), asked.sum(1)
+    draws = np.random.RandomState(0).randint(0, len(right), (2000, len(right)))
+    return np.percentile(100 * hits[draws].sum(1) / total[draws].sum(1).clip(1), [2.5, 97.5]).round(1).tolist()

@@ -1,7 +1,7 @@
-"""The embedded model: its sizes, its vocabulary, its processor, and how it is saved and loaded.
+"""What the embedded models have in common: their tokenizer, and how they are saved and loaded.
 
-Everything is stock Hugging Face: `LlavaForConditionalGeneration` around `CLIPVisionModel`, the two-layer projector and
-`LlamaForCausalLM`, with `LlavaProcessor`. A saved folder loads through the Auto classes like any other checkpoint.
+Every model is a stock Hugging Face architecture in a small size. A saved folder loads through the Auto classes like any
+other checkpoint.
 """
 
 from __future__ import annotations
@@ -10,151 +10,206 @@ import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
 
 # isort: split
 import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
-from .scenes import BACKGROUNDS, COLOR_NAMES, GLYPHS, PLURALS, SHAPES, SIZE
+from .questions import TOKEN_ID
+from .scenes import SIDE
 
-PATCH = 12  # pixels
-GRID = SIZE // PATCH
+PATCH = 12  # pixels of a picture that become one visual token, per side
+GRID = SIDE // PATCH
 TOKENS = GRID * GRID  # visual tokens per picture
-WIDTH = 128
-HEADS = 4
-VISION_LAYERS = 5
-TEXT_LAYERS = 4
-# The projector reads the last but one CLIP layer, as in LLaVA-1.5; the last layer serves the CLS token only.
-FEATURE_LAYER = -2
-
-_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
-_WORDS = tuple(
-    "what color is the shape object objects there a an are how many in image picture which one left right of or to "  # noqa: SIM905
-    "above below digit letter number next on where background pattern yes no it top bottom half any".split()
-)
-VOCABULARY = tuple(dict.fromkeys((*_SPECIAL, *_WORDS, *COLOR_NAMES, *SHAPES, *PLURALS, *GLYPHS, *BACKGROUNDS)))
-TOKEN_ID = {token: index for index, token in enumerate(VOCABULARY)}
-
-_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-<assistant>
-{%- else -%}
-<user>
-{%- endif -%}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}
-<image>
-{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{ part['text'] }}
-{%- if not loop.last %} {% endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-</s>
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-<assistant>
-{%- endif -%}
-"""
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which all image processors here use
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build_config() -> LlavaConfig:
-    """The architecture: 144 visual tokens, five CLIP layers, four Llama layers, all 128 wide."""
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=HEADS,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
+@dataclass(frozen=True)
+class Prefix:
+    """What stands before the questions about B prompts.
+
+    Attributes:
+        embeddings: (B, P, D).
+        positions: int64 (rows, B, P), as the language model counts: one row, or three for multimodal rotary positions.
+        next: the position of the first word after it.
+    """
+
+    embeddings: torch.Tensor
+    positions: torch.Tensor
+    next: int
+
+
+class Architecture(ABC):
+    """One of the architectures that an embedded model can have.
+
+    Attributes:
+        name: of the architecture.
+        specials: what its vocabulary has beyond the words of the questions.
+        width: of the language model.
+    """
+
+    name: str
+    specials: tuple[str, ...] = ()
+    width: int
+
+    @abstractmethod
+    def build(self) -> PreTrainedModel:
+        """The model with Hugging Face's initial weights."""
+
+    @abstractmethod
+    def processor(self) -> ProcessorMixin:
+        """The processor of pictures and chats."""
+
+    @abstractmethod
+    def initialise(self, model: Any, pixels: torch.Tensor) -> None:
+        """Give the model initial weights for a short training.
+
+        Args:
+            model: what `build` made.
+            pixels: uint8 (B, SIDE, SIDE, 3), pictures to take statistics from.
+        """
+
+    @abstractmethod
+    def see(self, model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The eyes of the model, from which gradients flow.
+
+        Args:
+            model: the model.
+            pixels: uint8 (B, SIDE, SIDE, 3).
+
+        Returns:
+            Visual tokens (B, TOKENS, D) as the language model gets them, row by row, and a summary of each picture
+            (B, any width).
+        """
+
+    @abstractmethod
+    def prefix(self, model: Any, features: torch.Tensor) -> Prefix:
+        """The prompts up to their first question.
+
+        Args:
+            model: the model.
+            features: (B, M, TOKENS, D), the visual tokens of M pictures each; M = 0 asks without a picture.
+        """
+
+    @property
+    def token_id(self) -> dict[str, int]:
+        """Every token's id: the words of the questions, then the architecture's own."""
+        return TOKEN_ID | {token: len(TOKEN_ID) + index for index, token in enumerate(self.specials)}
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """What the image processors make of pictures that have the right size: uint8 (B, H, W, 3) to float (B, 3, H, W)."""
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def chat_template(picture: str) -> str:
+    """A chat template that writes `picture` for every picture and "and" between two.
+
+    A chat becomes `<s><user>` picture question `<assistant>` answer `</s><user>` question `<assistant>` …
+    """
+    return (
+        "{%- for message in messages -%}"
+        "{{ '<assistant> ' if message['role'] == 'assistant' else '<user> ' }}"
+        "{%- if message['content'] is string -%}"
+        "{{ message['content'] }}"
+        "{%- else -%}"
+        "{%- for part in message['content'] if part['type'] == 'image' -%}"
+        "{{ '" + picture + "' if loop.last else '" + picture + " and ' }}"
+        "{%- endfor -%}"
+        "{%- for part in message['content'] if part['type'] == 'text' -%}"
+        "{{ ' ' + part['text'] }}"
+        "{%- endfor -%}"
+        "{%- endif -%}"
+        "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+        "{%- endfor -%}"
+        "{{ '<assistant>' if add_generation_prompt else '' }}"
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=5 * WIDTH // 2,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=TOKEN_ID["<s>"],
-        eos_token_id=TOKEN_ID["</s>"],
-        pad_token_id=TOKEN_ID["<pad>"],
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=TOKEN_ID["<image>"],
-        image_seq_length=TOKENS,
-        tie_word_embeddings=True,
-        vision_feature_layer=FEATURE_LAYER,
-        vision_feature_select_strategy="default",
-    )
 
 
-def build() -> LlavaForConditionalGeneration:
-    """The model with Hugging Face's initial weights."""
-    return LlavaForConditionalGeneration(build_config())
+def build_tokenizer(token_id: dict[str, int], **named: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: lower case, punctuation ignored, British "colour" understood, `<unk>` for the rest.
 
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: lower case, punctuation ignored, British "colour" understood, `<unk>` for the rest."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+    Args:
+        token_id: the vocabulary.
+        named: special tokens that the processor looks up by name.
+    """
+    tokenizer = Tokenizer(models.WordLevel(token_id, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"[^\w\s]"), " "),
+            normalizers.Replace(Regex(r"\ban\b"), "a"),
             normalizers.Replace("colour", "color"),
+            normalizers.Replace("centre", "center"),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", TOKEN_ID["<s>"])])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", token_id["<s>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
-        model_max_length=1024,
+        extra_special_tokens={"user_token": "<user>", "assistant_token": "<assistant>", **named},
+        model_max_length=2048,
         padding_side="left",
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor: any picture becomes 144 x 144 RGB, a chat becomes `<s><user><image>… question <assistant>`."""
-    size = {"height": SIZE, "width": SIZE}
-    image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    return LlavaProcessor(
-        image_processor,
-        build_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the CLS token, which "default" drops again
-        chat_template=_CHAT_TEMPLATE,
-        image_token="<image>",
-    )
+def initialise_text(model: Any) -> None:
+    """Initial weights of the language model and of every other matrix that is not an embedding.
+
+    Queries that resemble keys let a word find the patches that hold its own vector, from the first step on.
+    """
+    text = model.model.language_model
+    depth = len(text.layers)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            nn.init.trunc_normal_(weight, std=0.9 * (2 / sum(weight.shape)) ** 0.5)
+    nn.init.normal_(text.embed_tokens.weight, std=text.config.hidden_size**-0.5)
+    with torch.no_grad():
+        for layer in text.layers:
+            resemble(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+            layer.self_attn.o_proj.weight.mul_(1.4 * (2 * depth) ** -0.5)
+            layer.mlp.down_proj.weight.mul_(1.4 * (2 * depth) ** -0.5)
 
 
-def save(model: LlavaForConditionalGeneration, folder: str | os.PathLike[str]) -> None:
+@torch.no_grad()
+def resemble(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Make the weights of queries and keys alike."""
+    key.copy_(1.125 * query + 0.99 * key)
+    query.mul_(1.5)
+
+
+@torch.no_grad()
+def whitening(pixels: torch.Tensor, patch: int, width: int) -> torch.Tensor:
+    """A patch embedding (width, 3 * patch * patch) that whitens pictures: their leading principal directions, mixed."""
+    patches = nn.functional.unfold(normalise(pixels), patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    patches = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    whitened = (vectors / (values + 1.5 * values[-1]).sqrt()).T
+    return 0.9 * torch.linalg.qr(torch.randn(width, width))[0] @ whitened
+
+
+def save(architecture: Architecture, model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write model and processor to a folder, the weights as bfloat16 safetensors; the model itself is not changed."""
-    stored = LlavaForConditionalGeneration(model.config)
+    stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
     stored.bfloat16()
     stored.generation_config = GenerationConfig(
@@ -165,10 +220,10 @@ def save(model: LlavaForConditionalGeneration, folder: str | os.PathLike[str]) -
         do_sample=False,
     )
     stored.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    architecture.processor().save_pretrained(folder)
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     """Read what `save` wrote, without touching the network.
 
     Args:
@@ -184,6 +239,5 @@ def load(folder: str | os.PathLike[str]) -> tuple[LlavaForConditionalGeneration,
         raise FileNotFoundError(
             f"folder {str(folder)!r} holds no model.safetensors; write one with `python -m visiontok.demo.train`"
         )
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval(), processor
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

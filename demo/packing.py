@@ -1,132 +1,136 @@
 """Many questions about one picture in one forward pass.
 
-The prefix `<s> <user> <image>…` is computed once; every question with its answer follows as a block that sees the
-prefix and itself, at the positions it would have if it were alone. The answers equal those of separate calls.
+The prompt up to the first question is computed once; every conversation, of one question or several, follows as a
+block that sees the prompt and itself, at the positions it would have if it were alone. The answers equal those of
+separate calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .model import FEATURE_LAYER, TOKEN_ID
-from .scenes import Question
+from .model import Architecture
+from .questions import TOKEN_ID, Questions
 
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
-
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # CLIP's, as in CLIPImageProcessor
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 _IGNORE = -100
-
-
-def pixel_values(pictures: Sequence[np.ndarray]) -> Tensor:
-    """What the processor makes of pictures that already have the model's size.
-
-    Args:
-        pictures: B arrays, uint8 (SIZE, SIZE, 3).
-
-    Returns:
-        float32 (B, 3, SIZE, SIZE).
-    """
-    stacked = torch.from_numpy(np.stack(pictures)).float() / 255
-    return ((stacked - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
-
-
-def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The eyes of the model, from which gradients flow.
-
-    Args:
-        model: the model.
-        pixels: (B, 3, SIZE, SIZE).
-
-    Returns:
-        Projected visual tokens (B, TOKENS, WIDTH) and the tower's pooled output (B, WIDTH).
-    """
-    vision = model.model.vision_tower(pixels, output_hidden_states=True)
-    features = model.model.multi_modal_projector(vision.hidden_states[FEATURE_LAYER][:, 1:])
-    return features, vision.pooler_output
-
-
-def question_ids(question: Question) -> list[int]:
-    """Token ids of a generated question; the tokenizer gives the same."""
-    return [TOKEN_ID[word] for word in question.text.rstrip("?").split()]
+_BLIND_NEXT = 2  # position of the first word of a prompt without a picture, after <s> and <user>
 
 
 @dataclass(frozen=True)
 class Packed:
-    """B rows of packed questions, padded to a common length T.
+    """B rows of packed conversations, padded to a common length T.
 
     Attributes:
         ids: int64 (B, T), token ids.
-        offsets: int64 (B, T), position of a token inside its question.
-        turns: int64 (B, T), 1 + index of the question in its row, -1 for padding.
+        talk: int64 (B, T), 1 + index of the conversation in its row, -1 for padding.
+        offset: int64 (B, T), position of a token inside its conversation.
+        sees: bool (B, T), whether its conversation sees the picture.
         labels: int64 (B, T), the token to predict, -100 where nothing is.
+        question: int64 (B, T), index of the question it belongs to, in the order given to `pack`.
     """
 
     ids: Tensor
-    offsets: Tensor
-    turns: Tensor
+    talk: Tensor
+    offset: Tensor
+    sees: Tensor
     labels: Tensor
+    question: Tensor
 
 
-def pack(rows: Sequence[Sequence[Question]]) -> Packed:
-    """Lay the questions of each picture out one after the other."""
-    columns: tuple[list[list[int]], ...] = ([], [], [], [])
-    for questions in rows:
-        ids: list[int] = []
-        offsets: list[int] = []
-        turns: list[int] = []
-        labels: list[int] = []
-        for turn, question in enumerate(questions, start=1):
-            answer = TOKEN_ID[question.answer]
-            tokens = [*question_ids(question), TOKEN_ID["<assistant>"], answer]
-            ids += tokens
-            offsets += range(len(tokens))
-            turns += [turn] * len(tokens)
-            labels += [_IGNORE] * (len(tokens) - 2) + [answer, TOKEN_ID["</s>"]]
-        for column, values in zip(columns, (ids, offsets, turns, labels), strict=True):
-            column.append(values)
-    length = max(len(row) for row in columns[0])
-    fills = (TOKEN_ID["<pad>"], 0, -1, _IGNORE)
-    return Packed(
-        *(
-            torch.tensor([row + [fill] * (length - len(row)) for row in column])
-            for column, fill in zip(columns, fills, strict=True)
-        )
+def pack(questions: Questions, talk: Tensor | None = None, blind: Tensor | None = None) -> Packed:
+    """Lay the questions about each picture out one after the other.
+
+    Args:
+        questions: Q questions about each of B pictures.
+        talk: int64 (B, Q), which conversation each belongs to, not decreasing; each is one of its own by default.
+        blind: bool (B, Q), questions whose conversation does not see the picture; none by default.
+    """
+    asked = questions.form >= 0
+    batch, many = asked.shape
+    device = asked.device
+    index = torch.arange(many, device=device).expand(batch, many)
+    talk = index if talk is None else talk
+    blind = torch.zeros_like(asked) if blind is None else blind
+    words, answer = questions.token_ids(), questions.answer
+    end, user, assistant = (
+        torch.full((batch, many, 1), TOKEN_ID[token], device=device) for token in ("</s>", "<user>", "<assistant>")
     )
+    # A later turn begins with the end of the answer before it.
+    earlier = asked[..., None] & (talk[..., None] == talk[:, None]) & asked[:, None]
+    later = earlier.tril(-1).any(-1)[..., None]
+    opening = torch.where(later, torch.cat([end, user], -1), 0)
+    ids = torch.cat([opening, words, torch.where(asked[..., None], assistant, 0), answer], -1)  # (B, Q, S)
+    # <assistant> predicts the first word of the answer, that one the second, the last one the end.
+    after = F.pad(answer, (0, 1))
+    follows = torch.where((after == 0) & (F.pad(after, (1, 0), value=1)[..., :-1] > 0), TOKEN_ID["</s>"], after)
+    follows = torch.where(asked[..., None] & (follows > 0), follows, _IGNORE)
+    labels = F.pad(follows, (ids.shape[-1] - follows.shape[-1], 0), value=_IGNORE)
+    columns = [ids, labels, *(value[..., None].expand_as(ids) for value in (talk, index, ~blind))]
+    ids, labels, talks, index, sees = (column.flatten(1) for column in columns)
+
+    present = ids > 0
+    length = int(present.sum(1).max())
+    order = (~present).to(torch.int8).argsort(dim=1, stable=True)[:, :length]
+    ids, labels, talks, index, sees, present = (
+        column.gather(1, order) for column in (ids, labels, talks, index, sees, present)
+    )
+    place = torch.arange(length, device=device).expand_as(ids)
+    begins = F.pad(talks[:, 1:] != talks[:, :-1], (1, 0), value=True)
+    offset = place - torch.where(begins, place, 0).cummax(1).values
+    return Packed(ids, torch.where(present, talks + 1, -1), offset, sees, labels, index)
 
 
-def answer_logits(model: LlavaForConditionalGeneration, features: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def answer_logits(architecture: Architecture, model: Any, features: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Run the language model over pictures and their packed questions.
 
     Args:
+        architecture: of the model.
         model: the model.
-        features: (B, N, D), projected visual tokens; N = 0 asks without a picture.
-        packed: the questions of the B pictures.
+        features: (B, M, TOKENS, D), the visual tokens of the M pictures of each prompt.
+        packed: the questions about them.
 
     Returns:
-        Logits (A, vocabulary) and labels (A,) at the labelled places, row by row: answer, end of sequence, answer, …
+        Logits (A, vocabulary) at the labelled places, row by row, and those places as bool (B, T).
     """
     language_model = model.model.language_model
-    batch, visual = features.shape[:2]
-    embed = language_model.embed_tokens
-    start = torch.tensor([TOKEN_ID["<s>"], TOKEN_ID["<user>"]]).expand(batch, 2)
-    prefix = 2 + visual
-    embeddings = torch.cat([embed(start), features, embed(packed.ids)], 1)  # (B, 2 + N + T, D)
-    positions = torch.cat([torch.arange(prefix).expand(batch, prefix), prefix + packed.offsets], 1)
-    turns = F.pad(packed.turns, (prefix, 0))
-    length = turns.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = ((turns[:, None, :] == 0) | (turns[:, None, :] == turns[:, :, None])) & causal
+    prefix = architecture.prefix(model, features)
+    first = prefix.embeddings.shape[1]
+    embeddings = torch.cat([prefix.embeddings, language_model.embed_tokens(packed.ids)], 1)  # (B, P + T, D)
+    after = torch.where(packed.sees, prefix.next, _BLIND_NEXT) + packed.offset
+    positions = torch.cat([prefix.positions, after.expand(len(prefix.positions), -1, -1)], -1)
+    talk = F.pad(packed.talk, (first, 0))  # the prompt is conversation 0
+    sees = F.pad(packed.sees, (first, 0), value=True)
+    place = torch.arange(talk.shape[1], device=talk.device)
+    readable = (talk[:, None] == 0) & (sees[:, :, None] | (place < _BLIND_NEXT))
+    visible = (readable | (talk[:, None] == talk[:, :, None])) & (place <= place[:, None])
     hidden = language_model(
-        inputs_embeds=embeddings, attention_mask=visible[:, None], position_ids=positions, use_cache=False
-    ).last_hidden_state[:, prefix:]
+        inputs_embeds=embeddings,
+        attention_mask=visible[:, None],
+        position_ids=positions.squeeze(0),
+        use_cache=False,
+    ).last_hidden_state[:, first:]
     labelled = packed.labels != _IGNORE
-    return model.lm_head(hidden[labelled]), packed.labels[labelled]
+    return model.lm_head(hidden[labelled]), labelled
+
+
+def answered(logits: Tensor, labelled: Tensor, packed: Packed, many: int) -> Tensor:
+    """Which questions are answered rightly: every word and the end are the model's first choice.
+
+    Args:
+        logits: (A, vocabulary), from `answer_logits`.
+        labelled: bool (B, T), from there.
+        packed: the questions.
+        many: how many questions there are about a picture, Q.
+
+    Returns:
+        bool (B, Q); true where there is no question.
+    """
+    wrong = torch.zeros(len(labelled), many, dtype=torch.int64, device=logits.device)
+    missed = torch.zeros_like(packed.ids)
+    missed[labelled] = (logits.argmax(-1) != packed.labels[labelled]).long()
+    return wrong.scatter_add_(1, packed.question, missed) == 0

@@ -319,6 +319,29 @@ def ask(layout: Layout, wanted: Mapping[str, int] = USUAL, novel: bool = False) 
     return _join([makers[kind](number) for kind, number in wanted.items()])
 
 
+def converse(questions: Questions, seeds: Tensor, turns: int, percent: int = 100) -> tuple[Questions, Tensor]:
+    """Group the questions about each scene into conversations.
+
+    Args:
+        questions: Q questions about each of B scenes.
+        seeds: int64 (B,), what the order is drawn from.
+        turns: how many questions a conversation has; the last may have fewer.
+        percent: share of the scenes where this is done; elsewhere every question is a conversation of its own.
+
+    Returns:
+        The questions in random order, and int64 (B, Q): the conversation of each.
+    """
+    dice = Dice(seeds, _STREAM + 2)
+    order = dice.words(questions.form.shape[1]).argsort(dim=1)
+    form, gaps, answer = (
+        value.gather(1, order[..., None].expand(-1, -1, value.shape[-1]))
+        for value in (questions.form[..., None], questions.gaps, questions.answer)
+    )
+    form = form.squeeze(-1)
+    rank = (form >= 0).long().cumsum(1) - 1
+    return Questions(form, gaps, answer), torch.where(dice.chance(percent)[:, None], rank.clamp(min=0) // turns, rank)
+
+
 def ask_pairs(layout: Layout, count: int = 6) -> Questions:
     """Draw questions about pairs of scenes, "first" or "second", the two at random.
 

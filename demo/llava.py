@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
+
+# isort: split
 import math
 from typing import Any
 

@@ -8,6 +8,9 @@ means, and taken up again ends with the same weights as one that was not. Runs o
 
 from __future__ import annotations
 
+import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
+
+# isort: split
 import argparse
 import json
 import math

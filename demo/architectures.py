@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .llava import Llava
 from .model import Architecture
+from .qwen import Qwen
 
-ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in (Llava,)}
+ARCHITECTURES: dict[str, type[Architecture]] = {kind.name: kind for kind in (Llava, Qwen)}

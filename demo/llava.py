@@ -5,7 +5,6 @@ from __future__ import annotations
 import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
 
 # isort: split
-import math
 from typing import Any
 
 import torch
@@ -21,9 +20,6 @@ from transformers import (
 )
 
 from .model import (
-    GRID,
-    PATCH,
-    TOKENS,
     Architecture,
     Prefix,
     build_tokenizer,
@@ -31,6 +27,7 @@ from .model import (
     initialise_text,
     normalise,
     resemble,
+    waves,
     whitening,
 )
 from .questions import TOKEN_ID
@@ -48,6 +45,7 @@ class Llava(Architecture):
 
     name = "llava"
     width = 128
+    cell = 12
 
     def build(self) -> LlavaForConditionalGeneration:
         vision = CLIPVisionConfig(
@@ -56,7 +54,7 @@ class Llava(Architecture):
             num_hidden_layers=_VISION_LAYERS,
             num_attention_heads=_HEADS,
             image_size=SIDE,
-            patch_size=PATCH,
+            patch_size=self.cell,
             projection_dim=self.width,
         )
         text = LlamaConfig(
@@ -76,7 +74,7 @@ class Llava(Architecture):
             vision_config=vision,
             text_config=text,
             image_token_index=TOKEN_ID["<image>"],
-            image_seq_length=TOKENS,
+            image_seq_length=(SIDE // self.cell) ** 2,
             tie_word_embeddings=True,
             vision_feature_layer=_FEATURE_LAYER,
             vision_feature_select_strategy="default",
@@ -88,7 +86,7 @@ class Llava(Architecture):
         return LlavaProcessor(
             CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
             build_tokenizer(self.token_id, image_token="<image>"),
-            patch_size=PATCH,
+            patch_size=self.cell,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,  # the CLS token, which "default" drops again
             chat_template=chat_template("<image>"),
@@ -106,14 +104,9 @@ class Llava(Architecture):
         tower = model.model.vision_tower
         embeddings = tower.embeddings
         patches = embeddings.patch_embedding.weight
-        patches.copy_(whitening(pixels, PATCH, self.width).view_as(patches))
-        places = torch.arange(GRID).float()
-        rows, columns = torch.meshgrid(places, places, indexing="ij")
-        frequency = math.pi * torch.exp(torch.linspace(math.log(0.6), math.log(1 / GRID / 1.5), self.width // 4))
-        waves = [
-            wave(axis.flatten()[:, None] * frequency) for axis in (rows, columns) for wave in (torch.sin, torch.cos)
-        ]
-        embeddings.position_embedding.weight.copy_(F.pad(0.6 * torch.cat(waves, 1), (0, 0, 1, 0)))
+        patches.copy_(whitening(pixels, self.cell, self.width).view_as(patches))
+        places = waves(torch.arange(SIDE // self.cell).float(), self.width)
+        embeddings.position_embedding.weight.copy_(F.pad(0.6 * places, (0, 0, 1, 0)))
         nn.init.normal_(embeddings.class_embedding, std=0.5)
         for layer in tower.encoder.layers:
             attention = layer.self_attn
@@ -141,5 +134,7 @@ class Llava(Architecture):
             parts += [words("and")] if picture else []
             parts.append(features[:, picture])
         embeddings = torch.cat(parts, 1)
+        visual = torch.cat([torch.full(part.shape[:2], part.shape[1] > 2, device=part.device) for part in parts], 1)
         length = embeddings.shape[1]
-        return Prefix(embeddings, torch.arange(length, device=features.device).expand(1, batch, length), length)
+        positions = torch.arange(length, device=features.device).expand(1, batch, length)
+        return Prefix(embeddings, positions, length, visual)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
 
 # isort: split
+import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -28,11 +29,7 @@ from transformers import (
 )
 
 from .questions import TOKEN_ID
-from .scenes import SIDE
 
-PATCH = 12  # pixels of a picture that become one visual token, per side
-GRID = SIDE // PATCH
-TOKENS = GRID * GRID  # visual tokens per picture
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which all image processors here use
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,11 +42,16 @@ class Prefix:
         embeddings: (B, P, D).
         positions: int64 (rows, B, P), as the language model counts: one row, or three for multimodal rotary positions.
         next: the position of the first word after it.
+        visual: bool (B, P), the visual tokens among them.
+        planes: of DeepStack models, what is added to the visual tokens after the first layers, each (V, D) for the V
+            visual tokens of all prompts.
     """
 
     embeddings: torch.Tensor
     positions: torch.Tensor
     next: int
+    visual: torch.Tensor
+    planes: tuple[torch.Tensor, ...] = ()
 
 
 class Architecture(ABC):
@@ -59,11 +61,13 @@ class Architecture(ABC):
         name: of the architecture.
         specials: what its vocabulary has beyond the words of the questions.
         width: of the language model.
+        cell: pixels of a picture that become one visual token, per side.
     """
 
     name: str
     specials: tuple[str, ...] = ()
     width: int
+    cell: int
 
     @abstractmethod
     def build(self) -> PreTrainedModel:
@@ -91,8 +95,8 @@ class Architecture(ABC):
             pixels: uint8 (B, SIDE, SIDE, 3).
 
         Returns:
-            Visual tokens (B, TOKENS, D) as the language model gets them, row by row, and a summary of each picture
-            (B, any width).
+            Visual tokens (B, N, F), row by row, of which the first D numbers enter the language model, and a summary
+            of each picture (B, any width).
         """
 
     @abstractmethod
@@ -101,13 +105,23 @@ class Architecture(ABC):
 
         Args:
             model: the model.
-            features: (B, M, TOKENS, D), the visual tokens of M pictures each; M = 0 asks without a picture.
+            features: (B, M, N, F), the visual tokens of M pictures each; M = 0 asks without a picture.
         """
 
     @property
     def token_id(self) -> dict[str, int]:
         """Every token's id: the words of the questions, then the architecture's own."""
         return TOKEN_ID | {token: len(TOKEN_ID) + index for index, token in enumerate(self.specials)}
+
+
+def waves(places: torch.Tensor, width: int) -> torch.Tensor:
+    """Sines and cosines of places on a square grid, row by row: (len(places)^2, width)."""
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
+    shortest = math.log(0.6 / places[1].item())
+    frequency = math.pi * torch.exp(torch.linspace(shortest, math.log(1 / places.max().item() / 1.6), width // 4))
+    return torch.cat(
+        [wave(axis.flatten()[:, None] * frequency) for axis in (rows, columns) for wave in (torch.sin, torch.cos)], 1
+    )
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:

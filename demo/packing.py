@@ -91,7 +91,7 @@ def answer_logits(architecture: Architecture, model: Any, features: Tensor, pack
     Args:
         architecture: of the model.
         model: the model.
-        features: (B, M, TOKENS, D), the visual tokens of the M pictures of each prompt.
+        features: (B, M, N, F), the visual tokens of the M pictures of each prompt.
         packed: the questions about them.
 
     Returns:
@@ -108,11 +108,16 @@ def answer_logits(architecture: Architecture, model: Any, features: Tensor, pack
     place = torch.arange(talk.shape[1], device=talk.device)
     readable = (talk[:, None] == 0) & (sees[:, :, None] | (place < _BLIND_NEXT))
     visible = (readable | (talk[:, None] == talk[:, :, None])) & (place <= place[:, None])
+    planes = {}
+    if prefix.planes:
+        visual = F.pad(prefix.visual, (0, packed.ids.shape[1]))
+        planes = {"visual_pos_masks": visual, "deepstack_visual_embeds": list(prefix.planes)}
     hidden = language_model(
         inputs_embeds=embeddings,
         attention_mask=visible[:, None],
         position_ids=positions.squeeze(0),
         use_cache=False,
+        **planes,
     ).last_hidden_state[:, first:]
     labelled = packed.labels != _IGNORE
     return model.lm_head(hidden[labelled]), labelled

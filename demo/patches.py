@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .glyphs import GLYPHS
-from .model import GRID, PATCH, TOKENS
 from .questions import TOKEN_ID
 from .raster import Pictures
-from .scenes import BACKGROUNDS, COLOR_NAMES, NORMAL, SHAPES, Layout
+from .scenes import BACKGROUNDS, COLOR_NAMES, NORMAL, SHAPES, SIDE, Layout
 
 _COUNTS = 8  # classes of the count head: 0 … 7 or more
 _PAIRS = len(COLOR_NAMES) * len(SHAPES)
@@ -22,12 +21,12 @@ _NOTHING = (0.25, 0.25, 0.15)  # weight of the class "none" in each table: most 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the patches of B pictures show; class 0 is "none".
+    """What the N patches of each of B pictures show; class 0 is "none".
 
     Attributes:
-        words: int64 (B, TOKENS, 3): colour, shape and glyph. A patch of a glyph also names its object's colour and
+        words: int64 (B, N, 3): colour, shape and glyph. A patch of a glyph also names its object's colour and
             shape, and a patch of an object with a glyph on it the glyph: reading needs that binding.
-        radius: float (B, TOKENS), radius of the object drawn there as a share of the largest, 0 elsewhere.
+        radius: float (B, N), radius of the object drawn there as a share of the largest, 0 elsewhere.
         present: float (B, colour-shape pairs + glyphs), 1 where the picture has one.
         background: int64 (B,).
         count: int64 (B,), number of objects, at most _COUNTS - 1.
@@ -40,21 +39,28 @@ class Targets:
     count: Tensor
 
 
-def _owners(owners: Tensor, many: int, least: int) -> Tensor:
-    """int64 (B, TOKENS): 1 + the thing with most pixels in each patch, 0 where it has fewer than `least`."""
-    patches = owners.view(-1, GRID, PATCH, GRID, PATCH).transpose(2, 3).reshape(-1, TOKENS, PATCH * PATCH).long()
+def _owners(owners: Tensor, many: int, cell: int, least: int) -> Tensor:
+    """int64 (B, N): 1 + the thing with most pixels in each cell, 0 where it has fewer than `least`."""
+    grid = SIDE // cell
+    patches = owners.view(-1, grid, cell, grid, cell).transpose(2, 3).reshape(-1, grid * grid, cell * cell).long()
     counts = torch.zeros(*patches.shape[:2], many + 1, dtype=torch.int32, device=owners.device)
     counts.scatter_add_(2, patches, torch.ones_like(patches, dtype=torch.int32))
     most, which = counts[..., 1:].max(-1)
     return torch.where(most >= least, which + 1, 0)
 
 
-def targets(layout: Layout, pictures: Pictures) -> Targets:
-    """The targets of B scenes."""
+def targets(layout: Layout, pictures: Pictures, cell: int) -> Targets:
+    """The targets of B scenes.
+
+    Args:
+        layout: what they show.
+        pictures: of them.
+        cell: pixels of a patch, per side.
+    """
     many = layout.color.shape[1]
-    drawn = _owners(pictures.objects, many, PATCH * PATCH // 8)
-    written = _owners(pictures.labels, many, PATCH * PATCH // 6)
-    signed = _owners(pictures.signs, layout.sign.shape[1], PATCH * PATCH // 9)
+    drawn = _owners(pictures.objects, many, cell, 18)
+    written = _owners(pictures.labels, many, cell, 24)
+    signed = _owners(pictures.signs, layout.sign.shape[1], cell, 16)
     owner = torch.where(drawn > 0, drawn, written)
 
     def of(values: Tensor, thing: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ class PatchHeads(nn.Module):
         """The loss, and the accuracy on patches that show something.
 
         Args:
-            features: (B, TOKENS, D), visual tokens.
+            features: (B, N, D), visual tokens.
             summary: (B, S), the pictures' summaries.
             words: (vocabulary, D), the word embeddings.
             wanted: the targets.
@@ -115,7 +121,7 @@ class PatchHeads(nn.Module):
             loss = loss + F.cross_entropy(logits.flatten(0, 1), wish.flatten(), weight=weight)
             shown = wish > 0
             accuracies.append((logits.argmax(-1)[shown] == wish[shown]).float().mean())
-        ends = torch.linspace(-1, 1, GRID, device=features.device)
+        ends = torch.linspace(-1, 1, round(features.shape[1] ** 0.5), device=features.device)
         places = torch.stack(torch.meshgrid(ends, ends, indexing="xy"), -1).view(1, -1, 2)
         geometry = self.geometry(features)
         loss = loss + 2 * F.mse_loss(geometry[..., :2], places.expand(len(features), -1, -1))

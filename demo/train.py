@@ -133,8 +133,11 @@ class Learner(nn.Module):
     def forward(self, batch: Batch, patch_share: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, of which patches are this share where there are questions too, and what was measured."""
         features, summary = self.architecture.see(self.model, batch.pixels)
+        tokens = features[..., : self.architecture.width]
         words = self.model.model.language_model.embed_tokens.weight
-        patch_loss, (color, shape, glyph) = self.heads(features, summary, words, batch.wanted)
+        patch_loss, (color, shape, glyph) = self.heads(
+            features[..., : self.architecture.width], summary, words, batch.wanted
+        )
         record = {"color": color, "shape": shape, "glyph": glyph, "patch_loss": patch_loss.detach()}
         if batch.questions is None:
             return patch_loss, record
@@ -237,7 +240,7 @@ class Trainer:
         drawn = seeds("train", range(first, first + size * (end - start)), accelerator.device)
         layout = lay_out(drawn, plan.style(start))
         pixels = paint(layout)
-        wanted = targets(layout, pixels)
+        wanted = targets(layout, pixels, self.architecture.cell)
         for number in range(start, end):
             rows = slice((number - start) * size, (number - start + 1) * size)
             part = Targets(*(getattr(wanted, name)[rows] for name in Targets.__dataclass_fields__))

@@ -1,7 +1,7 @@
-"""The embedded model and its pictures: a small, real vision-language model that needs no download.
+"""The embedded models and their pictures: small, real vision-language models that need no download.
 
-It is a test bench. It answers questions about rendered scenes, so that pruning visual tokens has something to break;
-what a method does here predicts nothing about a large model.
+They are a test bench. They answer questions about rendered scenes, so that pruning visual tokens has something to
+break; what a method does here predicts nothing about a large model.
 """
 
 from __future__ import annotations
@@ -11,39 +11,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from .scenes import Question
+    from .questions import Question
 
-__all__ = ["WEIGHTS", "load", "measured", "scene"]
+__all__ = ["WEIGHTS", "load", "measured", "models", "scene"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+_CANDIDATES = 16  # scenes from which `scene` takes the one with most kinds of questions
 
 
-def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The embedded model, in evaluation mode and float32 on the CPU, and its processor; works offline.
+def models() -> tuple[str, ...]:
+    """The names of the embedded models, the one that is meant where none is named first."""
+    found = sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors"))
+    return tuple(sorted(found, key=lambda name: name != "llava"))
+
+
+def _folder(name: str) -> Path:
+    if not (WEIGHTS / name / "model.safetensors").is_file():
+        known = ", ".join(models()) or "none is installed"
+        raise FileNotFoundError(f"there is no embedded model {name!r}; there are: {known}")
+    return WEIGHTS / name
+
+
+def load(name: str = "llava") -> tuple[Any, Any]:
+    """An embedded model, in evaluation mode and float32 on the CPU, and its processor; works offline.
+
+    Args:
+        name: one of `models()`.
 
     Returns:
-        `(model, processor)`. The processor takes pictures of any size (144 visual tokens each) and plain questions.
+        `(model, processor)`. The processor takes pictures of any size and plain questions.
 
     Raises:
-        FileNotFoundError: the weights are not installed.
+        FileNotFoundError: there are no such weights.
     """
+    folder = _folder(name)
     from .model import load as load_folder
 
-    return load_folder(WEIGHTS)
+    return load_folder(folder)
 
 
-def measured() -> dict[str, Any]:
-    """What the shipped weights were measured at, and how they were made (`weights/accuracy.json`)."""
+def measured(name: str = "llava") -> dict[str, Any]:
+    """What the weights of an embedded model were measured at, and how they were made (its `accuracy.json`)."""
     import json
 
-    result: dict[str, Any] = json.loads((WEIGHTS / "accuracy.json").read_text())
+    result: dict[str, Any] = json.loads((_folder(name) / "accuracy.json").read_text())
     return result
 
 
 def scene(seed: int = 0) -> tuple[Image, list[Question]]:
-    """A picture the model has never seen, with one question of each kind.
+    """A picture that no model has been trained on, with one question of each kind that it allows.
 
     Args:
         seed: from 0; the same seed gives the same pixels and questions everywhere.
@@ -56,17 +73,17 @@ def scene(seed: int = 0) -> tuple[Image, list[Question]]:
     """
     from PIL import Image
 
-    from .scenes import KINDS, SPLITS, Style, questions, render
+    from .questions import USUAL, ask
+    from .raster import paint
+    from .scenes import SPLITS, Style, lay_out, seeds
 
-    tries = 16
-    most = len(SPLITS["heldout"]) // tries - 1
+    most = len(SPLITS["heldout"]) // _CANDIDATES - 1
     if not 0 <= seed <= most:
         raise ValueError(f"seed must be between 0 and {most}, got {seed}")
     style = Style(objects=(4, 6))
-    for index in range(seed * tries, (seed + 1) * tries):
-        drawn = render("heldout", index, style)
-        by_kind = {question.kind: question for question in questions(drawn, 40)}
-        if len(by_kind) == len(KINDS):
-            break
-    order = ("read", "color", "count", "position", "shape", "exist", "background")
-    return Image.fromarray(drawn.pixels), [by_kind[kind] for kind in order if kind in by_kind]
+    candidates = lay_out(seeds("heldout", range(seed * _CANDIDATES, (seed + 1) * _CANDIDATES)), style)
+    questions = ask(candidates, dict.fromkeys(USUAL, 1))
+    best = int((questions.form >= 0).sum(1).argmax())
+    order = ("read", "color", "count", "position", "shape", "exist")
+    row = sorted(questions.rows()[best], key=lambda q: order.index(q.kind) if q.kind in order else len(order))
+    return Image.fromarray(paint(candidates[best : best + 1]).pixels[0].numpy()), row

@@ -37,12 +37,12 @@ _PATCH = 8
 _MERGE = 2
 _FRAMES = 2  # a picture is given to the tower twice, as two frames
 _VISION_WIDTH = 96
-_VISION_LAYERS = 4
+_VISION_LAYERS = 3
 _TEXT_LAYERS = 4
 
 
 class Qwen(Architecture):
-    """1.4 million parameters: four tower layers, 96 wide, and four decoder layers, 128 wide; 16-pixel visual tokens."""
+    """1.5 million parameters: three tower layers, 96 wide, and four decoder layers, 128 wide; 16-pixel visual tokens."""
 
     name = "qwen3_vl"
     specials = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")

@@ -78,7 +78,7 @@ def test_wheel_holds_every_file(prefix: Path) -> None:
     for name in FOLDERS:
         expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / name).rglob("*.py")}
     weights = ROOT / "demo" / "weights"
-    expected |= {f"visiontok/demo/weights/{path.name}" for path in weights.glob("*") if path.is_file()}
+    expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in weights.rglob("*") if path.is_file()}
     expected |= {"visiontok/py.typed"}
     assert expected - installed == set()
 

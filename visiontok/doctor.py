@@ -48,7 +48,7 @@ def inspect() -> dict[str, Any]:
         "attention": _attention(torch),
         "triton": _triton(any(device["kind"] in ("cuda", "hip", "xpu") for device in devices)),
         "torchvision": _torchvision(torch),
-        "embedded model": _embedded_model(),
+        "embedded models": _embedded_models(),
     }
 
 
@@ -69,7 +69,7 @@ def render(findings: dict[str, Any], console: Console) -> None:
         table.add_row("" if place else "devices", device["device"], f"{device['name']}{memory}")
     for place, (name, state) in enumerate(findings["attention"].items()):
         table.add_row("" if place else "attention", name, state)
-    for name in ("triton", "torchvision", "embedded model"):
+    for name in ("triton", "torchvision", "embedded models"):
         table.add_row(name, "", findings[name])
     console.print(table)
 
@@ -171,12 +171,12 @@ def _torchvision(torch: Any) -> str:
     return "importable"
 
 
-def _embedded_model() -> str:
+def _embedded_models() -> str:
     spec = importlib.util.find_spec("visiontok.demo")
     if spec is None or spec.origin is None:
         return NOT_INSTALLED
-    weights = sorted(Path(spec.origin).with_name("weights").glob("*.safetensors"))
+    weights = sorted(Path(spec.origin).with_name("weights").glob("*/model.safetensors"))
     if not weights:
         return "weights missing"
     size = sum(path.stat().st_size for path in weights) / 2**20
-    return f"weights present ({size:.1f} MiB)"
+    return f"{len(weights)} with weights ({size:.1f} MiB)"

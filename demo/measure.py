@@ -1,4 +1,4 @@
-"""How well a model answers: per kind of question and split, with the picture, without it, and from the wording alone."""
+"""How well a model answers, per kind of question and split: with the picture, without it, and from the form alone."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def accuracy(
     chosen["all"] = kinds >= 0
     result: dict[str, Any] = {"split": split, "scenes": scenes}
     result["questions"] = {kind: int(mask.sum()) for kind, mask in chosen.items()}
-    for name, right in columns.items():
-        result[name] = {kind: round(100 * float(right[mask].mean()), 1) for kind, mask in chosen.items()}
+    for name, column in columns.items():
+        result[name] = {kind: round(100 * float(column[mask].mean()), 1) for kind, mask in chosen.items()}
     result["interval"] = {kind: interval(columns["full"], mask) for kind, mask in chosen.items()}
     return result
 

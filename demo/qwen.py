@@ -42,7 +42,7 @@ _TEXT_LAYERS = 4
 
 
 class Qwen(Architecture):
-    """1.5 million parameters: three tower layers, 96 wide, and four decoder layers, 128 wide; 16-pixel visual tokens."""
+    """1.5 million parameters: three tower layers, 96 wide, four decoder layers, 128 wide; 16-pixel visual tokens."""
 
     name = "qwen3_vl"
     specials = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")

@@ -123,6 +123,8 @@ class Learner(nn.Module):
         summary: width of its summary of a picture.
     """
 
+    emphasis: Tensor
+
     def __init__(self, architecture: Architecture, model: Any, summary: int):
         super().__init__()
         self.architecture, self.model = architecture, model
@@ -135,9 +137,7 @@ class Learner(nn.Module):
         features, summary = self.architecture.see(self.model, batch.pixels)
         tokens = features[..., : self.architecture.width]
         words = self.model.model.language_model.embed_tokens.weight
-        patch_loss, (color, shape, glyph) = self.heads(
-            features[..., : self.architecture.width], summary, words, batch.wanted
-        )
+        patch_loss, (color, shape, glyph) = self.heads(tokens, summary, words, batch.wanted)
         record = {"color": color, "shape": shape, "glyph": glyph, "patch_loss": patch_loss.detach()}
         if batch.questions is None:
             return patch_loss, record
@@ -342,11 +342,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="stop after so many minutes; the same command goes on from there",
     )
     add("--threads", type=int, default=1, help="processor threads")
+    add("--save-every", type=float, default=30, help="seconds between checkpoints, default 30")
     for name, value in asdict(Plan()).items():
         choices = sorted(ARCHITECTURES) if name == "architecture" else None
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices, help=f"default {value}")
     options = vars(parser.parse_args(arguments))
-    folder, minutes, threads = options.pop("out"), options.pop("minutes"), options.pop("threads")
+    folder, minutes, threads, pause = (options.pop(name) for name in ("out", "minutes", "threads", "save_every"))
     command = shlex.join(["python", "-m", "visiontok.demo.train", *(sys.argv[1:] if arguments is None else arguments)])
     torch.set_num_threads(threads)
     # The first stage leaves the language model alone.
@@ -366,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records.clear()
         if trainer.step > plan.patch_steps and trainer.step % 250 == 0:
             accelerator.print(f"step {trainer.step} of {plan.steps}, validation: {trainer.validate()}", flush=True)
-        if time.monotonic() - saved > 30:
+        if time.monotonic() - saved > pause:
             trainer.save()
             saved = time.monotonic()
     trainer.save()

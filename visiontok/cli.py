@@ -64,7 +64,9 @@ def run(
         typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: 0.25, if it takes one."),
     ] = None,
     mass: Annotated[bool, typer.Option("--mass", help="Let kept tokens speak for those they replace.")] = False,
-    model: Annotated[str, typer.Option(help="Hugging Face id, folder, or `tiny`, the embedded model.")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     overlay: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the image with the dropped patches dimmed.")

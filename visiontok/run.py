@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from visiontok.recipe import Recipe
     from visiontok.report import Report
 
-TINY = "tiny"
+TINY = {"tiny": "llava", "tiny-qwen": "qwen3_vl"}  # what the embedded models are called here, and in visiontok.demo
 DEFAULT_KEEP = Budget.ratio(0.25)
 
 
@@ -266,7 +266,7 @@ def run_job(
     method: str = "divprune",
     keep: str | float | int | None = None,
     mass: bool = False,
-    model: str = TINY,
+    model: str = "tiny",
     device: str = "auto",
     overlay: str | None = None,
     max_new_tokens: int = 32,
@@ -285,7 +285,7 @@ def run_job(
         method: name of a method, or a recipe file as :func:`visiontok.compress` takes it.
         keep: budget; None is 25 % where the method takes a budget and none is set.
         mass: mass attention at every selection; without it, as the recipe says.
-        model: ``tiny``, the embedded model, or a Hugging Face id or folder.
+        model: ``tiny`` or ``tiny-qwen``, the embedded models, or a Hugging Face id or folder.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
         overlay: path of a PNG to write.
         max_new_tokens: longest answer.
@@ -497,18 +497,20 @@ class _Loaded:
 
 
 def _load(name: str, device: torch.device) -> _Loaded:
-    if name == TINY:
+    if name in TINY:
         from visiontok.demo import load
 
         try:
-            embedded: tuple[Any, Any] = load()
+            embedded: tuple[Any, Any] = load(TINY[name])
         except FileNotFoundError as error:
             raise ConfigError(f"--model {name}: the embedded model is not installed: {error}") from error
         return _Loaded(name, embedded[0].to(device), embedded[1], device)
     path = Path(name).expanduser()
     source = str(path) if path.exists() else name
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
-        raise ConfigError(f"--model {name!r}: there is no such folder; give an existing one, a Hub id, or tiny")
+        raise ConfigError(
+            f"--model {name!r}: there is no such folder; give an existing one, a Hub id, or one of {', '.join(TINY)}"
+        )
     try:
         # Not None, which would ask at the terminal: code from a model repository is never run.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -653,7 +655,7 @@ def _text_prefill(loaded: _Loaded, ids: torch.Tensor) -> float:
 
 def _choose(loaded: _Loaded, subject: _Subject) -> tuple[str, str | None]:
     """The first question that the embedded model answers rightly as it is: only what works can be seen to break."""
-    if loaded.name == TINY and len(subject.questions) > 1:
+    if loaded.name in TINY and len(subject.questions) > 1:
         for question, expected in subject.questions:
             if _run(loaded, subject.picture, question, 4, None).answer == expected:
                 return question, expected
@@ -737,7 +739,7 @@ def _notes(
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
     if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):
         notes.append("the question has words that this model's vocabulary lacks; it saw its unknown-word token instead")
-    if loaded.name == TINY:
+    if loaded.name in TINY:
         if questions > 1:
             notes.append("of the scene's questions, this is the first that the stock model answers rightly, if any")
         notes.append(

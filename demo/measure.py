@@ -42,7 +42,7 @@ class Sheet:
         return len(self.pixels) // len(self.questions)
 
 
-def exam(split: str, scenes: int) -> Iterator[Sheet]:
+def exam(split: str, scenes: int, device: torch.device | str = "cpu") -> Iterator[Sheet]:
     """The questions of a split.
 
     Args:
@@ -50,19 +50,20 @@ def exam(split: str, scenes: int) -> Iterator[Sheet]:
             never shows, "detail" for the smallest glyphs, "pairs" about two pictures, "turns" several questions in one
             conversation.
         scenes: how many, from the first.
+        device: where the chunks shall lie.
 
     Yields:
         Chunks of at most 16 pictures.
     """
     for start in range(0, scenes, _CHUNK):
-        layout = lay_out(seeds(split, range(start, min(start + _CHUNK, scenes))), STYLES.get(split, NORMAL))
+        layout = lay_out(seeds(split, range(start, min(start + _CHUNK, scenes)), device), STYLES.get(split, NORMAL))
         if split == "pairs":
             questions = ask_pairs(layout)
         elif split == "detail":
             questions = ask(layout, {"read": 3, "sign": 1})
         else:
             questions = ask(layout, novel=split == "composition")
-        talk = torch.arange(questions.form.shape[1]).expand(questions.form.shape)
+        talk = torch.arange(questions.form.shape[1], device=device).expand(questions.form.shape)
         if split == "turns":
             questions, talk = converse(questions, layout.seeds, _TURNS)
         yield Sheet(paint(layout).pixels, questions, talk)
@@ -108,12 +109,12 @@ def accuracy(
     """
     names = ("full", "blind", "swapped") if controls else ("full",)
     marks: dict[str, list[np.ndarray]] = {name: [] for name in (*names, "form", "answer")}
-    for sheet in exam(split, scenes):
+    for sheet in exam(split, scenes, model.device):
         for name in names:
             right = mark(architecture, model, sheet, blind=name == "blind", swapped=name == "swapped")
-            marks[name].append(right.numpy())
-        marks["form"].append(sheet.questions.form.numpy())
-        marks["answer"].append(sheet.questions.answer.numpy())
+            marks[name].append(right.cpu().numpy())
+        marks["form"].append(sheet.questions.form.cpu().numpy())
+        marks["answer"].append(sheet.questions.answer.cpu().numpy())
     columns = {name: np.concatenate(values) for name, values in marks.items()}
     form = columns.pop("form")
     answers = columns.pop("answer")

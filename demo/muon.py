@@ -57,7 +57,7 @@ class Muon:
         for parameter in matrices:
             by_shape.setdefault(parameter.shape, []).append(parameter)
         self.groups = list(by_shape.values())
-        self.buffers = [torch.zeros(len(group), *group[0].shape) for group in self.groups]
+        self.buffers = [torch.zeros(len(group), *group[0].shape, device=group[0].device) for group in self.groups]
         others = list(rest)
         self.adam = torch.optim.AdamW(
             [
@@ -91,5 +91,6 @@ class Muon:
         return {"buffers": self.buffers, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.buffers = [buffer.clone() for buffer in state["buffers"]]
+        for buffer, stored in zip(self.buffers, state["buffers"], strict=True):
+            buffer.copy_(stored)
         self.adam.load_state_dict(state["adam"])

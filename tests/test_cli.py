@@ -259,7 +259,7 @@ def test_doctor_where_everything_is_missing(call: Call, monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(doctor, "_version", lambda name: doctor.NOT_INSTALLED)
     findings = json.loads(call("doctor", "--json").out)
-    for name in ("transformers", "torch", "torchvision", "embedded model"):
+    for name in ("transformers", "torch", "torchvision", "embedded models"):
         assert findings[name] == "not installed"
     assert findings["triton"].startswith("not installed")
     assert findings["devices"] == []

@@ -278,7 +278,7 @@ def test_a_layer_outside_the_model(call: Call) -> None:
 
 
 def test_a_model_folder(photo: Path) -> None:
-    folder = str(visiontok.demo.WEIGHTS)
+    folder = str(visiontok.demo.WEIGHTS / "llava")
     result = run.run_job(
         image=str(photo), ask="how many objects are there?", model=folder, max_new_tokens=2, repeats=1, keep=0.5
     )

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from PIL import Image
 from test_engine import DEPTH, STEPS, generate
 from transformers import LlavaForConditionalGeneration
 
@@ -190,24 +189,22 @@ def asked(model, processor, chats):
 
 def test_pipeline():
     from transformers import pipeline
-    from visiontok.demo.scenes import questions, render
 
     from visiontok import demo
 
     model, processor = demo.load()
-    scenes = [render("heldout", index) for index in range(2)]
     chats = [
         [
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "image": Image.fromarray(scene.pixels)},
+                    {"type": "image", "image": picture},
                     {"type": "text", "text": question.text},
                 ],
             }
         ]
-        for scene in scenes
-        for question in questions(scene, 2)
+        for picture, questions in map(demo.scene, range(2))
+        for question in questions[:2]
     ]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     stock = asked(model, processor, chats)

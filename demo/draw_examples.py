@@ -1,7 +1,7 @@
 """Three pictures of the kinds of objects that the embedded models know, drawn with Pillow alone.
 
 Nothing here comes from the generator that the models are trained on: shapes are smooth, outlined or shaded, the pictures
-have other sizes, and one background is a kind that training never shows. `python demo/examples/draw.py` draws them anew.
+have other sizes, and one background is a kind that training never shows. `python -m visiontok.demo.draw_examples` draws them anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _polygon(x: float, y: float, radii: list[float], turn: float = -90) -> list[
 
 def _finish(image: Image.Image, name: str) -> None:
     size = image.width // _FINE, image.height // _FINE
-    image.resize(size, Image.Resampling.LANCZOS).save(Path(__file__).with_name(name))
+    image.resize(size, Image.Resampling.LANCZOS).save(Path(__file__).parent / "examples" / name)
 
 
 def still_life() -> None:

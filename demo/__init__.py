@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .questions import Question
 
-__all__ = ["WEIGHTS", "load", "measured", "models", "scene"]
+__all__ = ["WEIGHTS", "examples", "load", "measured", "models", "scene"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 _CANDIDATES = 16  # scenes from which `scene` takes the one with most kinds of questions
@@ -57,6 +57,15 @@ def measured(name: str = "llava") -> dict[str, Any]:
 
     result: dict[str, Any] = json.loads((_folder(name) / "accuracy.json").read_text())
     return result
+
+
+def examples() -> dict[Path, list[tuple[str, str]]]:
+    """Pictures that no generator of scenes has drawn, each with questions and their answers."""
+    import json
+
+    folder = Path(__file__).parent / "examples"
+    listed = json.loads((folder / "questions.json").read_text())
+    return {folder / name: [(text, answer) for text, answer in pairs] for name, pairs in listed.items()}
 
 
 def scene(seed: int = 0) -> tuple[Image, list[Question]]:

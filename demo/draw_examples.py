@@ -1,7 +1,7 @@
 """Three pictures of the kinds of objects that the embedded models know, drawn with Pillow alone.
 
-Nothing here comes from the generator that the models are trained on: shapes are smooth, outlined or shaded, the pictures
-have other sizes, and one background is a kind that training never shows. `python -m visiontok.demo.draw_examples` draws them anew.
+Nothing here comes from the generator that the models are trained on: edges are smooth, the pictures have other sizes,
+and two backgrounds are of kinds that training never shows. `python -m visiontok.demo.draw_examples` draws them anew.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from visiontok.demo import measure, packing, questions, raster, scenes, train
 from visiontok.demo import model as vlm
 from visiontok.demo.architectures import ARCHITECTURES
 
-from visiontok import demo
+from visiontok import demo, run
 
 MODELS = demo.models()
 
@@ -146,7 +146,7 @@ def test_packed_questions_are_separate_chats(untrained, pictures):
             turns = turns[-1:] if talk is None else turns
             inputs = _inputs(processor, [_chat(images, turns)])
             mine = [i for i, (b, t) in enumerate(places.tolist()) if b == row and packed.question[b, t] == question]
-            wanted = processor.tokenizer(turns[-1].answer, add_special_tokens=False).input_ids + [vlm.TOKEN_ID["</s>"]]
+            wanted = [*processor.tokenizer(turns[-1].answer, add_special_tokens=False).input_ids, vlm.TOKEN_ID["</s>"]]
             assert labels[mine].tolist() == wanted
             with torch.inference_mode():
                 alone = model(**inputs).logits[0, -1]
@@ -219,6 +219,13 @@ def test_the_weights_are_small_and_say_where_they_come_from(trained):
     assert recorded["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert recorded["commit"] != "unknown"
     assert "visiontok.demo.train" in recorded["command"]
+
+
+@pytest.mark.parametrize("path", sorted(demo.examples()), ids=lambda path: path.stem)
+def test_pictures_that_the_generator_did_not_draw(path):
+    for text, answer in demo.examples()[path]:
+        result = run.run_job(image=str(path), ask=text, keep=0.5, max_new_tokens=4, repeats=1)
+        assert result.stock.answer == answer, text
 
 
 # ---------------------------------------------------------------------------------------------------------- training

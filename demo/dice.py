@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -84,11 +85,12 @@ class Dice:
             count: how many to draw from the last dimension.
 
         Returns:
-            int64 (B, *S, count), indices in [0, M), and bool of the same shape, false where the mask allowed fewer.
+            int64 (B, *S, count), indices in [0, M), and bool of the same shape, false (and the index 0) where the mask
+            allowed fewer.
         """
         # The index breaks ties, so that the order does not depend on the device's sort.
         keys = (self.words(*mask.shape[1:]) << 16) + torch.arange(mask.shape[-1], device=mask.device)
         ranked = torch.where(mask, keys, -1).topk(min(count, mask.shape[-1]), dim=-1)
-        short = count - ranked.indices.shape[-1]
-        indices = torch.nn.functional.pad(ranked.indices, (0, short))
-        return indices, torch.nn.functional.pad(ranked.values >= 0, (0, short))
+        drawn = ranked.values >= 0
+        short = (0, count - drawn.shape[-1])
+        return pad(torch.where(drawn, ranked.indices, 0), short), pad(drawn, short)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dice import Dice
 from .glyphs import DIGITS, GLYPHS
-from .scenes import BACKGROUNDS, COLOR_NAMES, MOST_ALIKE, ON, PLURALS, SHAPES, SIDE, SIGN, Layout, withheld_pair
+from .scenes import BACKGROUNDS, COLOR_NAMES, ON, PLURALS, SHAPES, SIDE, SIGN, Layout, withheld_pair
 from .scenes import cell as cell_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
@@ -72,7 +72,7 @@ USUAL = {
 }
 _STREAM = 3  # of the dice
 _LEAST_OFFSET = 12  # pixels, between two things of which one is left of or above the other, and to the middle
-_LEAST_RATIO = 140  # percent, between the radii of two things of which one is larger
+_LEAST_RATIO = 160  # percent, between the radii of two things of which one is larger, however slender its shape
 _CELL_MARGIN = 5  # pixels, from an object's centre to the border of its cell
 
 
@@ -155,7 +155,7 @@ class _Asker:
         shapes = (layout.shape[..., None] == torch.arange(len(SHAPES), device=self.device)).long()  # (B, O, 7)
         self.of_color, self.of_shape, self.number = colors.sum(1), shapes.sum(1), there.sum(1)
         self.of_pair = torch.einsum("boc,bos->bcs", colors, shapes)  # (B, 8, 7)
-        self.subject = layout.novel if novel else there
+        self.subject = there & (withheld_pair(layout.color, layout.shape) == novel)
         alone = self.of_pair.flatten(1).gather(1, (layout.color * len(SHAPES) + layout.shape).clamp(min=0)) == 1
         self.unique = there & alone
 
@@ -214,7 +214,8 @@ class _Asker:
         pair = torch.where(truth, yes, no)
         answer = self._words(("no", "yes"))[truth.long()]
         gaps = torch.stack([pair // len(SHAPES), pair % len(SHAPES), pair, pair], -1)
-        form = torch.where(torch.where(truth, found, missing), _FORM["exist"], -1)
+        # Where one of them is missing neither is asked, or the answers would lose their balance.
+        form = torch.where(found & missing, _FORM["exist"], -1)
         return _questions(form, gaps, answer)
 
     def count(self, n: int) -> Questions:
@@ -225,9 +226,8 @@ class _Asker:
         number = torch.cat([self.number[:, None], of_color, of_shape], 1).gather(1, which)
         form = torch.tensor([_FORM["count"], _FORM["count color"], _FORM["count shape"]], device=self.device)[which]
         planted = torch.stack([layout.planted_color, layout.planted_shape] * 2, -1)[:, None].expand(-1, n, -1)
-        # The plan holds MOST_ALIKE at most; a novel object may exceed it.
-        found = found & ((which == 0) | (number <= MOST_ALIKE))
-        return _questions(torch.where(found, form, -1), planted, self._words(GLYPHS[:DIGITS])[number])
+        found &= number < DIGITS  # an answer is one word
+        return _questions(torch.where(found, form, -1), planted, self._words(GLYPHS)[number])
 
     def position(self, n: int) -> Questions:
         layout, dice = self.layout, self.dice
@@ -261,7 +261,8 @@ class _Asker:
 
     def read(self, n: int) -> Questions:
         layout = self.layout
-        thing, found = self.dice.choose(self.unique & self.subject & (layout.glyph >= 0), n)
+        subject = layout.novel if self.novel else layout.there
+        thing, found = self.dice.choose(self.unique & subject & (layout.glyph >= 0), n)
         glyph = layout.glyph.gather(1, thing)
         which = 2 * (layout.side.gather(1, thing) == ON).long() + (glyph >= DIGITS).long()
         form = _FORM["read digit next to"] + which

@@ -201,21 +201,19 @@ def _kinds(dice: Dice, style: Style) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with_color = slots < alike[:, :1]
     order = torch.where(there, dice.words(most), 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
     with_shape = order < alike[:, 1:]
-    # In the novel style the first object is new to the model, and some others are.
-    novel = (slots == 0) | dice.chance(40, most) if style.novel else torch.zeros_like(there)
+    novel = torch.zeros_like(there)
+    if style.novel:
+        # The first object that the plan lets be new to the model is, and some others are. Black is in no withheld pair.
+        can = there & ~(with_color & (with_shape | (planted_color == len(SHAPES))[:, None]))
+        novel = can & ((can.cumsum(1) == 1) | dice.chance(40, most))
 
-    colors = torch.arange(len(COLOR_NAMES), device=slots.device)
-    shapes = torch.arange(len(SHAPES), device=slots.device)
-    allowed = (colors == planted_color[:, None, None]) == with_color[..., None]  # (B, O, colours)
-    allowed &= ~(with_shape[..., None] & withheld_pair(colors, planted_shape[:, None, None]))
-    allowed = torch.where(novel[..., None], colors < len(SHAPES), allowed)
-    color = dice.choose(allowed)[0].squeeze(-1)
-    allowed = (shapes == planted_shape[:, None, None]) == with_shape[..., None]  # (B, O, shapes)
-    allowed = torch.where(novel[..., None], True, allowed) & (
-        withheld_pair(color[..., None], shapes) == novel[..., None]
-    )
-    shape = dice.choose(allowed)[0].squeeze(-1)
-    return torch.where(there, color, -1), torch.where(there, shape, -1), planted_color, planted_shape
+    pairs = torch.arange(len(COLOR_NAMES) * len(SHAPES), device=slots.device)
+    colors, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
+    allowed = (colors == planted_color[:, None, None]) == with_color[..., None]  # (B, O, pairs)
+    allowed &= (shapes == planted_shape[:, None, None]) == with_shape[..., None]
+    allowed &= withheld_pair(colors, shapes) == novel[..., None]
+    pair = torch.where(there, dice.choose(allowed)[0].squeeze(-1), -1)
+    return torch.where(there, colors[pair], -1), torch.where(there, shapes[pair], -1), planted_color, planted_shape
 
 
 def _sizes(dice: Dice, odds: tuple[int, int, int], *shape: int) -> Tensor:

@@ -29,7 +29,7 @@ class Pictures:
     Attributes:
         pixels: uint8 (B, SIDE, SIDE, 3), RGB.
         objects: uint8 (B, SIDE, SIDE), 1 + index of the object drawn there, 0 elsewhere.
-        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose glyph is drawn there, outline included, 0 elsewhere.
+        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose glyph, outline included, is drawn there, 0 elsewhere.
         signs: uint8 (B, SIDE, SIDE), 1 + index of the sign's glyph drawn there, 0 elsewhere.
     """
 
@@ -154,10 +154,12 @@ def _background(dice: Dice, pattern: Tensor) -> Tensor:
             across, down = ((2 * (places[of] % step[of]) - step[of]) ** 2).to(torch.int32).unbind(1)
             mask[of] = across[:, None] + down[:, :, None] < ((period * dots // 100) ** 2)[of, None, None]
     ramp = 2 * torch.arange(SIDE, device=device) - SIDE
-    down, across = (ramp[:, None] * slope[:, :, None] // SIDE).to(torch.int16).unbind(1)  # (B, SIDE, 3) each
-    flat = (flat[:, None] + torch.stack([torch.zeros_like(tone), tone], 1)[..., None]).to(torch.int16)  # (B, 2, 3)
-    toned = torch.where(mask[..., None], flat[:, 1, None, None], flat[:, 0, None, None])
-    return (toned + (down[:, :, None] + across[:, None])).clamp_(0, 255).to(torch.uint8)
+    down, across = (ramp * slope[..., None] // SIDE).to(torch.int16).unbind(1)  # (B, 3, SIDE) each
+    toned = mask * tone.to(torch.int16)[:, None, None]
+    # Colour by colour, since a last dimension of three is slow.
+    planes = toned[:, None] + (flat.to(torch.int16)[..., None] + down)[..., None]  # (B, 3, SIDE, SIDE)
+    planes += across[..., None, :]
+    return torch.stack(planes.clamp_(0, 255).to(torch.uint8).unbind(1), -1)
 
 
 def _stamp(image: Tensor, mask: Tensor, x: Tensor, y: Tensor, color: Tensor) -> tuple[Tensor, ...]:

@@ -261,37 +261,33 @@ def lay_out(seeds: Tensor, style: Style = NORMAL) -> Layout:
     down = _table((0, 1, 0, -1, 0), seeds)[side]
     offset_x, offset_y = right * (reaches + half_width + 1), down * (reaches + half_height + 1)
 
+    outward = _table((-1, -1, 1, 1), seeds)
     with_sign = dice.chance(style.sign_percent)
     sign_size = _sizes(dice, style.glyph_odds)
     sign_height, sign_width = _table([sign_halves(size) for size in range(len(SIZES))], seeds)[sign_size].unbind(-1)
     sign_x = sign_width + 2 + dice.below(SIDE - 2 * sign_width - 4)
     sign_y = sign_height + 2 + dice.below(SIDE - 2 * sign_height - 4)
-    nowhere = _table((-SIDE, -SIDE, -SIDE, -SIDE), seeds)
-    sign_box = torch.stack([sign_x - sign_width, sign_y - sign_height, sign_x + sign_width, sign_y + sign_height], -1)
-    boxes = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, objects so far, 4)
+    sign_box = torch.stack([sign_x, sign_y] * 2, -1) + outward * torch.stack([sign_width, sign_height] * 2, -1)
+    nowhere = torch.full_like(outward, -SIDE)
+    taken = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, boxes so far, 4)
+
+    # The box of an object and its glyph around the object's centre, and places where it lies inside the picture.
+    hull = outward * reaches[..., None]  # (B, O, 4)
+    label = torch.stack([offset_x, offset_y] * 2, -1) + outward * torch.stack([half_width, half_height] * 2, -1)
+    both = torch.cat([torch.minimum(hull, label)[..., :2], torch.maximum(hull, label)[..., 2:]], -1)
+    hull = torch.where(labelled[..., None], both, hull)
+    first, last = 1 - hull[..., :2], SIDE - 2 - hull[..., 2:]
+    tries = first[:, :, None] + dice.below((last - first + 1)[:, :, None], most, _TRIES, 2)
+    boxes = torch.cat([tries, tries], -1) + hull[:, :, None]  # (B, O, tries, 4)
 
     places = []
     for slot in range(most):
-        reach = reaches[:, slot, None]
-        free = SIDE - 2 * reach - 2
-        x = reach + 1 + dice.below(free, _TRIES)
-        y = reach + 1 + dice.below(free, _TRIES)
-        box = torch.stack([x - reach, y - reach, x + reach, y + reach], -1)  # (B, tries, 4)
-        glyph_x, glyph_y = x + offset_x[:, slot, None], y + offset_y[:, slot, None]
-        width, height = half_width[:, slot, None], half_height[:, slot, None]
-        glyph_box = torch.stack([glyph_x - width, glyph_y - height, glyph_x + width, glyph_y + height], -1)
-        both = torch.cat([torch.minimum(box[..., :2], glyph_box[..., :2]), torch.maximum(box, glyph_box)[..., 2:]], -1)
-        box = torch.where(labelled[:, slot, None, None], both, box)
-        fits = ((box[..., :2] >= 1) & (box[..., 2:] <= SIDE - 2)).all(-1)
-        fits &= ~_boxes_meet(box[:, :, None], boxes[:, None], style.gap).any(-1)
-        found = fits.any(1) & (color[:, slot] >= 0)
-        first = fits.int().argmax(1, keepdim=True)
-        place = torch.cat([x.gather(1, first), y.gather(1, first)], 1)
-        places.append(torch.where(found[:, None], place, -1))
-        box = box.gather(1, first[..., None].expand(-1, -1, 4))
-        boxes = torch.cat([boxes, torch.where(found[:, None, None], box, nowhere)], 1)
+        fits = ~_boxes_meet(boxes[:, slot, :, None], taken[:, None], style.gap).any(-1) & (color[:, slot, None] >= 0)
+        found, which = fits.any(1)[:, None, None], fits.int().argmax(1)[:, None, None]
+        places.append(torch.where(found, tries[:, slot].gather(1, which.expand(-1, 1, 2)), -1))
+        taken = torch.cat([taken, torch.where(found, boxes[:, slot].gather(1, which.expand(-1, 1, 4)), nowhere)], 1)
 
-    x, y = torch.stack(places, 1).unbind(-1)
+    x, y = torch.cat(places, 1).unbind(-1)
     there = x >= 0
     labelled &= there
     glyph_x, glyph_y = x + offset_x, y + offset_y

@@ -6,6 +6,7 @@ is drawn so that the wording alone says nothing about the answer beyond how ofte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,10 +127,11 @@ class Questions:
         ]
 
 
-def _ids(words: Sequence[str]) -> Tensor:
-    return torch.tensor([TOKEN_ID[word] for word in words])
+def _ids(words: Sequence[str], device: torch.device) -> Tensor:
+    return torch.tensor([TOKEN_ID[word] for word in words], device=device)
 
 
+@functools.cache
 def _compiled(device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """Forms as (forms, L) token ids, -1 - gap for a gap; of each gap the column of `gaps` and the words it takes."""
     gaps = {"color": 0, "shape": 1, "color2": 2, "shape2": 3, "plural": 1, "background": 0}
@@ -140,7 +142,7 @@ def _compiled(device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     ]
     longest = max(map(len, rows))
     forms = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    return forms, [(column, _ids(_TABLES[name.rstrip("2")]).to(device)) for name, column in gaps.items()]
+    return forms, [(column, _ids(_TABLES[name.rstrip("2")], device)) for name, column in gaps.items()]
 
 
 class _Asker:
@@ -160,7 +162,7 @@ class _Asker:
         self.unique = there & alone
 
     def _words(self, words: Sequence[str]) -> Tensor:
-        return _ids(words).to(self.device)
+        return _ids(words, self.device)
 
     def _asked(
         self,

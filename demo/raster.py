@@ -86,7 +86,7 @@ def _stencil(shape: str, radius: int, degree: int, half: int) -> np.ndarray:
 @functools.cache
 def _shapes(device: torch.device) -> Tensor:
     """bool (shapes, radii, turns, E, E): every shape at every size and angle, around its centre."""
-    half = int(extent(torch.tensor(_LARGEST)))
+    half = int(extent(torch.tensor(_LARGEST, device=device)))
     atlas = np.zeros((len(SHAPES), _LARGEST + 1, len(_TURNS), 2 * half + 1, 2 * half + 1), bool)
     for index, shape in enumerate(SHAPES):
         for radius in range(5, _LARGEST + 1):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dice import Dice
 from .glyphs import BITMAPS, SIZES
-from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, Layout, extent, sign_halves
+from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, SIGN_HALVES, Layout, extent
 
 _STREAM = 2  # of the dice
 _UNIT = 1024  # fixed point: one pixel, and 1.0 of sine and cosine
@@ -29,7 +29,7 @@ class Pictures:
     Attributes:
         pixels: uint8 (B, SIDE, SIDE, 3), RGB.
         objects: uint8 (B, SIDE, SIDE), 1 + index of the object drawn there, 0 elsewhere.
-        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose glyph, outline included, is drawn there, 0 elsewhere.
+        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose glyph is there, with its outline, 0 elsewhere.
         signs: uint8 (B, SIDE, SIDE), 1 + index of the sign's glyph drawn there, 0 elsewhere.
     """
 
@@ -116,10 +116,10 @@ def _glyphs(device: torch.device) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _boards(device: torch.device) -> Tensor:
     """bool (sizes, h, w): the boards of signs with glyphs of every size."""
-    halves = [sign_halves(size) for size in range(len(SIZES))]
-    tall, wide = (max(half) for half in zip(*halves, strict=True))
+    wide, tall = (max(half) for half in zip(*SIGN_HALVES, strict=True))
     y, x = np.mgrid[-tall : tall + 1, -wide : wide + 1]
-    return torch.from_numpy(np.stack([(abs(y) <= half[0]) & (abs(x) <= half[1]) for half in halves])).to(device)
+    boards = [(abs(x) <= half[0]) & (abs(y) <= half[1]) for half in SIGN_HALVES]
+    return torch.from_numpy(np.stack(boards)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing

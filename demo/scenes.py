@@ -34,6 +34,9 @@ BACKGROUNDS = ("plain", "striped", "checkered", "dotted")
 MOST_ALIKE = 3  # objects of the planted colour, and of the planted shape
 SIGN = 3  # glyphs on a sign
 SIGN_GAP = 3  # pixels between them
+# Half the width and half the height of outlined glyphs of each of SIZES, and of signs with such glyphs, in pixels.
+GLYPH_HALVES = [(width // 2 + 1, height // 2 + 1) for height, width in SIZES]
+SIGN_HALVES = [((SIGN * (width + SIGN_GAP) + 3) // 2, height // 2 + 3) for height, width in SIZES]
 
 # Where the seeds of each split begin; a split has as many as there are up to the next.
 SPLITS = {
@@ -177,12 +180,6 @@ def extent(radius: Tensor) -> Tensor:
     return radius * 115 // 100 + 1
 
 
-def sign_halves(size: int) -> tuple[int, int]:
-    """Half the height and half the width of a sign whose glyphs have this of glyphs.SIZES, in pixels."""
-    height, width = SIZES[size]
-    return height // 2 + 3, (SIGN * (width + SIGN_GAP) + 3) // 2
-
-
 def _kinds(dice: Dice, style: Style) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Colour and shape of the objects, (B, O), -1 beyond the last; planted colour and shape, (B,).
 
@@ -225,7 +222,17 @@ def _table(values: object, like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device)
 
 
-def _boxes_meet(box: Tensor, other: Tensor, gap: int) -> Tensor:
+def box(x: Tensor, y: Tensor, half_width: Tensor, half_height: Tensor) -> Tensor:
+    """The box around a centre: left, top, right and bottom in the last dimension, in pixels."""
+    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
+
+
+def union(box: Tensor, other: Tensor) -> Tensor:
+    """The smallest box that holds two."""
+    return torch.cat([torch.minimum(box, other)[..., :2], torch.maximum(box, other)[..., 2:]], -1)
+
+
+def boxes_meet(box: Tensor, other: Tensor, gap: int) -> Tensor:
     """Whether boxes (left, top, right, bottom) in the last dimension come closer than `gap` pixels."""
     return ((box[..., :2] < other[..., 2:] + gap) & (other[..., :2] < box[..., 2:] + gap)).all(-1)
 
@@ -247,42 +254,38 @@ def lay_out(seeds: Tensor, style: Style = NORMAL) -> Layout:
     color, shape, planted_color, planted_shape = _kinds(dice, style)
     most = color.shape[1]
     device = seeds.device
-    halves = _table([(height // 2 + 1, width // 2 + 1) for height, width in SIZES], seeds)  # of the outlined glyph
-
     radius = dice.between(*style.radius, most)
     side = dice.below(4, most)
     roomy = ((shape == SHAPES.index("circle")) | (shape == SHAPES.index("square"))) & (radius >= 14)
     side = torch.where(roomy & dice.chance(60, most), ON, side)
     labelled = dice.chance(style.glyph_percent, most)
     glyph_size = _sizes(dice, style.glyph_odds, most)
-    half_height, half_width = halves[glyph_size].unbind(-1)
+    half_width, half_height = _table(GLYPH_HALVES, seeds)[glyph_size].unbind(-1)
     reaches = extent(radius)
     right = _table((1, 0, -1, 0, 0), seeds)[side]
     down = _table((0, 1, 0, -1, 0), seeds)[side]
     offset_x, offset_y = right * (reaches + half_width + 1), down * (reaches + half_height + 1)
 
-    outward = _table((-1, -1, 1, 1), seeds)
     with_sign = dice.chance(style.sign_percent)
     sign_size = _sizes(dice, style.glyph_odds)
-    sign_height, sign_width = _table([sign_halves(size) for size in range(len(SIZES))], seeds)[sign_size].unbind(-1)
+    sign_width, sign_height = _table(SIGN_HALVES, seeds)[sign_size].unbind(-1)
     sign_x = sign_width + 2 + dice.below(SIDE - 2 * sign_width - 4)
     sign_y = sign_height + 2 + dice.below(SIDE - 2 * sign_height - 4)
-    sign_box = torch.stack([sign_x, sign_y] * 2, -1) + outward * torch.stack([sign_width, sign_height] * 2, -1)
-    nowhere = torch.full_like(outward, -SIDE)
+    sign_box = box(sign_x, sign_y, sign_width, sign_height)
+    nowhere = _table([-SIDE] * 4, seeds)
     taken = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, boxes so far, 4)
 
     # The box of an object and its glyph around the object's centre, and places where it lies inside the picture.
-    hull = outward * reaches[..., None]  # (B, O, 4)
-    label = torch.stack([offset_x, offset_y] * 2, -1) + outward * torch.stack([half_width, half_height] * 2, -1)
-    both = torch.cat([torch.minimum(hull, label)[..., :2], torch.maximum(hull, label)[..., 2:]], -1)
-    hull = torch.where(labelled[..., None], both, hull)
+    zero = torch.zeros_like(reaches)
+    hull, label = box(zero, zero, reaches, reaches), box(offset_x, offset_y, half_width, half_height)  # (B, O, 4)
+    hull = torch.where(labelled[..., None], union(hull, label), hull)
     first, last = 1 - hull[..., :2], SIDE - 2 - hull[..., 2:]
     tries = first[:, :, None] + dice.below((last - first + 1)[:, :, None], most, _TRIES, 2)
     boxes = torch.cat([tries, tries], -1) + hull[:, :, None]  # (B, O, tries, 4)
 
     places = []
     for slot in range(most):
-        fits = ~_boxes_meet(boxes[:, slot, :, None], taken[:, None], style.gap).any(-1) & (color[:, slot, None] >= 0)
+        fits = ~boxes_meet(boxes[:, slot, :, None], taken[:, None], style.gap).any(-1) & (color[:, slot, None] >= 0)
         found, which = fits.any(1)[:, None, None], fits.int().argmax(1)[:, None, None]
         places.append(torch.where(found, tries[:, slot].gather(1, which.expand(-1, 1, 2)), -1))
         taken = torch.cat([taken, torch.where(found, boxes[:, slot].gather(1, which.expand(-1, 1, 4)), nowhere)], 1)

@@ -147,6 +147,10 @@ class Layout:
         return self.there & (withheld_pair(self.color, self.shape) | glyph)
 
 
+# The fields of a layout that are -1 for an object that is not there.
+PER_OBJECT = ("color", "shape", "x", "y", "radius", "glyph", "side", "glyph_size", "glyph_x", "glyph_y")
+
+
 def cell(x: Tensor, y: Tensor) -> Tensor:
     """Index of the cell of a 3 x 3 grid, row by row, that holds a place."""
     return y * 3 // SIDE * 3 + x * 3 // SIDE

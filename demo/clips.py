@@ -164,7 +164,7 @@ def ask(clips: Clips) -> Questions:
     device = event.device
     dice = Dice(scene.seeds, _STREAM + 1)
     color, shape = (value.gather(1, clips.actor[:, None]) for value in (scene.color, scene.shape))
-    actor = torch.stack([color, shape, event.clamp(min=0), event], -1)  # (B, 1, 4)
+    actor = torch.stack([color, shape, event, event], -1)  # (B, 1, 4)
 
     def asked(name: str, valid: Tensor, gaps: Tensor, answer: Tensor) -> Questions:
         return padded(torch.where(valid, FORM_NAMES.index(f"video {name}"), -1), gaps, answer)

@@ -461,6 +461,11 @@ def test_the_words_of_a_question_are_its_tokens():
 # --------------------------------------------------------------------------------------------------- what is withheld
 
 
+def test_cells_are_thirds_of_the_picture():
+    place = torch.arange(SIDE)
+    assert torch.equal(scenes.cell(place, place[:, None]), place[:, None] // 48 * 3 + place // 48)
+
+
 @pytest.mark.parametrize("split", ["heldout", "detail", "train"])
 def test_withheld_compositions_are_never_shown(split):
     for world in worlds(lay_out(split, 300)):

@@ -29,7 +29,7 @@ class Pictures:
     Attributes:
         pixels: uint8 (B, SIDE, SIDE, 3), RGB.
         objects: uint8 (B, SIDE, SIDE), 1 + index of the object drawn there, 0 elsewhere.
-        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose glyph is there, with its outline, 0 elsewhere.
+        labels: uint8 (B, SIDE, SIDE), 1 + index of the object whose outlined glyph is drawn there, 0 elsewhere.
         signs: uint8 (B, SIDE, SIDE), 1 + index of the sign's glyph drawn there, 0 elsewhere.
     """
 

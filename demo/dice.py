@@ -6,11 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_AHEAD = 64  # counters for which words are drawn at a time: many small calls would cost more than their numbers
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
@@ -44,7 +46,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 class Dice:
     """Random integers for B seeds at once.
 
-    What a call returns for a seed depends on the seed, the stream and how many calls came before, never on the batch.
+    What a call returns for a seed depends on the seed, the stream and how much was drawn before, never on the batch.
 
     Args:
         seeds: int64 (B,), each in [0, 2^63).
@@ -53,16 +55,21 @@ class Dice:
 
     def __init__(self, seeds: Tensor, stream: int):
         self.seeds, self.stream = seeds, stream
-        self._calls = 0
+        self._spare = seeds.new_empty(len(seeds), 0)
+        self._counter = 0
 
     def words(self, *shape: int) -> Tensor:
         """int64 (B, *shape), uniform in [0, 2^32)."""
         count = math.prod(shape)
-        blocks = torch.arange(-(-count // 4), device=self.seeds.device)
-        seeds, calls = self.seeds[:, None], torch.full_like(blocks, self._calls)
-        drawn = philox((blocks, calls, seeds & _MASK, seeds >> 32), (self.stream, 0))
-        self._calls += 1
-        return drawn.flatten(1)[:, :count].view(-1, *shape)
+        short = count - self._spare.shape[1]
+        if short > 0:
+            stop = self._counter + max(-(-short // 4), _AHEAD)
+            counters = torch.arange(self._counter, stop, device=self.seeds.device)
+            seeds, zero = self.seeds[:, None], torch.zeros_like(counters)
+            drawn = philox((counters, zero, seeds & _MASK, seeds >> 32), (self.stream, 0))
+            self._spare, self._counter = torch.cat([self._spare, drawn.flatten(1)], 1), stop
+        drawn, self._spare = self._spare[:, :count], self._spare[:, count:]
+        return drawn.reshape(len(self.seeds), *shape)
 
     def below(self, stop: int | Tensor, *shape: int) -> Tensor:
         """int64 (B, *shape), uniform in [0, stop); `stop` is at most 2^31 and may be a tensor (B, *shape)."""
@@ -84,11 +91,12 @@ class Dice:
             count: how many to draw from the last dimension.
 
         Returns:
-            int64 (B, *S, count), indices in [0, M), and bool of the same shape, false where the mask allowed fewer.
+            int64 (B, *S, count), indices in [0, M), and bool of the same shape, false (and the index 0) where the mask
+            allowed fewer.
         """
         # The index breaks ties, so that the order does not depend on the device's sort.
         keys = (self.words(*mask.shape[1:]) << 16) + torch.arange(mask.shape[-1], device=mask.device)
         ranked = torch.where(mask, keys, -1).topk(min(count, mask.shape[-1]), dim=-1)
-        short = count - ranked.indices.shape[-1]
-        indices = torch.nn.functional.pad(ranked.indices, (0, short))
-        return indices, torch.nn.functional.pad(ranked.values >= 0, (0, short))
+        drawn = ranked.values >= 0
+        short = (0, count - drawn.shape[-1])
+        return pad(torch.where(drawn, ranked.indices, 0), short), pad(drawn, short)

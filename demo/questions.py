@@ -6,6 +6,7 @@ is drawn so that the wording alone says nothing about the answer beyond how ofte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .dice import Dice
 from .glyphs import DIGITS, GLYPHS
-from .scenes import BACKGROUNDS, COLOR_NAMES, MOST_ALIKE, ON, PLURALS, SHAPES, SIDE, SIGN, Layout, withheld_pair
+from .scenes import BACKGROUNDS, COLOR_NAMES, ON, PLURALS, SHAPES, SIDE, SIGN, Layout, withheld_pair
 from .scenes import cell as cell_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
@@ -27,7 +28,16 @@ _WORDS = tuple(
 VOCABULARY = tuple(dict.fromkeys((*SPECIAL, *_WORDS, *COLOR_NAMES, *SHAPES, *PLURALS, *GLYPHS, *BACKGROUNDS)))
 TOKEN_ID = {token: index for index, token in enumerate(VOCABULARY)}
 
-_TABLES = {"color": COLOR_NAMES, "shape": SHAPES, "plural": PLURALS, "background": BACKGROUNDS}
+EVENTS = ("moves", "appears", "disappears", "changes")  # what can happen in a video
+MOMENTS = ("start", "end")
+_TABLES = {
+    "color": COLOR_NAMES,
+    "shape": SHAPES,
+    "plural": PLURALS,
+    "background": BACKGROUNDS,
+    "event": EVENTS,
+    "moment": MOMENTS,
+}
 # Gaps are filled from the table of their name with the first or the second thing asked about.
 FORMS = {
     "color": "what color is the {shape}",
@@ -51,10 +61,19 @@ FORMS = {
     "pair has": "which picture has a {color} {shape}",
     "pair more": "which picture has more objects",
     "pair background": "which picture has a {background} background",
+    "video way": "the {color} {shape} moves left or right or up or down",
+    "video what": "what object {event}",
+    "video color": "the {color} {shape} changes to what color",
+    "video half": "the {color} {shape} {event} in the first or second half",
+    "video exist": "is there a {color} {shape} at the {moment}",
+    "video count": "how many objects are there at the {moment}",
 }
 FORM_NAMES = tuple(FORMS)
 _FORM = {name: index for index, name in enumerate(FORM_NAMES)}
-KINDS = ("color", "shape", "exist", "count", "position", "compare", "read", "ground", "sign", "background", "pair")
+KINDS = (
+    *("color", "shape", "exist", "count", "position", "compare", "read", "ground", "sign", "background"),
+    *("pair", "video"),
+)
 KIND_OF_FORM = tuple("position" if "or" in name.split() else name.split()[0] for name in FORM_NAMES)
 
 # How many questions of each kind are drawn for a scene, where it has them.
@@ -72,7 +91,7 @@ USUAL = {
 }
 _STREAM = 3  # of the dice
 _LEAST_OFFSET = 12  # pixels, between two things of which one is left of or above the other, and to the middle
-_LEAST_RATIO = 140  # percent, between the radii of two things of which one is larger
+_LEAST_RATIO = 160  # percent, between the radii of two things of which one is larger, however slender its shape
 _CELL_MARGIN = 5  # pixels, from an object's centre to the border of its cell
 
 
@@ -92,7 +111,7 @@ class Questions:
     Attributes:
         form: (B, Q), index into FORM_NAMES, -1 where there is no question.
         gaps: (B, Q, 4), what fills the gaps: colour and shape of the first thing and of the second. A background
-            stands in the first.
+            stands in the first, an event or a moment in the third.
         answer: (B, Q, 3), token ids, 0 beyond the last.
     """
 
@@ -126,13 +145,15 @@ class Questions:
         ]
 
 
-def _ids(words: Sequence[str]) -> Tensor:
-    return torch.tensor([TOKEN_ID[word] for word in words])
+def word_ids(words: Sequence[str], device: torch.device) -> Tensor:
+    """int64 (words,): their token ids."""
+    return torch.tensor([TOKEN_ID[word] for word in words], device=device)
 
 
+@functools.cache
 def _compiled(device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """Forms as (forms, L) token ids, -1 - gap for a gap; of each gap the column of `gaps` and the words it takes."""
-    gaps = {"color": 0, "shape": 1, "color2": 2, "shape2": 3, "plural": 1, "background": 0}
+    gaps = {"color": 0, "shape": 1, "color2": 2, "shape2": 3, "plural": 1, "background": 0, "event": 2, "moment": 2}
     names = list(gaps)
     rows = [
         [-1 - names.index(word[1:-1]) if word.startswith("{") else TOKEN_ID[word] for word in form.split()]
@@ -140,7 +161,7 @@ def _compiled(device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     ]
     longest = max(map(len, rows))
     forms = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    return forms, [(column, _ids(_TABLES[name.rstrip("2")]).to(device)) for name, column in gaps.items()]
+    return forms, [(column, word_ids(_TABLES[name.rstrip("2")], device)) for name, column in gaps.items()]
 
 
 class _Asker:
@@ -155,12 +176,12 @@ class _Asker:
         shapes = (layout.shape[..., None] == torch.arange(len(SHAPES), device=self.device)).long()  # (B, O, 7)
         self.of_color, self.of_shape, self.number = colors.sum(1), shapes.sum(1), there.sum(1)
         self.of_pair = torch.einsum("boc,bos->bcs", colors, shapes)  # (B, 8, 7)
-        self.subject = layout.novel if novel else there
+        self.subject = there & (withheld_pair(layout.color, layout.shape) == novel)
         alone = self.of_pair.flatten(1).gather(1, (layout.color * len(SHAPES) + layout.shape).clamp(min=0)) == 1
         self.unique = there & alone
 
     def _words(self, words: Sequence[str]) -> Tensor:
-        return _ids(words).to(self.device)
+        return word_ids(words, self.device)
 
     def _asked(
         self,
@@ -177,7 +198,7 @@ class _Asker:
             if thing is not None:
                 gaps[..., at] = self.layout.color.gather(1, thing)
                 gaps[..., at + 1] = self.layout.shape.gather(1, thing)
-        return _questions(torch.where(valid, index, -1), gaps, answer)
+        return padded(torch.where(valid, index, -1), gaps, answer)
 
     def _second(self, first: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
         """Another unique object for each of `first` (B, n), out of those that fit (B, n, O)."""
@@ -214,8 +235,9 @@ class _Asker:
         pair = torch.where(truth, yes, no)
         answer = self._words(("no", "yes"))[truth.long()]
         gaps = torch.stack([pair // len(SHAPES), pair % len(SHAPES), pair, pair], -1)
-        form = torch.where(torch.where(truth, found, missing), _FORM["exist"], -1)
-        return _questions(form, gaps, answer)
+        # Where one of them is missing neither is asked, or the answers would lose their balance.
+        form = torch.where(found & missing, _FORM["exist"], -1)
+        return padded(form, gaps, answer)
 
     def count(self, n: int) -> Questions:
         layout = self.layout
@@ -225,9 +247,8 @@ class _Asker:
         number = torch.cat([self.number[:, None], of_color, of_shape], 1).gather(1, which)
         form = torch.tensor([_FORM["count"], _FORM["count color"], _FORM["count shape"]], device=self.device)[which]
         planted = torch.stack([layout.planted_color, layout.planted_shape] * 2, -1)[:, None].expand(-1, n, -1)
-        # The plan holds MOST_ALIKE at most; a novel object may exceed it.
-        found = found & ((which == 0) | (number <= MOST_ALIKE))
-        return _questions(torch.where(found, form, -1), planted, self._words(GLYPHS[:DIGITS])[number])
+        found &= number < DIGITS  # an answer is one word
+        return padded(torch.where(found, form, -1), planted, self._words(GLYPHS)[number])
 
     def position(self, n: int) -> Questions:
         layout, dice = self.layout, self.dice
@@ -261,7 +282,8 @@ class _Asker:
 
     def read(self, n: int) -> Questions:
         layout = self.layout
-        thing, found = self.dice.choose(self.unique & self.subject & (layout.glyph >= 0), n)
+        subject = layout.novel if self.novel else layout.there
+        thing, found = self.dice.choose(self.unique & subject & (layout.glyph >= 0), n)
         glyph = layout.glyph.gather(1, thing)
         which = 2 * (layout.side.gather(1, thing) == ON).long() + (glyph >= DIGITS).long()
         form = _FORM["read digit next to"] + which
@@ -287,14 +309,14 @@ class _Asker:
         return self._asked("background", asked, answer[:, None].expand(-1, n))
 
 
-def _questions(form: Tensor, gaps: Tensor, answer: Tensor) -> Questions:
+def padded(form: Tensor, gaps: Tensor, answer: Tensor) -> Questions:
     """Questions whose answers (B, Q) or (B, Q, words) are padded to SIGN words."""
     answer = answer[..., None] if answer.ndim == 2 else answer
     answer = torch.nn.functional.pad(answer, (0, SIGN - answer.shape[-1]))
     return Questions(form, gaps, torch.where(form[..., None] >= 0, answer, 0))
 
 
-def _join(parts: Sequence[Questions]) -> Questions:
+def joined(parts: Sequence[Questions]) -> Questions:
     """All questions of the parts, without those worded like an earlier one about the same scene."""
     form, gaps, answer = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("form", "gaps", "answer"))
     words = Questions(form, gaps, answer).token_ids()
@@ -316,7 +338,7 @@ def ask(layout: Layout, wanted: Mapping[str, int] = USUAL, novel: bool = False) 
     """
     asker = _Asker(layout, novel)
     makers: dict[str, Callable[[int], Questions]] = {kind: getattr(asker, kind) for kind in wanted}
-    return _join([makers[kind](number) for kind, number in wanted.items()])
+    return joined([makers[kind](number) for kind, number in wanted.items()])
 
 
 def converse(questions: Questions, seeds: Tensor, turns: int, percent: int = 100) -> tuple[Questions, Tensor]:
@@ -362,11 +384,11 @@ def ask_pairs(layout: Layout, count: int = 6) -> Questions:
     other = present.gather(1, 1 - side[..., None].expand(-1, -1, present.shape[-1]))
     pair, found = (drawn.squeeze(-1) for drawn in dice.choose(here & ~other))
     gaps = torch.stack([pair // len(SHAPES), pair % len(SHAPES), pair, pair], -1)
-    which_has = _questions(torch.where(found, _FORM["pair has"], -1), gaps, words[side])
+    which_has = padded(torch.where(found, _FORM["pair has"], -1), gaps, words[side])
     number, backdrop = asker.number.view(pairs, 2), layout.background.view(pairs, 2)
     more = torch.where(number[:, :1] != number[:, 1:], _FORM["pair more"], -1)
-    which_more = _questions(more, gaps[:, :1], words[number.argmax(1, keepdim=True)])
+    which_more = padded(more, gaps[:, :1], words[number.argmax(1, keepdim=True)])
     side = dice.below(2, 1)
     form = torch.where(backdrop[:, :1] != backdrop[:, 1:], _FORM["pair background"], -1)
-    which_background = _questions(form, backdrop.gather(1, side)[..., None].expand(-1, -1, 4), words[side])
-    return _join([which_has, which_more, which_background])
+    which_background = padded(form, backdrop.gather(1, side)[..., None].expand(-1, -1, 4), words[side])
+    return joined([which_has, which_more, which_background])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dice import Dice
 from .glyphs import BITMAPS, SIZES
-from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, Layout, extent, sign_halves
+from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, SIGN_HALVES, Layout, extent
 
 _STREAM = 2  # of the dice
 _UNIT = 1024  # fixed point: one pixel, and 1.0 of sine and cosine
@@ -86,7 +86,7 @@ def _stencil(shape: str, radius: int, degree: int, half: int) -> np.ndarray:
 @functools.cache
 def _shapes(device: torch.device) -> Tensor:
     """bool (shapes, radii, turns, E, E): every shape at every size and angle, around its centre."""
-    half = int(extent(torch.tensor(_LARGEST)))
+    half = int(extent(torch.tensor(_LARGEST, device=device)))
     atlas = np.zeros((len(SHAPES), _LARGEST + 1, len(_TURNS), 2 * half + 1, 2 * half + 1), bool)
     for index, shape in enumerate(SHAPES):
         for radius in range(5, _LARGEST + 1):
@@ -116,10 +116,10 @@ def _glyphs(device: torch.device) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _boards(device: torch.device) -> Tensor:
     """bool (sizes, h, w): the boards of signs with glyphs of every size."""
-    halves = [sign_halves(size) for size in range(len(SIZES))]
-    tall, wide = (max(half) for half in zip(*halves, strict=True))
+    wide, tall = (max(half) for half in zip(*SIGN_HALVES, strict=True))
     y, x = np.mgrid[-tall : tall + 1, -wide : wide + 1]
-    return torch.from_numpy(np.stack([(abs(y) <= half[0]) & (abs(x) <= half[1]) for half in halves])).to(device)
+    boards = [(abs(x) <= half[0]) & (abs(y) <= half[1]) for half in SIGN_HALVES]
+    return torch.from_numpy(np.stack(boards)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -154,10 +154,12 @@ def _background(dice: Dice, pattern: Tensor) -> Tensor:
             across, down = ((2 * (places[of] % step[of]) - step[of]) ** 2).to(torch.int32).unbind(1)
             mask[of] = across[:, None] + down[:, :, None] < ((period * dots // 100) ** 2)[of, None, None]
     ramp = 2 * torch.arange(SIDE, device=device) - SIDE
-    down, across = (ramp[:, None] * slope[:, :, None] // SIDE).to(torch.int16).unbind(1)  # (B, SIDE, 3) each
-    flat = (flat[:, None] + torch.stack([torch.zeros_like(tone), tone], 1)[..., None]).to(torch.int16)  # (B, 2, 3)
-    toned = torch.where(mask[..., None], flat[:, 1, None, None], flat[:, 0, None, None])
-    return (toned + (down[:, :, None] + across[:, None])).clamp_(0, 255).to(torch.uint8)
+    down, across = (ramp * slope[..., None] // SIDE).to(torch.int16).unbind(1)  # (B, 3, SIDE) each
+    toned = mask * tone.to(torch.int16)[:, None, None]
+    # Colour by colour, since a last dimension of three is slow.
+    planes = toned[:, None] + (flat.to(torch.int16)[..., None] + down)[..., None]  # (B, 3, SIDE, SIDE)
+    planes += across[..., None, :]
+    return torch.stack(planes.clamp_(0, 255).to(torch.uint8).unbind(1), -1)
 
 
 def _stamp(image: Tensor, mask: Tensor, x: Tensor, y: Tensor, color: Tensor) -> tuple[Tensor, ...]:

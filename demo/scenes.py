@@ -34,6 +34,9 @@ BACKGROUNDS = ("plain", "striped", "checkered", "dotted")
 MOST_ALIKE = 3  # objects of the planted colour, and of the planted shape
 SIGN = 3  # glyphs on a sign
 SIGN_GAP = 3  # pixels between them
+# Half the width and half the height of outlined glyphs of each of SIZES, and of signs with such glyphs, in pixels.
+GLYPH_HALVES = [(width // 2 + 1, height // 2 + 1) for height, width in SIZES]
+SIGN_HALVES = [((SIGN * (width + SIGN_GAP) + 3) // 2, height // 2 + 3) for height, width in SIZES]
 
 # Where the seeds of each split begin; a split has as many as there are up to the next.
 SPLITS = {
@@ -144,6 +147,10 @@ class Layout:
         return self.there & (withheld_pair(self.color, self.shape) | glyph)
 
 
+# The fields of a layout that are -1 for an object that is not there.
+PER_OBJECT = ("color", "shape", "x", "y", "radius", "glyph", "side", "glyph_size", "glyph_x", "glyph_y")
+
+
 def cell(x: Tensor, y: Tensor) -> Tensor:
     """Index of the cell of a 3 x 3 grid, row by row, that holds a place."""
     return y * 3 // SIDE * 3 + x * 3 // SIDE
@@ -177,12 +184,6 @@ def extent(radius: Tensor) -> Tensor:
     return radius * 115 // 100 + 1
 
 
-def sign_halves(size: int) -> tuple[int, int]:
-    """Half the height and half the width of a sign whose glyphs have this of glyphs.SIZES, in pixels."""
-    height, width = SIZES[size]
-    return height // 2 + 3, (SIGN * (width + SIGN_GAP) + 3) // 2
-
-
 def _kinds(dice: Dice, style: Style) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Colour and shape of the objects, (B, O), -1 beyond the last; planted colour and shape, (B,).
 
@@ -201,21 +202,19 @@ def _kinds(dice: Dice, style: Style) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with_color = slots < alike[:, :1]
     order = torch.where(there, dice.words(most), 1 << 32).argsort(dim=1, stable=True).argsort(dim=1)
     with_shape = order < alike[:, 1:]
-    # In the novel style the first object is new to the model, and some others are.
-    novel = (slots == 0) | dice.chance(40, most) if style.novel else torch.zeros_like(there)
+    novel = torch.zeros_like(there)
+    if style.novel:
+        # The first object that the plan lets be new to the model is, and some others are. Black is in no withheld pair.
+        can = there & ~(with_color & (with_shape | (planted_color == len(SHAPES))[:, None]))
+        novel = can & ((can.cumsum(1) == 1) | dice.chance(40, most))
 
-    colors = torch.arange(len(COLOR_NAMES), device=slots.device)
-    shapes = torch.arange(len(SHAPES), device=slots.device)
-    allowed = (colors == planted_color[:, None, None]) == with_color[..., None]  # (B, O, colours)
-    allowed &= ~(with_shape[..., None] & withheld_pair(colors, planted_shape[:, None, None]))
-    allowed = torch.where(novel[..., None], colors < len(SHAPES), allowed)
-    color = dice.choose(allowed)[0].squeeze(-1)
-    allowed = (shapes == planted_shape[:, None, None]) == with_shape[..., None]  # (B, O, shapes)
-    allowed = torch.where(novel[..., None], True, allowed) & (
-        withheld_pair(color[..., None], shapes) == novel[..., None]
-    )
-    shape = dice.choose(allowed)[0].squeeze(-1)
-    return torch.where(there, color, -1), torch.where(there, shape, -1), planted_color, planted_shape
+    pairs = torch.arange(len(COLOR_NAMES) * len(SHAPES), device=slots.device)
+    colors, shapes = pairs // len(SHAPES), pairs % len(SHAPES)
+    allowed = (colors == planted_color[:, None, None]) == with_color[..., None]  # (B, O, pairs)
+    allowed &= (shapes == planted_shape[:, None, None]) == with_shape[..., None]
+    allowed &= withheld_pair(colors, shapes) == novel[..., None]
+    pair = torch.where(there, dice.choose(allowed)[0].squeeze(-1), -1)
+    return torch.where(there, colors[pair], -1), torch.where(there, shapes[pair], -1), planted_color, planted_shape
 
 
 def _sizes(dice: Dice, odds: tuple[int, int, int], *shape: int) -> Tensor:
@@ -227,7 +226,17 @@ def _table(values: object, like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device)
 
 
-def _boxes_meet(box: Tensor, other: Tensor, gap: int) -> Tensor:
+def box(x: Tensor, y: Tensor, half_width: Tensor, half_height: Tensor) -> Tensor:
+    """The box around a centre: left, top, right and bottom in the last dimension, in pixels."""
+    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
+
+
+def union(box: Tensor, other: Tensor) -> Tensor:
+    """The smallest box that holds two."""
+    return torch.cat([torch.minimum(box, other)[..., :2], torch.maximum(box, other)[..., 2:]], -1)
+
+
+def boxes_meet(box: Tensor, other: Tensor, gap: int) -> Tensor:
     """Whether boxes (left, top, right, bottom) in the last dimension come closer than `gap` pixels."""
     return ((box[..., :2] < other[..., 2:] + gap) & (other[..., :2] < box[..., 2:] + gap)).all(-1)
 
@@ -249,15 +258,13 @@ def lay_out(seeds: Tensor, style: Style = NORMAL) -> Layout:
     color, shape, planted_color, planted_shape = _kinds(dice, style)
     most = color.shape[1]
     device = seeds.device
-    halves = _table([(height // 2 + 1, width // 2 + 1) for height, width in SIZES], seeds)  # of the outlined glyph
-
     radius = dice.between(*style.radius, most)
     side = dice.below(4, most)
     roomy = ((shape == SHAPES.index("circle")) | (shape == SHAPES.index("square"))) & (radius >= 14)
     side = torch.where(roomy & dice.chance(60, most), ON, side)
     labelled = dice.chance(style.glyph_percent, most)
     glyph_size = _sizes(dice, style.glyph_odds, most)
-    half_height, half_width = halves[glyph_size].unbind(-1)
+    half_width, half_height = _table(GLYPH_HALVES, seeds)[glyph_size].unbind(-1)
     reaches = extent(radius)
     right = _table((1, 0, -1, 0, 0), seeds)[side]
     down = _table((0, 1, 0, -1, 0), seeds)[side]
@@ -265,35 +272,29 @@ def lay_out(seeds: Tensor, style: Style = NORMAL) -> Layout:
 
     with_sign = dice.chance(style.sign_percent)
     sign_size = _sizes(dice, style.glyph_odds)
-    sign_height, sign_width = _table([sign_halves(size) for size in range(len(SIZES))], seeds)[sign_size].unbind(-1)
+    sign_width, sign_height = _table(SIGN_HALVES, seeds)[sign_size].unbind(-1)
     sign_x = sign_width + 2 + dice.below(SIDE - 2 * sign_width - 4)
     sign_y = sign_height + 2 + dice.below(SIDE - 2 * sign_height - 4)
-    nowhere = _table((-SIDE, -SIDE, -SIDE, -SIDE), seeds)
-    sign_box = torch.stack([sign_x - sign_width, sign_y - sign_height, sign_x + sign_width, sign_y + sign_height], -1)
-    boxes = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, objects so far, 4)
+    sign_box = box(sign_x, sign_y, sign_width, sign_height)
+    nowhere = _table([-SIDE] * 4, seeds)
+    taken = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, boxes so far, 4)
+
+    # The box of an object and its glyph around the object's centre, and places where it lies inside the picture.
+    zero = torch.zeros_like(reaches)
+    hull, label = box(zero, zero, reaches, reaches), box(offset_x, offset_y, half_width, half_height)  # (B, O, 4)
+    hull = torch.where(labelled[..., None], union(hull, label), hull)
+    first, last = 1 - hull[..., :2], SIDE - 2 - hull[..., 2:]
+    tries = first[:, :, None] + dice.below((last - first + 1)[:, :, None], most, _TRIES, 2)
+    boxes = torch.cat([tries, tries], -1) + hull[:, :, None]  # (B, O, tries, 4)
 
     places = []
     for slot in range(most):
-        reach = reaches[:, slot, None]
-        free = SIDE - 2 * reach - 2
-        x = reach + 1 + dice.below(free, _TRIES)
-        y = reach + 1 + dice.below(free, _TRIES)
-        box = torch.stack([x - reach, y - reach, x + reach, y + reach], -1)  # (B, tries, 4)
-        glyph_x, glyph_y = x + offset_x[:, slot, None], y + offset_y[:, slot, None]
-        width, height = half_width[:, slot, None], half_height[:, slot, None]
-        glyph_box = torch.stack([glyph_x - width, glyph_y - height, glyph_x + width, glyph_y + height], -1)
-        both = torch.cat([torch.minimum(box[..., :2], glyph_box[..., :2]), torch.maximum(box, glyph_box)[..., 2:]], -1)
-        box = torch.where(labelled[:, slot, None, None], both, box)
-        fits = ((box[..., :2] >= 1) & (box[..., 2:] <= SIDE - 2)).all(-1)
-        fits &= ~_boxes_meet(box[:, :, None], boxes[:, None], style.gap).any(-1)
-        found = fits.any(1) & (color[:, slot] >= 0)
-        first = fits.int().argmax(1, keepdim=True)
-        place = torch.cat([x.gather(1, first), y.gather(1, first)], 1)
-        places.append(torch.where(found[:, None], place, -1))
-        box = box.gather(1, first[..., None].expand(-1, -1, 4))
-        boxes = torch.cat([boxes, torch.where(found[:, None, None], box, nowhere)], 1)
+        fits = ~boxes_meet(boxes[:, slot, :, None], taken[:, None], style.gap).any(-1) & (color[:, slot, None] >= 0)
+        found, which = fits.any(1)[:, None, None], fits.int().argmax(1)[:, None, None]
+        places.append(torch.where(found, tries[:, slot].gather(1, which.expand(-1, 1, 2)), -1))
+        taken = torch.cat([taken, torch.where(found, boxes[:, slot].gather(1, which.expand(-1, 1, 4)), nowhere)], 1)
 
-    x, y = torch.stack(places, 1).unbind(-1)
+    x, y = torch.cat(places, 1).unbind(-1)
     there = x >= 0
     labelled &= there
     glyph_x, glyph_y = x + offset_x, y + offset_y

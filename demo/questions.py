@@ -90,6 +90,7 @@ USUAL = {
     "background": 1,
 }
 _STREAM = 3  # of the dice
+_PLACES = {"color": 0, "shape": 0, "exist": 0, "count": 1}  # of kinds in a conversation; all others come later
 _LEAST_OFFSET = 12  # pixels, between two things of which one is left of or above the other, and to the middle
 _LEAST_RATIO = 160  # percent, between the radii of two things of which one is larger, however slender its shape
 _CELL_MARGIN = 5  # pixels, from an object's centre to the border of its cell
@@ -342,26 +343,39 @@ def ask(layout: Layout, wanted: Mapping[str, int] = USUAL, novel: bool = False) 
 
 
 def converse(questions: Questions, seeds: Tensor, turns: int, percent: int = 100) -> tuple[Questions, Tensor]:
-    """Group the questions about each scene into conversations.
+    """Group the questions about each scene into conversations, in which no question gives another's answer away.
+
+    A question names things by what an earlier one may have asked, so a conversation has one question at most about
+    colour, shape or existence, its first, and those about numbers come next.
 
     Args:
         questions: Q questions about each of B scenes.
         seeds: int64 (B,), what the order is drawn from.
-        turns: how many questions a conversation has; the last may have fewer.
+        turns: how many questions a conversation has at most.
         percent: share of the scenes where this is done; elsewhere every question is a conversation of its own.
 
     Returns:
-        The questions in random order, and int64 (B, Q): the conversation of each.
+        The questions that are left, in random order but for that, and int64 (B, Q): the conversation of each.
     """
     dice = Dice(seeds, _STREAM + 2)
-    order = dice.words(questions.form.shape[1]).argsort(dim=1)
+    together = dice.chance(percent)[:, None]
+    form = questions.form
+    order = dice.words(form.shape[1]).argsort(dim=1)
+    rank = (form >= 0).gather(1, order).long().cumsum(1) - 1
+    talk = torch.where(together, rank.clamp(min=0) // turns, rank)
+    kind = torch.tensor([_PLACES.get(kind, len(_PLACES)) for kind in KIND_OF_FORM], device=form.device)
+    place = kind[form.gather(1, order).clamp(min=0)]
+    sort = (talk * (len(_PLACES) + 1) + place).argsort(dim=1, stable=True)
+    order, talk, place = (value.gather(1, sort) for value in (order, talk, place))
     form, gaps, answer = (
         value.gather(1, order[..., None].expand(-1, -1, value.shape[-1]))
-        for value in (questions.form[..., None], questions.gaps, questions.answer)
+        for value in (form[..., None], questions.gaps, questions.answer)
     )
     form = form.squeeze(-1)
-    rank = (form >= 0).long().cumsum(1) - 1
-    return Questions(form, gaps, answer), torch.where(dice.chance(percent)[:, None], rank.clamp(min=0) // turns, rank)
+    first = (place == 0) & (form >= 0)
+    again = first & (first[:, None] & (talk[:, None] == talk[..., None])).tril(-1).any(-1)
+    form = torch.where(again & together, -1, form)
+    return Questions(form, gaps, torch.where(form[..., None] >= 0, answer, 0)), talk
 
 
 def ask_pairs(layout: Layout, count: int = 6) -> Questions:

@@ -588,3 +588,19 @@ def test_the_wording_does_not_give_the_answer_away(exams, split):
     for kind, (prior, knowing) in blind(*exams[split]).items():
         assert knowing < prior + 3.5, (kind, prior, knowing)
         assert prior < (53 if kind in ("exist", "position", "compare", "pair") else 31), (kind, prior)
+
+
+def test_no_turn_of_a_conversation_gives_another_away():
+    layout = scenes.lay_out(scenes.seeds("turns", range(200)))
+    asked, talk = questions.converse(questions.ask(layout), layout.seeds, 4, percent=70)
+    lengths: set[int] = set()
+    for row, said in enumerate(asked.rows()):
+        talks = [t for t, form in zip(talk[row].tolist(), asked.form[row].tolist(), strict=True) if form >= 0]
+        assert talks == sorted(talks)
+        for one in set(talks):
+            kinds = [question.kind for question, t in zip(said, talks, strict=True) if t == one]
+            lengths.add(len(kinds))
+            assert not {"color", "shape", "exist"} & set(kinds[1:])
+            others = [kind for kind in kinds if kind not in ("color", "shape", "exist")]
+            assert "count" not in others[others.count("count") :]
+    assert lengths == {1, 2, 3, 4}

@@ -19,7 +19,7 @@ from scene_reader import WITHHELD, World, blind, shares, withheld_here, worlds
 from visiontok.demo import raster, scenes
 from visiontok.demo.dice import Dice, philox
 from visiontok.demo.glyphs import BITMAPS, DIGITS, GLYPHS, SIZES
-from visiontok.demo.questions import FORMS, KIND_OF_FORM, KINDS, VOCABULARY, Questions, ask, ask_pairs
+from visiontok.demo.questions import FORMS, KIND_OF_FORM, KINDS, VOCABULARY, Questions, ask, ask_pairs, converse
 from visiontok.demo.scenes import COLOR_NAMES, COLORS, DENSE, NORMAL, PLURALS, SHAPES, SIDE, SPLITS, STYLES
 
 # Of the pixels and questions of 100 scenes. A change here is a new version of every number measured on these scenes.
@@ -592,7 +592,7 @@ def test_the_wording_does_not_give_the_answer_away(exams, split):
 
 def test_no_turn_of_a_conversation_gives_another_away():
     layout = scenes.lay_out(scenes.seeds("turns", range(200)))
-    asked, talk = questions.converse(questions.ask(layout), layout.seeds, 4, percent=70)
+    asked, talk = converse(ask(layout), layout.seeds, 4, percent=70)
     lengths: set[int] = set()
     for row, said in enumerate(asked.rows()):
         talks = [t for t, form in zip(talk[row].tolist(), asked.form[row].tolist(), strict=True) if form >= 0]

@@ -10,7 +10,8 @@ import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
 
 # isort: split
 import json
-import statistics as stdlib_statistics
+import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from .measure import exam
 from .model import TOKENS
 from .questions import KINDS, Question
 from .scenes import COLOR_NAMES, SHAPES, SIDE
-from .statistics import Difference, Estimate, accuracy, difference, kendall
+from .statistics import Estimate, accuracy, difference, kendall
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -153,6 +154,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _prose(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _percent(share: float, sign: str = "") -> str:
     return format(round(100 * share, 1) + 0.0, f"{sign}.1f")  # + 0.0: no minus before a zero
 
@@ -161,7 +166,11 @@ def _estimate(found: Estimate) -> str:
     return f"{_percent(found.value)} [{_percent(found.low)}, {_percent(found.high)}]"
 
 
-def _difference(found: Difference) -> str:
+def _gain(hits: np.ndarray | None, reference: np.ndarray | None, scene: np.ndarray) -> str:
+    """A paired difference in points; nothing where one side was not measured."""
+    if hits is None or reference is None:
+        return ""
+    found = difference(hits, reference, scene)
     p = "p<0.001" if found.p < 0.001 else f"p={found.p:.3f}"
     return f"{_percent(found.value, '+')} [{_percent(found.low, '+')}, {_percent(found.high, '+')}] {p}"
 
@@ -195,13 +204,13 @@ def _data() -> list[str]:
     rows = [[kind, one.text, one.answer] for kind, one in _examples().items()]
     return [
         "## Data",
-        (
+        _prose(
             f"Scenes of {SIDE} × {SIDE} pixels, {TOKENS} visual tokens: objects on a patterned background, some with a "
             "digit or a letter beside or on them, some with a sign of three glyphs. Splits share no seed, and a seed "
             "gives the same pixels and questions on every machine."
         ),
         _table(("split", "what it asks about"), splits).replace("---:", "---"),
-        f"Withheld from all splits but composition: {pairs}; and every glyph from one cell of a 3 × 3 grid.",
+        _prose(f"Withheld from all splits but composition: {pairs}; and every glyph from one cell of a 3 × 3 grid."),
         _table(("kind", "example", "answer"), rows).replace("---:", "---"),
     ]
 
@@ -285,9 +294,9 @@ def _accuracy(model: Shipped) -> list[str]:
         f"![Accuracy during training](weights/{model.name}/curve.svg)",
         "Accuracy in percent with 95 % intervals (bootstrap over scenes):",
         _table(("kind", *splits), [*rows, asked]),
-        (
-            "What the picture is worth: the most frequent answer to the form of the question (prior), no picture in the "
-            "prompt (blind), the picture of another question (swapped)."
+        _prose(
+            "What the picture is worth: the most frequent answer to the form of the question (prior), no picture in "
+            "the prompt (blind), the picture of another question (swapped)."
         ),
         _table(("split and kind", *controls), control_rows),
     ]
@@ -297,15 +306,15 @@ def _accuracy(model: Shipped) -> list[str]:
 
 
 def _pruning(measured: Curves) -> list[str]:
-    seconds = stdlib_statistics.median(cell["seconds"] for cell in measured.cells)
+    seconds = np.median([cell["seconds"] for cell in measured.cells])
     parts = [
         f"## Pruning, {measured.split}",
-        (
+        _prose(
             f"{len(measured.kind)} questions about {measured.scene.max()} scenes, as many of each kind, through "
             "`generate` inside `visiontok.compress`, exact match of the decoded answer. Methods that choose before the "
             "language model, without training; random is the mean of its seeds. Intervals are 95 % bootstraps over "
-            "scenes, p-values of sign flips over scenes; differences are paired, question by question. The best of each "
-            f"column is bold. Half of the cells took at most {seconds:.0f} s of processor time."
+            "scenes, p-values of sign flips over scenes; differences are paired, question by question. The best of "
+            f"each column is bold. Half of the cells took at most {seconds:.0f} s of processor time."
         ),
     ]
     for model in measured.models:
@@ -346,8 +355,8 @@ def _curve(measured: Curves, model: str) -> list[str]:
             hits, random = (measured.hits(model, name, keep) for name in (method, "random"))
             values[-1].append(None if hits is None else float(hits.mean()))
             text = "" if hits is None else _percent(hits.mean())
-            if hits is not None and random is not None and method != "random":
-                text += f" ({_difference(difference(hits, random, measured.scene))})"
+            if method != "random" and (gain := _gain(hits, random, measured.scene)):
+                text += f" ({gain})"
             texts[-1].append(text)
     rows = [
         [measured.label(model, method), *row]
@@ -387,8 +396,7 @@ def _mass(measured: Curves, model: str) -> list[str]:
         row = []
         for keep in measured.keeps:
             without, given = (measured.hits(model, method, keep, mass=mass) for mass in (False, True))
-            both = without is not None and given is not None
-            row.append(_difference(difference(given, without, measured.scene)) if both else "")
+            row.append(_gain(given, without, measured.scene))
         rows.append([measured.label(model, method), *row])
     if not any(any(row[1:]) for row in rows):
         return []
@@ -397,38 +405,31 @@ def _mass(measured: Curves, model: str) -> list[str]:
 
 
 def _positions(measured: Curves, model: str) -> list[str]:
-    """What compacting positions does to the kinds of questions where positions decide, method by method and pooled."""
+    """What compacting positions does to the kinds of questions where positions decide, pooled and method by method."""
     kinds = [kind for kind in _BY_POSITION if kind in measured.kinds]
-    by_keep, pooled = [], []
+    columns = [*(measured.asks(kind) for kind in kinds), measured.asks(*measured.kinds)]
+    deciding = measured.asks(*kinds)
+    pooled, single = [], []
     for keep in measured.keeps:
         pairs = {}
         for method in measured.methods:
             original, compact = (measured.hits(model, method, keep, positions=p) for p in ("original", "compact"))
             if original is not None and compact is not None:
-                pairs[method] = original, compact
-        if not pairs:
+                pairs[method] = compact, original
+        if not pairs or not kinds:
             continue
         # Every method counts once, however many seeds it has.
-        many = int(np.lcm.reduce([len(original) for original, _ in pairs.values()]))
-        original, compact = (
-            np.concatenate([np.repeat(pair[side], many // len(pair[side]), 0) for pair in pairs.values()])
-            for side in (0, 1)
+        many = math.lcm(*(len(hits) for pair in pairs.values() for hits in pair))
+        compact, original = (
+            np.concatenate([hits.repeat(many // len(hits), 0) for hits in side])
+            for side in zip(*pairs.values(), strict=True)
         )
-        row = [
-            _difference(difference(compact[:, chosen], original[:, chosen], measured.scene[chosen]))
-            for chosen in (*(measured.asks(kind) for kind in kinds), measured.asks(*measured.kinds))
-        ]
-        pooled.append([f"{keep:.0%}", *row])
-        chosen = measured.asks(*kinds)
-        by_keep.append(
-            {m: difference(c[:, chosen], o[:, chosen], measured.scene[chosen]) for m, (o, c) in pairs.items()}
-        )
+        pooled.append([f"{keep:.0%}", *(_gain(compact[:, c], original[:, c], measured.scene[c]) for c in columns)])
+        on = measured.scene[deciding]
+        single.append({m: _gain(c[:, deciding], o[:, deciding], on) for m, (c, o) in pairs.items()})
     if not pooled:
         return []
-    rows = [
-        [measured.label(model, method), *(_difference(found[method]) if method in found else "" for found in by_keep)]
-        for method in measured.methods
-    ]
+    rows = [[measured.label(model, method), *(row.get(method, "") for row in single)] for method in measured.methods]
     return [
         "What compacting positions does (points against original positions), mean over methods:",
         _table(("tokens", *kinds, "all kinds"), pooled),
@@ -464,7 +465,8 @@ def _rankings(measured: Curves) -> list[str]:
             first, second = (_scores(measured, model, keep) for model in (one, other))
             both = [method for method in first if method in second]
             row.append(kendall([first[m] for m in both], [second[m] for m in both]) if len(both) > 1 else float("nan"))
-        taus.append([f"{one}, {other}", *(f"{tau:+.2f}" for tau in row), f"{np.mean(row):+.2f}"])
+        row.append(sum(row) / len(row))
+        taus.append([f"{one}, {other}", *("-" if math.isnan(tau) else f"{tau:+.2f}" for tau in row)])
     if taus:
         parts.append("Kendall's tau-b of the ranking of methods between two models:")
         parts.append(_table(("models", *(f"{keep:.0%}" for keep in measured.keeps), "mean"), taus))
@@ -484,7 +486,11 @@ def _seeds(measured: Curves, models: Sequence[Shipped]) -> list[str]:
             for keep in measured.keeps:
                 scores = [_scores(measured, model, keep).get(method) for model in same]
                 found = [score for score in scores if score is not None]
-                text = f"{_percent(np.mean(found))} ({_percent(min(found))} to {_percent(max(found))})" if found else ""
+                text = (
+                    f"{_percent(sum(found) / len(found))} ({_percent(min(found))} to {_percent(max(found))})"
+                    if found
+                    else ""
+                )
                 row.append(text)
             rows.append([method, *row])
         parts.append(f"Spread over training seeds of {architecture} ({', '.join(same)}): mean, lowest to highest.")

@@ -51,7 +51,7 @@ KEEPS = (1.0, 0.5, 0.25, 0.11, 0.05)
 SEEDS = (0, 1, 2)
 POSITIONS = ("original", "compact")
 STOCK = "stock"
-_LOOK = 64  # prompts that show which kinds of questions a split has
+_LOOK = 16  # prompts that show which kinds of questions a split has
 _ENOUGH = 1 << 20  # more prompts than an exam needs
 
 
@@ -166,7 +166,7 @@ def write_exam(split: str, questions: int) -> Exam:
     number: Counter[str] = Counter()
     chosen: list[Asked] = []
     for _, about in itertools.groupby(_questions(split, _ENOUGH), lambda one: one.scene):
-        seen = set()
+        seen: set[str] = set()
         for one in about:
             kind = one.question.kind
             if kind in kinds - seen and number[kind] < share:

@@ -345,31 +345,31 @@ def _bold_best(columns: Sequence[Sequence[float | None]], texts: Sequence[Sequen
 
 
 def _curve(measured: Curves, model: str) -> list[str]:
-    """Method by budget, with differences to random."""
+    """Method by budget, with differences to random, and those of random to all tokens."""
+    stock = measured.hits(model, STOCK, None)
     values: list[list[float | None]] = []
     texts: list[list[str]] = []
     for method in measured.methods:
         values.append([])
         texts.append([])
         for keep in measured.keeps:
-            hits, random = (measured.hits(model, name, keep) for name in (method, "random"))
+            hits = measured.hits(model, method, keep)
+            reference = stock if method == "random" else measured.hits(model, "random", keep)
             values[-1].append(None if hits is None else float(hits.mean()))
             text = "" if hits is None else _percent(hits.mean())
-            if method != "random" and (gain := _gain(hits, random, measured.scene)):
+            if gain := _gain(hits, reference, measured.scene):
                 text += f" ({gain})"
             texts[-1].append(text)
     rows = [
         [measured.label(model, method), *row]
         for method, row in zip(measured.methods, _bold_best(values, texts), strict=True)
     ]
-    parts = []
-    stock = measured.hits(model, STOCK, None)
-    if stock is not None:
-        parts.append(
-            f"All tokens: {_estimate(accuracy(stock, measured.scene))}. In brackets, the difference to random."
-        )
+    whole = "" if stock is None else f"All tokens: {_estimate(accuracy(stock, measured.scene))}. "
     tokens = [f"{keep:.0%}" for keep in measured.keeps]
-    return [*parts, _table(("method", *tokens), rows)]
+    return [
+        f"{whole}In brackets, the difference to random; for random itself, to all tokens.",
+        _table(("method", *tokens), rows),
+    ]
 
 
 def _per_kind(measured: Curves, model: str, keep: float) -> list[str]:

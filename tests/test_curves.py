@@ -376,7 +376,7 @@ def test_the_card_says_what_the_files_say(weights):
     text = card.render(weights)[weights.parent / "README.md"]
     model = text.split("### one, pruned")[1].split("### two, pruned")[0]
     assert "All tokens: 100.0 [100.0, 100.0]" in model
-    assert "| random! | 12.5 |" in model
+    assert "| random! | 12.5 (-87.5 [" in model
     # Scene by scene, grid is ahead of random by ½ and 1½ and 2 questions; of eight sign patterns two reach 4.
     assert "| grid! | 50.0 (+37.5 [" in model
     assert re.search(r"\| grid! \| 50.0 \(\+37.5 \[.*?\] p=0.250\) \|", model)

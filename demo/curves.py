@@ -1,0 +1,387 @@
+"""Measure pruning curves: `python -m visiontok.demo.curves FOLDER … --out FILE.jsonl`.
+
+The way a user goes: prompts through the processor, padded batches through `generate` inside `visiontok.compress`, and
+the decoded answer compared word for word. A cell is one model, method and budget over one exam; FILE gets a line for
+each, and a cell that is in it is not measured again, so that a run may be stopped and taken up at any time.
+
+Two kinds of lines, told apart by their first key:
+
+    exam    a digest of the questions, and their split; "kinds", those that occur; "kind", a digit for each question:
+            which of them it is; "opens", a bit for each: it is the first about its scene
+    model   digests of weights and exam, and what was run; "label", its full name; "tokens", visual tokens kept per
+            image, averaged over the decoder's layers; "hits" per kind; "bits", one for each question; "answers", a
+            digest of them; "seconds" of processor time. Where the toolkit refuses to run it, only "refused", why
+
+Bits are in hexadecimal, the first question highest, filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import visiontok._torchvision  # transformers imports torchvision
+
+# isort: split
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import visiontok
+from visiontok import recipes
+from visiontok.errors import ConfigError, VisiontokError
+
+from .measure import EXAMS, exam
+from .model import load
+from .questions import KINDS, Question
+
+KEEPS = (1.0, 0.5, 0.25, 0.11, 0.05)
+SEEDS = (0, 1, 2)
+POSITIONS = ("original", "compact")
+STOCK = "stock"
+_LOOK = 16  # prompts that show which kinds of questions a split has
+_ENOUGH = 1 << 20  # more prompts than an exam needs
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is put to a model.
+
+    Attributes:
+        pictures: what it is about.
+        chat: the turns of the conversation up to the question.
+        question: the question.
+        scene: index of the scene, or of the pair of scenes, in its split.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    chat: tuple[dict[str, Any], ...]
+    question: Question
+    scene: int
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions of a split, scene by scene."""
+
+    split: str
+    asked: tuple[Asked, ...]
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that occur."""
+        found = {one.question.kind for one in self.asked}
+        return tuple(kind for kind in KINDS if kind in found)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that is asked, pixels included."""
+        whole = hashlib.sha256()
+        for one in self.asked:
+            whole.update(repr((one.question, one.scene, one.chat)).encode())
+            for picture in one.pictures:
+                whole.update(picture.tobytes())
+        return whole.hexdigest()[:12]
+
+    def line(self) -> dict[str, Any]:
+        """Its line in the file."""
+        scenes = [-1, *(one.scene for one in self.asked)]
+        return {
+            "exam": self.digest,
+            "split": self.split,
+            "kinds": self.kinds,
+            "kind": "".join(f"{self.kinds.index(one.question.kind):x}" for one in self.asked),
+            "opens": to_hex([before != here for before, here in itertools.pairwise(scenes)]),
+        }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run over an exam.
+
+    Attributes:
+        method: registered name, or "stock" for the model as it is.
+        keep: share of the visual tokens.
+        mass: whether kept tokens speak for the dropped ones.
+        positions: "original", or "compact": consecutive numbers over what is left.
+        seed: of a stochastic method.
+    """
+
+    method: str = STOCK
+    keep: float | None = None
+    mass: bool = False
+    positions: str = "original"
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.method]
+        parts += [] if self.keep is None else [f"{self.keep:g}"]
+        parts += ["mass"] * self.mass + ["compact"] * (self.positions == "compact")
+        parts += [] if self.seed is None else [f"seed {self.seed}"]
+        return " ".join(parts)
+
+
+def to_hex(bits: Iterable[bool]) -> str:
+    """Bits as hexadecimal digits, the first highest, filled up with zeros to whole bytes."""
+    return np.packbits(np.fromiter(bits, bool)).tobytes().hex()
+
+
+def from_hex(digits: str, count: int) -> np.ndarray:
+    """bool (count,): what `to_hex` was given."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=count).astype(bool)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of curves, none if it is not there; a last one that was torn off is cut away."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def write_exam(split: str, questions: int) -> Exam:
+    """Ask about the scenes of a split in order, one question of each kind, until there are as many of every kind.
+
+    Args:
+        split: as `visiontok.demo.measure.exam` knows them.
+        questions: how many at least.
+    """
+    kinds = {one.question.kind for one in _questions(split, _LOOK)}
+    share = -(-questions // len(kinds))
+    number: Counter[str] = Counter()
+    chosen: list[Asked] = []
+    for _, about in itertools.groupby(_questions(split, _ENOUGH), lambda one: one.scene):
+        seen: set[str] = set()
+        for one in about:
+            kind = one.question.kind
+            if kind in kinds - seen and number[kind] < share:
+                seen.add(kind)
+                number[kind] += 1
+                chosen.append(one)
+        if len(chosen) == share * len(kinds):
+            break
+    return Exam(split, tuple(chosen))
+
+
+def _questions(split: str, prompts: int) -> Iterator[Asked]:
+    """All questions about the first prompts of a split; a later turn follows the right answers to the earlier ones."""
+    scene = 0
+    for sheet in exam(split, prompts):
+        pictures = [Image.fromarray(pixels) for pixels in sheet.pixels.numpy()]
+        shown = zip(*(pictures[start :: sheet.pictures] for start in range(sheet.pictures)), strict=True)
+        there = sheet.questions.form >= 0
+        for images, row, talk, asked in zip(shown, sheet.questions.rows(), sheet.talk, there, strict=True):
+            chats: dict[int, tuple[dict[str, Any], ...]] = {}
+            for question, number in zip(row, talk[asked].tolist(), strict=True):
+                before = chats.get(number, ())
+                content = [{"type": "text", "text": question.text}]
+                content = content if before else [{"type": "image"}] * len(images) + content
+                chat = (*before, {"role": "user", "content": content})
+                chats[number] = (*chat, {"role": "assistant", "content": question.answer})
+                yield Asked(images, chat, question, scene)
+            scene += 1
+
+
+def batches(processor: Any, paper: Exam, size: int) -> tuple[list[Any], list[int]]:
+    """An exam in left-padded batches of at most `size` prompts, and the index in the exam of every row.
+
+    Answers of a kind are about as long, so questions of a kind go together.
+    """
+    order = sorted(range(len(paper.asked)), key=lambda i: paper.kinds.index(paper.asked[i].question.kind))
+    made = []
+    for start in range(0, len(order), size):
+        part = [paper.asked[i] for i in order[start : start + size]]
+        text = [processor.apply_chat_template(list(one.chat), add_generation_prompt=True) for one in part]
+        images = [picture for one in part for picture in one.pictures]
+        made.append(processor(images=images, text=text, padding=True, return_tensors="pt"))
+    return made, order
+
+
+def consecutive(inputs: visiontok.CompressedInputs) -> Tensor:
+    """Position ids of shorter inputs that number what is left, as if the dropped tokens had never been."""
+    positions: Tensor = inputs["position_ids"]
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0).expand_as(positions)
+
+
+def respond(model: Any, processor: Any, prompts: Iterable[Any], cell: Cell) -> tuple[list[str], str, float]:
+    """Let a model answer.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: of the model.
+        prompts: batches, as the processor makes them.
+        cell: what to attach.
+
+    Returns:
+        The answers in words; from the toolkit's reports the full name of what ran and the visual tokens kept per image,
+        averaged over images and decoder layers ("stock", NaN for the model as it is).
+
+    Raises:
+        ConfigError, UnsupportedError: the toolkit refuses the cell on this model.
+    """
+    words: list[str] = []
+    kept: list[float] = []
+    label = STOCK
+    options: dict[str, Any] = {"keep": cell.keep, "seed": cell.seed}
+    attached: Any = contextlib.nullcontext()
+    if cell.positions == "compact" and cell.mass:
+        raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
+    if cell.positions != "compact" and cell.method != STOCK:
+        attached = visiontok.compress(model, cell.method, mass=cell.mass, **options)
+    with attached as compression:
+        for inputs in prompts:
+            report = None
+            if cell.positions == "compact":
+                short = visiontok.compress_inputs(model, inputs, cell.method, **options)
+                output = short.restore(model.generate(**{**short, "position_ids": consecutive(short)}))
+                report = short.report
+            else:
+                output = model.generate(**inputs)
+                report = compression.report if compression else None
+            words += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            if report:
+                label = report.recipe
+                kept += [image.average for image in report.images]
+    return words, label, float(np.mean(kept)) if kept else float("nan")
+
+
+def measure(
+    model: Any, processor: Any, paper: Exam, prompts: Sequence[Any], order: Sequence[int], cell: Cell
+) -> dict[str, Any]:
+    """What a cell's line says beyond its name; arguments as of `respond`, and what `batches` returned."""
+    started = time.process_time()
+    try:
+        words, label, tokens = respond(model, processor, prompts, cell)
+    except VisiontokError as error:
+        return {"refused": " ".join(str(error).split())}
+    answers = dict(zip(order, words, strict=True))
+    bits = [answers[i] == one.question.answer for i, one in enumerate(paper.asked)]
+    hits = Counter(one.question.kind for one, right in zip(paper.asked, bits, strict=True) if right)
+    return {
+        "label": label,
+        "tokens": None if cell.method == STOCK else round(tokens, 2),
+        "hits": [hits[kind] for kind in paper.kinds],
+        "bits": to_hex(bits),
+        "answers": hashlib.sha256("\n".join(answers[i] for i in range(len(bits))).encode()).hexdigest()[:12],
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def cells(
+    methods: Sequence[str],
+    keeps: Sequence[float] = KEEPS,
+    seeds: Sequence[int] = SEEDS,
+    mass: Sequence[bool] = (False, True),
+    positions: Sequence[str] = POSITIONS,
+) -> list[Cell]:
+    """The stock model, then every method in every way; where nothing is dropped there is only one way."""
+    ways = [(where, weighed) for where in positions for weighed in mass if not (weighed and where == "compact")]
+    cards = [recipes.find(name).card for name in methods]
+    found = [Cell(), *(Cell(card.name, 1.0) for card in cards if 1.0 in keeps)]
+    for (where, weighed), keep, card in itertools.product(ways, (keep for keep in keeps if keep != 1.0), cards):
+        found += [Cell(card.name, keep, weighed, where, seed) for seed in (seeds if card.stochastic else (None,))]
+    return found
+
+
+def prompt_methods() -> list[str]:
+    """Names of all registered methods that choose before the language model."""
+    return [card.name for card in recipes.methods() if card.stage == "prompt"]
+
+
+def weights_digest(folder: Path) -> str:
+    """Of the weights in a folder."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def _check_same(path: Path, lines: Sequence[dict[str, Any]], models: dict[str, str], paper: Exam) -> None:
+    """Refuse to mix results of different weights or questions under one name."""
+    for line in lines:
+        if "exam" not in line:
+            continue
+        if line.get("split") == paper.split and line["exam"] != paper.digest:
+            raise ConfigError(f"--out {path}: it holds other questions of split {paper.split!r}; give another file")
+        name = line.get("model")
+        if name in models and line["weights"] != models[name]:
+            raise ConfigError(
+                f"--out {path}: it holds results of other weights of {name!r}; remove those lines, or give another file"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m visiontok.demo.curves", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="an embedded model; results bear the folder's name")
+    add("--out", type=Path, required=True, metavar="FILE", help="where the lines go; what is there is not done again")
+    add("--split", choices=EXAMS, default="heldout", help="default heldout")
+    add("--questions", type=int, default=1000, help="at least so many, as many of each kind; default 1000")
+    add("--methods", nargs="+", metavar="NAME", help="default: all that choose before the language model")
+    add("--keeps", nargs="+", type=float, default=KEEPS, help=f"default {' '.join(map(str, KEEPS))}")
+    add("--seeds", nargs="+", type=int, default=SEEDS, help=f"of random methods; default {' '.join(map(str, SEEDS))}")
+    add("--mass", nargs="+", choices=("off", "on"), default=("off", "on"), help="mass attention; default off on")
+    add("--positions", nargs="+", choices=POSITIONS, default=POSITIONS, help=f"default {' '.join(POSITIONS)}")
+    add("--batch", type=int, default=50, help="prompts at a time; default 50")
+    add("--threads", type=int, default=1, help="processor threads; default 1")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    names = options.methods or prompt_methods()
+    if others := [card.name for card in recipes.methods() if card.name not in names]:
+        print(f"not measured: {', '.join(others)}; name them with --methods", flush=True)
+    todo = cells(names, options.keeps, options.seeds, [word == "on" for word in options.mass], options.positions)
+    models = {folder.resolve().name: weights_digest(folder) for folder in options.folders}
+    lines, paper = read(options.out), write_exam(options.split, options.questions)
+    _check_same(options.out, lines, models, paper)
+    if not any(line.get("split") and line["exam"] == paper.digest for line in lines):
+        _append(options.out, paper.line())
+    keys = ("model", "weights", "exam", *Cell.__dataclass_fields__)
+    done = {tuple(line[key] for key in keys): line for line in lines if "model" in line}
+    for folder in options.folders:
+        name = folder.resolve().name
+        identity = {"model": name, "weights": models[name], "exam": paper.digest}
+        key_of = {cell: (*identity.values(), *asdict(cell).values()) for cell in todo}
+        missing = [cell for cell in todo if key_of[cell] not in done]
+        print(f"{name}: {len(paper.asked)} questions, {len(missing)} of {len(todo)} cells to measure", flush=True)
+        if not missing:
+            continue
+        model, processor = load(folder)
+        prompts, order = batches(processor, paper, options.batch)
+        begun = time.monotonic()
+        for number, cell in enumerate(missing, start=1):
+            line = {**identity, **asdict(cell), **measure(model, processor, paper, prompts, order, cell)}
+            stock = done.get(key_of[Cell()])
+            if stock and cell.keep == 1.0 and "refused" not in line and line["answers"] != stock["answers"]:
+                raise RuntimeError(
+                    f"{name}, {cell}: nothing is dropped, yet the answers are not those of the stock model"
+                )
+            _append(options.out, line)
+            done[key_of[cell]] = line
+            left = (time.monotonic() - begun) / number * (len(missing) - number) / 60
+            found = f"refused: {line['refused']}" if "refused" in line else _summary(line, len(paper.asked))
+            print(f"{name} {number}/{len(missing)} {cell}: {found}, about {left:.0f} min left", flush=True)
+
+
+def _summary(line: dict[str, Any], questions: int) -> str:
+    return f"{sum(line['hits']) / questions:.1%} in {line['seconds']} s of processor time"
+
+
+if __name__ == "__main__":
+    main()

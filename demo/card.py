@@ -23,9 +23,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from .architectures import ARCHITECTURES
 from .curves import STOCK, Cell, from_hex, read, weights_digest
 from .measure import exam
-from .model import TOKENS
 from .questions import KINDS, Question
 from .scenes import COLOR_NAMES, SHAPES, SIDE
 from .statistics import Estimate, accuracy, difference, kendall
@@ -193,6 +193,8 @@ A test bench; predicts nothing about large models.
 * In training every patch was told what it shows, so that the tokens of an object say more of the whole object than
   those of a model trained on photographs. A few tokens go further here.
 * At this size the fixed costs of a forward pass outweigh what dropping tokens saves: times mean nothing.
+* "composition" withholds one shape of each colour and one colour of each shape, so its questions about colour and shape
+  have one answer to each wording: a model that knew which pairs are withheld could guess them.
 * The held-out scenes come from the generator of the training scenes, with other seeds; only "composition" and "detail"
   leave its distribution, and not far.
 * p-values are those of single comparisons, not corrected for their number."""
@@ -205,7 +207,7 @@ def _data() -> list[str]:
     return [
         "## Data",
         _prose(
-            f"Scenes of {SIDE} × {SIDE} pixels, {TOKENS} visual tokens: objects on a patterned background, some with a "
+            f"Scenes of {SIDE} × {SIDE} pixels: objects on a patterned background, some with a "
             "digit or a letter beside or on them, some with a sign of three glyphs. Splits share no seed, and a seed "
             "gives the same pixels and questions on every machine."
         ),
@@ -223,7 +225,7 @@ def _examples() -> dict[str, Question]:
             for row in sheet.questions.rows():
                 for question in row:
                     found.setdefault(question.kind, question)
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -241,6 +243,7 @@ def _models(models: Sequence[Shipped]) -> list[str]:
             (
                 f"[{model.name}](weights/{model.name})",
                 plan["architecture"],
+                f"{(SIDE // ARCHITECTURES[plan['architecture']].cell) ** 2}",
                 str(plan["seed"]),
                 f"{plan['parameters'] / 1e6:.2f} M",
                 f"{size:.1f} MB",
@@ -254,6 +257,7 @@ def _models(models: Sequence[Shipped]) -> list[str]:
     head = (
         "model",
         "architecture",
+        "visual tokens",
         "seed",
         "parameters",
         "file",

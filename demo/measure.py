@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import statistics
 from .model import Architecture
 from .packing import answer_logits, answered, pack
 from .questions import FORM_NAMES, KIND_OF_FORM, KINDS, Questions, ask, ask_pairs, converse
@@ -128,7 +129,9 @@ def accuracy(
     result["questions"] = {kind: int(mask.sum()) for kind, mask in chosen.items()}
     for name, column in columns.items():
         result[name] = {kind: round(100 * float(column[mask].mean()), 1) for kind, mask in chosen.items()}
-    result["interval"] = {kind: interval(columns["full"], mask) for kind, mask in chosen.items()}
+    prompt = np.arange(len(form))[:, None].repeat(form.shape[1], 1)
+    found = {kind: statistics.accuracy(columns["full"][mask], prompt[mask]) for kind, mask in chosen.items()}
+    result["interval"] = {kind: [round(100 * x, 1) for x in (one.low, one.high)] for kind, one in found.items()}
     return result
 
 
@@ -141,15 +144,3 @@ def _prior(form: np.ndarray, answers: np.ndarray) -> np.ndarray:
             best = Counter(map(tuple, rows.tolist())).most_common(1)[0][0]
             right[form == index] = (rows == best).all(-1)
     return right
-
-
-def interval(right: np.ndarray, asked: np.ndarray) -> list[float]:
-    """95 % interval of the accuracy in percent, by bootstrap over prompts.
-
-    Args:
-        right: bool (B, Q).
-        asked: bool (B, Q), the questions that count.
-    """
-    hits, total = (right & asked).sum(1), asked.sum(1)
-    draws = np.random.RandomState(0).randint(0, len(right), (2000, len(right)))
-    return np.percentile(100 * hits[draws].sum(1) / total[draws].sum(1).clip(1), [2.5, 97.5]).round(1).tolist()

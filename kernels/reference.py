@@ -173,6 +173,33 @@ class Determinant:
         self.variance = self.variance - column.square()
 
 
+class Seeding:
+    """k-means++ on unit vectors: each pick is drawn in proportion to 1 - max_{j in S} cos_ij, the first uniformly.
+
+    The gain is 0 from the drawn candidate on and -1 before it, so that the greedy loop takes the drawn one. Once all
+    that is left duplicates what was picked, the lowest index comes next.
+    """
+
+    def __init__(self, unit: Tensor, valid: Tensor, chance: Tensor) -> None:
+        """unit (B, N, D); valid (B, N), what may be drawn; chance (B, K) in [0, 1), one number per pick."""
+        self.unit, self.chance = unit, iter(chance.double().unbind(1))
+        self.weight = 2 * valid.double()  # the largest distance there is, of all alike
+
+    def gain(self) -> Tensor:
+        chance = next(self.chance, None)
+        if chance is None:
+            return torch.zeros_like(self.weight)  # nobody asks behind the last pick
+        reach = self.weight.cumsum(-1)
+        return (reach > chance[:, None] * reach[:, -1:]).float() - 1
+
+    def add(self, pick: Tensor) -> None:
+        row = _rows(self.unit, pick)
+        with torch.autocast(row.device.type, enabled=False):
+            near = (self.unit @ row[..., None])[..., 0]
+        near = torch.where(near > 1 - SAME, 1.0, near)
+        self.weight = torch.minimum(self.weight, (1 - near).double().clamp_min(0))
+
+
 @torch.no_grad()
 def greedy(
     state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
@@ -209,6 +236,49 @@ def greedy(
     keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
     keep.scatter_(1, torch.where(order < 0, n, order), True)
     return Picks(keep[:, :n], order, gains)
+
+
+@torch.no_grad()
+def thin(similarity: Tensor, order: Tensor, sizes: list[int], goals: list[int], per_round: int) -> Tensor:
+    """Shorten a list of candidates by dropping, round by round, those at even places that resemble one at an odd place.
+
+    Args:
+        similarity: (B, N, N).
+        order: (B, M) long, the list of each row; only its first ``sizes`` entries count.
+        sizes: B lengths of the lists.
+        goals: B lengths they are to get; 0 drops all at once.
+        per_round: how many go in a round, most similar first; fewer in the last one.
+
+    Returns:
+        (B, N) bool, what is left.
+    """
+    device = order.device
+    row = torch.arange(len(order), device=device)[:, None]
+    lengths = [n if goal else 0 for n, goal in zip(sizes, goals, strict=True)]
+
+    def listed() -> Tensor:
+        """(B, M) bool: entries of the lists, which are shortened to the longest."""
+        return torch.arange(order.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+
+    while any(n > goal for n, goal in zip(lengths, goals, strict=True)):
+        order = order[:, : max(lengths)]
+        going = [min(per_round, n - goal, (n + 1) // 2) for n, goal in zip(lengths, goals, strict=True)]
+        even, odd = order[:, ::2], order[:, 1::2]
+        there = listed()
+        pairs = similarity[row[..., None], even[:, :, None], odd[:, None]]
+        pairs = torch.where(there[:, None, 1::2], pairs, -torch.inf)
+        pairs = torch.cat([pairs, pairs.new_full((*even.shape, 1), -torch.inf)], -1)  # a list of one has no odd place
+        likeness = torch.where(there[:, ::2], pairs.amax(-1), -torch.inf)
+        ranked = likeness.sort(dim=-1, descending=True, stable=True).indices
+        number = torch.arange(even.shape[1], device=device)
+        stays = (number >= torch.tensor(going, device=device)[:, None]) & there[:, ::2].gather(1, ranked)
+        left = torch.cat([stays, there[:, 1::2]], 1)
+        order = torch.cat([even.gather(1, ranked), odd], 1)
+        order = order.gather(1, (~left).long().sort(dim=-1, stable=True).indices)
+        lengths = [n - k for n, k in zip(lengths, going, strict=True)]
+    keep = torch.zeros(similarity.shape[:2], dtype=torch.bool, device=device)
+    order = order[:, : max(lengths, default=0)]
+    return keep.scatter_(1, order, listed()) if order.shape[1] else keep
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -278,6 +348,52 @@ def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
         best.append(top[..., 0])
         where.append(torch.where(similarity == top, index, n).amin(-1))
     return torch.cat(best, 1), torch.cat(where, 1)
+
+
+def nearest_later(x: Tensor, valid: Tensor) -> Tensor:
+    """Largest cosine of each row of x (B, N, D) to a valid row of higher index, (B, N) float32; -inf for none."""
+    b, n = valid.shape
+    index = torch.arange(n, device=x.device)
+    best = []
+    step = max(1, TILE // max(1, b * n))
+    for begin in range(0, n, step):
+        rows = slice(begin, begin + step)
+        later = (index[begin:] > index[rows, None]) & valid[:, None, begin:]
+        best.append(torch.where(later, cosine(x[:, rows], x[:, begin:]), -torch.inf).amax(-1))
+    return torch.cat(best, 1) if best else x.new_zeros(b, 0, dtype=torch.float32)
+
+
+def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, count: int, valid: Tensor) -> Tensor:
+    """Σ_j weight_j · x_j over the ``count`` rows j that are nearest to row i, for some rows i.
+
+    Args:
+        x: (B, N, D).
+        metric: (B, N, E), compared by cosine; of equal rows those of lowest index come first.
+        weight: (B, N).
+        rows: (B, M) long, the rows i, which are not their own neighbours.
+        count: neighbours of a row; all others where there are fewer.
+        valid: (B, N) bool, what may be a neighbour.
+
+    Returns:
+        (B, M, D) in float32 or better.
+    """
+    (b, n, d), m = x.shape, rows.shape[1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = torch.where(valid[..., None], x, 0.0)
+    weight = torch.where(valid, weight, 0.0).to(x.dtype)[:, None]
+    index = torch.arange(n, device=x.device)
+    sums = [x.new_zeros(b, 0, d)]
+    step = max(1, TILE // max(1, b * n))
+    for begin in range(0, m, step):
+        at = rows[:, begin : begin + step, None]
+        able = valid[:, None] & (index != at)
+        similarity = cosine(metric.gather(1, at.expand(-1, -1, metric.shape[-1])), metric)
+        similarity = torch.where(able, similarity, -torch.inf)
+        nearest = similarity.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        chosen = torch.zeros_like(able).scatter_(2, nearest, True) & able
+        with torch.autocast(x.device.type, enabled=False):
+            sums.append(torch.where(chosen, weight, 0.0) @ x)
+    return torch.cat(sums, 1)
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def clusters(
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)
-    counts, most = budget(k, ok), largest(k, ok.shape[1])
+    counts, most = budget(k, ok), max(1, largest(k, ok.shape[1]))
     x = unit(torch.where(ok[..., None], x, 0.0))
     chance = x.new_zeros(len(x), most)
     for row, draw in zip(chance, draws, strict=True):

@@ -68,8 +68,8 @@ class KMeans(Method):
         stage="prompt",
         needs="features",
         official="32 clusters of all tokens of a video; their means are taken of normalised tokens, so that lengths "
-        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows. Bugs: with a fixed number of "
-        "clusters the published call raises a TypeError; random first centres without a seed.",
+        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows. Bugs: with a fixed "
+        "number of clusters the published call raises a TypeError; random first centres without a seed.",
         departures="The clusters alone, without the trained encoder. Means of the tokens themselves (fidelity="
         "'official': of normalised ones); k-means++ from the seed of the recipe; exactly K clusters: one that has run "
         "empty becomes the token that its own resembles least. A mean stands at the place of the nearest member.",

@@ -91,8 +91,8 @@ class VScan(Method):
         stage="prompt",
         needs="CLS or received attention of two tower layers; grid",
         official="CLIP: 16 windows of 6 × 6 tokens, layers 5 and -2, CLS attention; every window keeps the same "
-        "number, rounded down, so that fewer than K remain. Qwen2.5-VL: windows of 4 × 4, layers 7 and 31, received attention; "
-        "a window keeps at most the number rounded up. A second stage cuts inside the language model.",
+        "number, rounded down, so that fewer than K remain. Qwen2.5-VL: windows of 4 × 4, layers 7 and 31, received "
+        "attention; a window keeps at most the number rounded up. A second stage cuts inside the language model.",
         departures="Exactly K tokens: the rule of the Qwen code everywhere, and where windows are too small the deep "
         "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the second. "
         "Tokens off the grid, such as image_newline, come last and are merged into none. One budget per image.",

@@ -112,6 +112,19 @@ def test_thinned_equals_the_loop(n: int, k: int, step: int) -> None:
         assert indices(F.thinned(x, s, k, per_round=step)) == thin_out(x.numpy(), order, k, step)
 
 
+def test_thinned_rows_see_nothing_but_their_own_list() -> None:
+    """Padding that duplicates tokens, and lists of other lengths beside."""
+    x, _, s = (torch.stack(parts) for parts in zip(*(case(30, seed=seed) for seed in range(4)), strict=True))
+    sizes, goals = [30, 19, 8, 3], torch.tensor([21, 2, 7, 1])
+    valid = torch.arange(30) < torch.tensor(sizes)[:, None]
+    for b, n in enumerate(sizes):
+        x[b, n:] = x[b, torch.arange(30 - n) % n]
+    batch = F.thinned(x, s, goals, valid, per_round=4)
+    for b, n in enumerate(sizes):
+        order = best(s[b, :n].numpy(), n)
+        assert indices(batch[b]) == thin_out(x[b].numpy(), order, int(goals[b]), 4)
+
+
 def test_thinned_to_nothing() -> None:
     x, _, s = case(11)
     assert not F.thinned(x, s, 0).any()
@@ -174,8 +187,8 @@ def test_cells_split_over_planes_and_leave_newlines_to_the_end() -> None:
     assert [len(F.cells(grid, k).unique()) - bool((F.cells(grid, k) < 0).any()) for k in (24, 26, 27)] == [24, 26, 27]
 
 
-def cluster(x: Array, k: int, draws: list[float], rounds: int) -> list[list[int]]:
-    """Spherical k-means++, one token at a time."""
+def cluster(x: Array, k: int, draws: list[float], rounds: int) -> tuple[list[list[int]], int]:
+    """Spherical k-means++, one token at a time: the groups, and how many of them had run empty."""
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     n, seeds = len(x), []
     for draw in draws:
@@ -195,7 +208,21 @@ def cluster(x: Array, k: int, draws: list[float], rounds: int) -> list[list[int]
                 mean = unit[group == c].mean(0)
                 centres[c] = mean / np.linalg.norm(mean)
     group = (unit @ centres.T).argmax(1)
-    return [np.nonzero(group == c)[0].tolist() for c in range(k)]
+    likeness = (unit @ centres.T).max(1)
+    groups = [np.nonzero(group == c)[0].tolist() for c in range(k)]
+    middle = [max(g, key=lambda i: likeness[i]) for g in groups if g]
+    empty = k - len(middle)
+    lone = sorted(set(range(n)) - set(middle), key=lambda i: likeness[i])[:empty]
+    return [left for g in groups if (left := [i for i in g if i not in lone])] + [[i] for i in lone], empty
+
+
+def test_a_cluster_that_ran_empty_takes_the_token_that_is_worst_off() -> None:
+    x, *_ = case(12, 2, seed=161)
+    draws = torch.rand(6, generator=torch.Generator().manual_seed(161))
+    groups, empty = cluster(x.numpy(), 6, draws.tolist(), 6)
+    assert empty == 1
+    home = F.clusters(x, 6, [draws], rounds=6)
+    assert sorted(indices(home == c) for c in home.unique()) == sorted(groups)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 7])
@@ -203,7 +230,7 @@ def test_clusters_equal_the_loop(rounds: int) -> None:
     for seed in range(4):
         x, *_ = case(30, seed=seed)
         draws = torch.rand(5, generator=torch.Generator().manual_seed(seed))
-        groups = [g for g in cluster(x.numpy(), 5, draws.tolist(), rounds) if g]
+        groups, _ = cluster(x.numpy(), 5, draws.tolist(), rounds)
         assert len(groups) == 5
         home = F.clusters(x, 5, [draws], rounds=rounds)
         assert sorted(sorted(indices(home == c)) for c in home.unique()) == sorted(groups)

@@ -289,3 +289,55 @@ def test_official_hiprune_wraps_around_row_ends() -> None:
         )
         answers[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
     assert answers == {"fixed": [0, 6, 12, 13, 18], "official": [6, 11, 12, 13, 18]}
+
+
+def answer_to(method: Method, received: Tensor, **changes: Any) -> Tensor:
+    """What the method keeps of one image of 5×6 tokens with this attention."""
+    ctx = context(method, units=slice(0, 1), **changes)
+    keys = ctx.attention.keys(-1)
+    read = Attention(lambda stat, layer: keys if stat == "keys" else received[None])
+    return keeps(method.select(dataclasses.replace(ctx, count=torch.tensor([20]), attention=read)))[0]
+
+
+def test_adaptive_prumerge_keeps_what_stands_out_and_one_for_the_rest() -> None:
+    attention = torch.linspace(0.01, 0.02, 30)
+    attention[[4, 17]] = torch.tensor([0.5, 0.4])
+    assert answer_to(PruMerge(adaptive=True), attention).nonzero()[:, 0].tolist() == [4, 17, 29]
+    assert answer_to(PruMerge(), attention).sum() == 20
+    # flat attention: the published code divides by zero or keeps nothing; one token and one for the rest stay
+    assert answer_to(PruMerge(adaptive=True), torch.full((30,), 1 / 30)).sum() == 2
+    assert answer_to(PruMergePlus(adaptive=True), torch.full((30,), 1 / 30)).sum() == 5
+    assert not PruMerge(adaptive=True).card.contract.count_from_grid
+    assert PruMerge.card.contract.count_from_grid
+
+
+def test_official_adaptive_prumerge_plus_takes_the_published_steps() -> None:
+    attention = torch.linspace(0.01, 0.02, 30)
+    attention[[4, 17]] = torch.tensor([0.5, 0.4])
+    kept = answer_to(PruMergePlus(adaptive=True), attention, fidelity="official").nonzero()[:, 0].tolist()
+    assert kept == sorted({4, 17, *range(0, 29, 30 // 2 // 3), 29})
+
+
+def test_globalcom2_gives_more_to_the_crop_that_the_thumbnail_points_at() -> None:
+    """A thumbnail of 2×2 and a picture of 1×2 crops, each row ended by a newline."""
+    newline = torch.full((1, 3), -1)
+    rows = [torch.cartesian_prod(torch.tensor([1]), torch.tensor([r]), torch.arange(4)) for r in range(2)]
+    thumbnail = torch.cartesian_prod(torch.tensor([0]), torch.arange(2), torch.arange(2))
+    grid = torch.cat([thumbnail, rows[0], newline, rows[1], newline])[None]
+    logits = torch.zeros(1, 14)
+    logits[0, [1, 3]] = 20.0  # the right half
+    logits[0, 4:] = torch.linspace(1, 0.1, 10)
+    method = GlobalCom2(temperature=1.0).adapt(NEXT)
+    kept = {}
+    for fidelity in ("fixed", "official"):
+        ctx = dataclasses.replace(
+            context(method, fidelity=fidelity, units=slice(0, 1)),
+            valid=torch.ones(1, 14, dtype=torch.bool),
+            grid=grid,
+            count=torch.tensor([6]),
+            attention=Attention(lambda stat, layer: logits),
+        )
+        kept[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
+    # 6 of 12: two of the thumbnail, a quarter of the left crop, three quarters of the right one. The thumbnail, stretched
+    # to 2×4, prefers the right column of each crop: 5 before 4, 12 before 11.
+    assert kept == {"fixed": [1, 3, 5, 6, 7, 12], "official": [1, 3, 5, 6, 7, 8, 12, 13]}

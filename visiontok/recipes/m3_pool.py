@@ -52,7 +52,7 @@ class M3Pool(Method):
         needs="features; grid",
         official="Scales of 1, 9, 36, 144 and 576 of 24 × 24 tokens, on models that were trained on all of them; every "
         "crop is pooled alike. Bug: for other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K "
-        "remain and edges are lost.",
+        "remain, and where much is lost at the edges fewer than K remain.",
         departures="Without training, so that small scales hurt more than the paper says. Any K: cells of whole bands "
         "of rows with as equally many tokens as can be, which are the published squares where these exist. The budget "
         "is split over crops and frames by their size; image_newline tokens are dropped first. A cell stands at the "

@@ -112,6 +112,17 @@ def test_thinned_equals_the_loop(n: int, k: int, step: int) -> None:
         assert indices(F.thinned(x, s, k, per_round=step)) == thin_out(x.numpy(), order, k, step)
 
 
+def test_thinned_where_the_nearest_are_all_at_even_places() -> None:
+    """Forty-five tokens that resemble each other stand at even places, others between them."""
+    x, *_ = case(90)
+    x[:45] = x[0] + 0.05 * x[:45]
+    order = [i for pair in zip(range(45), range(45, 90), strict=True) for i in pair]
+    s = torch.empty(90)
+    s[order] = torch.linspace(1, 0, 90)
+    for k in (86, 60, 10):
+        assert indices(F.thinned(x, s, k)) == thin_out(x.numpy(), order, k)
+
+
 def test_thinned_rows_see_nothing_but_their_own_list() -> None:
     """Padding that duplicates tokens, and lists of other lengths beside."""
     x, _, s = (torch.stack(parts) for parts in zip(*(case(30, seed=seed) for seed in range(4)), strict=True))

@@ -338,6 +338,6 @@ def test_globalcom2_gives_more_to_the_crop_that_the_thumbnail_points_at() -> Non
             attention=Attention(lambda stat, layer: logits),
         )
         kept[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
-    # 6 of 12: two of the thumbnail, a quarter of the left crop, three quarters of the right one. The thumbnail, stretched
-    # to 2×4, prefers the right column of each crop: 5 before 4, 12 before 11.
+    # 6 of 12: two of the thumbnail, a quarter of the left crop, three quarters of the right one. The thumbnail,
+    # stretched to 2×4, prefers the right column of each crop: 5 before 4, 12 before 11.
     assert kept == {"fixed": [1, 3, 5, 6, 7, 12], "official": [1, 3, 5, 6, 7, 8, 12, 13]}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import Seeding, greedy, nearest, segment_mean, unit
+from ..kernels import Seeding, cosine, greedy, nearest_unit, unit
 from ..kernels.batching import budget, largest, mask, rows, unrow
+from ..kernels.reference import SAME
 from ..selectors.topk import rank
 
 
@@ -44,23 +45,27 @@ def clusters(
     chance = x.new_zeros(len(x), most)
     for row, draw in zip(chance, draws, strict=True):
         row[: len(draw)] = draw[:most].to(row)
-    order = greedy(Seeding(x, ok, chance), counts, most, ok).order
+    order = greedy(Seeding(cosine(x), ok, chance), counts, most, ok).order
     exists = (order >= 0)[:, None]  # (B, 1, K)
     centre = x.gather(1, order.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
-    likeness, group = nearest(x, centre, exists)
+    likeness, group = nearest_unit(x, centre, exists)
+    index = torch.arange(most, device=x.device)
     for _ in range(rounds):
-        mean, size = segment_mean(x, torch.where(ok, group, -1), most, ok)
-        centre = torch.where((size > 0)[..., None], unit(mean), centre)
-        likeness, group = nearest(x, centre, exists)
+        member = (group[..., None] == index) & ok[..., None]  # (B, N, K)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = unit(member.mT.to(x) @ x)
+        centre = torch.where(member.any(1)[..., None], mean, centre)
+        likeness, group = nearest_unit(x, centre, exists)
 
-    # The best member stands for its group; where a group has none, so does the token that is worst off.
-    here = torch.arange(x.shape[1], device=x.device).expand_as(group)
-    place = rank(likeness, ok)
-    best = torch.full((len(x), most + 1), x.shape[1], device=x.device)
-    best.scatter_reduce_(1, torch.where(ok, group, most), place, "amin")
-    stands = (best.gather(1, group) == place) & ok
+    # Of the members nearest to the mean the first stands for its group, whatever rounding makes of equal ones. Where a
+    # group has none, so does the token that is worst off.
+    n = x.shape[1]
+    here = torch.arange(n, device=x.device).expand_as(group)
+    likeness = torch.where(ok, likeness, -torch.inf)
+    top = torch.full_like(chance, -torch.inf).scatter_reduce(1, group, likeness, "amax")
+    close = ok & (likeness >= top.gather(1, group) - SAME)
+    token = torch.full_like(order, n).scatter_reduce(1, group, torch.where(close, here, n), "amin")
+    stands = close & (token.gather(1, group) == here)
     lone = rank(-likeness, ok & ~stands) < (counts - stands.sum(-1))[:, None]
-    member = torch.where(stands, group, 0), torch.where(stands, here, 0)
-    token = torch.zeros_like(order).scatter_reduce(1, *member, "amax")
     home = torch.where(stands | lone, here, token.gather(1, group))
     return unrow(torch.where(ok, home, -1), features, 2)

@@ -59,14 +59,15 @@ def prumerge(
         the most attention that is no centre. And features of the shape given, of which those of kept places are new.
     """
     ok = torch.ones_like(centres) if valid is None else valid
+    centres = centres & ok
     weight = torch.where(ok, scores, 0.0).clamp_min(0).to(torch.promote_types(features.dtype, torch.float32))
     others = ok & ~centres
     rest = (rank(scores, others) == 0) & others
     known = torch.where(ok[..., None], features, 0.0)
     gathering = centres & (scores >= 0) & others.any(-1, keepdim=True)
     merged = gathered(known, keys, weight, gathering, neighbours, ok)
-    total = (torch.where(others, weight, 0.0)[..., None, :] @ known.to(weight.dtype)).to(features.dtype)
-    return (centres & ok) | rest, torch.where(rest[..., None], total, merged)
+    total = (torch.where(others, weight, 0.0)[..., None] * known).sum(-2, keepdim=True).to(features.dtype)
+    return centres | rest, torch.where(rest[..., None], total, merged)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class Adapter:
         deepstack: keywords of the language model for (visual mask, per-level features), or None.
         token_inputs: further keywords of the language model, and of its layers, with one entry per token (B, N, ...).
         cls_token: the tower's first token of every crop is a CLS token.
+        thumbnail: a picture comes as a thumbnail, t = 0 in its grid, and re-tiled from crops, t = 1.
         join_adjacent: items whose placeholders touch are tiles of one image.
         cross_attention: visual tokens are no part of the prompt, decoder layers of their own attend to them; then the
             vision tower runs inside the base model's forward, and :meth:`columns` is needed.
@@ -99,6 +100,7 @@ class Adapter:
     deepstack: ClassVar[tuple[str, str] | None] = None
     token_inputs: ClassVar[tuple[str, ...]] = ()
     cls_token: ClassVar[bool] = False
+    thumbnail: ClassVar[bool] = False
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
     notes: ClassVar[str] = ""

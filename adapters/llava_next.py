@@ -21,6 +21,7 @@ class LlavaNextAdapter(Adapter):
     """LLaVA-NeXT (1.6); in a grid, t = 0 is the thumbnail, t = 1 the tiled picture without padding."""
 
     model_types = ("llava_next",)
+    thumbnail = True
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)

@@ -47,8 +47,12 @@ def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
     Duplicates have cosine exactly 1, and so have two zero rows: neither has anything the other lacks.
     """
     a = unit(x)
-    b = a if y is None else unit(y)
-    with torch.autocast(x.device.type, enabled=False):  # 16-bit products would create thousands of ties
+    return _cosine(a, a if y is None else unit(y))
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`cosine` of rows that :func:`unit` has made."""
+    with torch.autocast(a.device.type, enabled=False):  # 16-bit products would create thousands of ties
         similarity = a @ b.mT
     empty = ~a.any(-1)[..., :, None] & ~b.any(-1)[..., None, :]
     return torch.where((similarity > 1 - SAME) | empty, 1.0, similarity)
@@ -173,6 +177,30 @@ class Determinant:
         self.variance = self.variance - column.square()
 
 
+class Seeding:
+    """k-means++: each pick is drawn in proportion to 1 - max_{j in S} cos_ij, the first uniformly.
+
+    The gain is 0 from the drawn candidate on and -1 before it, so that the greedy loop takes the drawn one. Once all
+    that is left duplicates what was picked, the lowest index comes next.
+    """
+
+    def __init__(self, similarity: Tensor, valid: Tensor, chance: Tensor) -> None:
+        """similarity (B, N, N); valid (B, N), what may be drawn; chance (B, K) in [0, 1), one number per pick."""
+        self.similarity, self.chance = similarity, iter(chance.double().unbind(1))
+        self.weight = 2 * valid.double()  # the largest distance there is, of all alike
+
+    def gain(self) -> Tensor:
+        chance = next(self.chance, None)
+        if chance is None:
+            return torch.zeros_like(self.weight)  # nobody asks behind the last pick
+        reach = self.weight.cumsum(-1)
+        return (reach > chance[:, None] * reach[:, -1:]).float() - 1
+
+    def add(self, pick: Tensor) -> None:
+        distance = (1 - _rows(self.similarity, pick)).double().clamp_min(0)
+        self.weight = torch.minimum(self.weight, distance)
+
+
 @torch.no_grad()
 def greedy(
     state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
@@ -209,6 +237,59 @@ def greedy(
     keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
     keep.scatter_(1, torch.where(order < 0, n, order), True)
     return Picks(keep[:, :n], order, gains)
+
+
+@torch.no_grad()
+def thin(similarity: Tensor, order: Tensor, sizes: list[int], goals: list[int], per_round: int) -> Tensor:
+    """Shorten a list of candidates by dropping, round by round, those at even places that resemble one at an odd place.
+
+    Args:
+        similarity: (B, N, N).
+        order: (B, M) long, the list of each row; only its first ``sizes`` entries count.
+        sizes: B lengths of the lists.
+        goals: B lengths they are to get; 0 drops all at once.
+        per_round: how many go in a round, most similar first; fewer in the last one.
+
+    Returns:
+        (B, N) bool, what is left.
+    """
+    device = order.device
+    row = torch.arange(len(order), device=device)[:, None]
+    lengths = [n if goal else 0 for n, goal in zip(sizes, goals, strict=True)]
+    # The list holds places in a matrix of the candidates alone, made anew whenever half of them are gone; until then
+    # one of a candidate's nearest is nearly always at an odd place.
+    table, origin = similarity, order
+    place = torch.arange(order.shape[1], device=device).expand_as(order)
+
+    def listed() -> Tensor:
+        """(B, M) bool: entries of the lists, which are shortened to the longest."""
+        return torch.arange(place.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+
+    while any(n > goal for n, goal in zip(lengths, goals, strict=True)):
+        place = place[:, : max(lengths)]
+        if table is similarity or 2 * place.shape[1] <= table.shape[1]:
+            origin = origin.gather(1, place)
+            table = similarity[row[..., None], origin[:, :, None], origin[:, None]]
+            place = torch.arange(place.shape[1], device=device).expand_as(origin)
+            near = table.topk(min(32, table.shape[1]), dim=-1)
+        even, odd, there = place[:, ::2], place[:, 1::2], listed()
+        at_odd = torch.zeros(table.shape[:2], dtype=torch.bool, device=device).scatter_(1, odd, there[:, 1::2])
+        found = at_odd[row[..., None], near.indices[row, even]]
+        likeness = torch.where(found, near.values[row, even], -torch.inf).amax(-1)
+        b, e = (~found.any(-1) & there[:, ::2]).nonzero(as_tuple=True)
+        if len(b):
+            likeness[b, e] = torch.where(at_odd[b], table[b, even[b, e]], -torch.inf).amax(-1)
+        ranked = torch.where(there[:, ::2], likeness, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        going = [min(per_round, n - goal, (n + 1) // 2) for n, goal in zip(lengths, goals, strict=True)]
+        number = torch.arange(even.shape[1], device=device)
+        stays = (number >= torch.tensor(going, device=device)[:, None]) & there[:, ::2].gather(1, ranked)
+        left = torch.cat([stays, there[:, 1::2]], 1)
+        place = torch.cat([even.gather(1, ranked), odd], 1)
+        place = place.gather(1, (~left).long().sort(dim=-1, stable=True).indices)
+        lengths = [n - k for n, k in zip(lengths, going, strict=True)]
+    keep = torch.zeros(similarity.shape[:2], dtype=torch.bool, device=device)
+    place = place[:, : max(lengths, default=0)]
+    return keep.scatter_(1, origin.gather(1, place), listed())
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -265,12 +346,17 @@ def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
     Returns:
         cosine (B, M) float32, -inf where nothing may match, and index (B, M) long, the lowest of equal ones.
     """
+    return nearest_unit(unit(x), unit(y), valid)
+
+
+def nearest_unit(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`nearest` of rows that :func:`unit` has made."""
     b, m, n = x.shape[0], x.shape[1], y.shape[1]
     index = torch.arange(n, device=x.device)
     best, where = [], []
     step = max(1, TILE // max(1, b * n))
     for begin in range(0, m, step):
-        similarity = cosine(x[:, begin : begin + step], y)
+        similarity = _cosine(x[:, begin : begin + step], y)
         if valid is not None:
             allowed = valid if valid.shape[1] == 1 else valid[:, begin : begin + step]
             similarity = torch.where(allowed, similarity, -torch.inf)
@@ -278,6 +364,52 @@ def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, 
         best.append(top[..., 0])
         where.append(torch.where(similarity == top, index, n).amin(-1))
     return torch.cat(best, 1), torch.cat(where, 1)
+
+
+def nearest_later(x: Tensor, valid: Tensor) -> Tensor:
+    """Largest cosine of each row of x (B, N, D) to a valid row of higher index, (B, N) float32; -inf for none."""
+    b, n = valid.shape
+    index = torch.arange(n, device=x.device)
+    x, best = unit(x), []
+    step = max(1, TILE // max(1, b * n))
+    for begin in range(0, n, step):
+        rows = slice(begin, begin + step)
+        later = (index[begin:] > index[rows, None]) & valid[:, None, begin:]
+        best.append(torch.where(later, _cosine(x[:, rows], x[:, begin:]), -torch.inf).amax(-1))
+    return torch.cat(best, 1) if best else x.new_zeros(b, 0, dtype=torch.float32)
+
+
+def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, count: int, valid: Tensor) -> Tensor:
+    """Σ_j weight_j · x_j over the ``count`` rows j that are nearest to row i, for some rows i.
+
+    Args:
+        x: (B, N, D).
+        metric: (B, N, E), compared by cosine; of equal rows those of lowest index come first.
+        weight: (B, N).
+        rows: (B, M) long, the rows i, which are not their own neighbours.
+        count: neighbours of a row; all others where there are fewer.
+        valid: (B, N) bool, what may be a neighbour.
+
+    Returns:
+        (B, M, D) in float32 or better.
+    """
+    (b, n, d), m = x.shape, rows.shape[1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x, metric = torch.where(valid[..., None], x, 0.0), unit(metric)
+    weight = torch.where(valid, weight, 0.0).to(x.dtype)[:, None]
+    index = torch.arange(n, device=x.device)
+    sums = [x.new_zeros(b, 0, d)]
+    step = max(1, TILE // max(1, b * n))
+    for begin in range(0, m, step):
+        at = rows[:, begin : begin + step, None]
+        able = valid[:, None] & (index != at)
+        similarity = _cosine(metric.gather(1, at.expand(-1, -1, metric.shape[-1])), metric)
+        similarity = torch.where(able, similarity, -torch.inf)
+        nearest = similarity.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        chosen = torch.zeros_like(able).scatter_(2, nearest, True) & able
+        with torch.autocast(x.device.type, enabled=False):
+            sums.append(torch.where(chosen, weight, 0.0) @ x)
+    return torch.cat(sums, 1)
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -545,6 +545,33 @@ def test_received_attention_is_that_of_the_tower():
     assert not ctx.has_cls
 
 
+def test_keys_are_those_of_the_tower():
+    model = build()
+    inputs, made = batch(model), {}
+    module = model.model.vision_model.global_transformer.layers[-1].self_attn
+    handle = module.k_proj.register_forward_hook(lambda m, args, out: made.__setitem__("keys", out))
+    _, got = watch(model, inputs, lambda ctx: ctx.attention.keys(-1), vision_keys=(-1,))
+    handle.remove()
+    tiles = inputs["aspect_ratio_mask"].flatten(0, 1)
+    for u, place in enumerate([0, 1, 2]):  # the fourth place holds no image
+        real = tiles[place].bool()
+        expected = made["keys"][place].unflatten(0, (TILES, -1))[real, :PATCHES].flatten(0, 1)
+        torch.testing.assert_close(got[u, : len(expected)].flatten(1), expected.float())
+        assert not got[u, len(expected) :].any()
+
+
+@pytest.mark.parametrize(
+    "method", ["visionzip", "prumerge_plus", "vispruner", "vscan", "aim_merge", "m3_pool", "kmeans"]
+)
+def test_methods_that_merge_or_look_at_keys(method):
+    model = build()
+    inputs = batch(model)
+    with visiontok.compress(model, method, keep=5) as compression, torch.no_grad():
+        logits = model(**inputs).logits
+    assert all(image.kept[-1] == 5 for image in compression.report.images)
+    assert logits.isfinite().all()
+
+
 def test_projector_inputs_belong_to_the_features():
     model = build()
     ctx, _ = watch(model, batch(model), lambda ctx: None, encoder_features=True)

@@ -13,20 +13,32 @@ import visiontok
 from visiontok import Context, Method
 from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.method import Tower
+from visiontok.method import Selection, Tower
 from visiontok.recipes import find
+from visiontok.recipes.aim_merge import AimMerge
 from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.divprune import DivPrune
 from visiontok.recipes.fastv import FastV
+from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
 from visiontok.recipes.hiprune import HiPrune
 from visiontok.recipes.idpruner import IDPruner
+from visiontok.recipes.kmeans import KMeans
+from visiontok.recipes.m3_pool import M3Pool
+from visiontok.recipes.norm import Norm
+from visiontok.recipes.prumerge import PruMerge
+from visiontok.recipes.prumerge_plus import PruMergePlus
 from visiontok.recipes.random import Random
+from visiontok.recipes.textmonkey import TextMonkey
+from visiontok.recipes.visionzip import VisionZip
+from visiontok.recipes.vispruner import VisPruner
+from visiontok.recipes.vscan import VScan
 from visiontok.recipes.vtw import VTW
 
 SIZES, COUNTS = (30, 12, 1), (7, 12, 1)
 PADDED = torch.arange(30) < torch.tensor(SIZES)[:, None]
 CLIP = Tower(depth=24, has_cls=True, feature_layer=22, full_attention=tuple(range(24)))
+NEXT = dataclasses.replace(CLIP, thumbnail=True)
 QWEN = Tower(depth=32, has_cls=False, feature_layer=31, full_attention=(7, 15, 23, 31))
 METHODS: list[Method] = [
     Random(),
@@ -39,8 +51,37 @@ METHODS: list[Method] = [
     IDPruner(scorer="norm"),
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
+    Norm(),
+    VisionZip().adapt(CLIP),
+    VisionZip(share=0.5).adapt(QWEN),
+    PruMerge().adapt(CLIP),
+    PruMerge(neighbours=2).adapt(QWEN),
+    PruMergePlus().adapt(CLIP),
+    VisPruner().adapt(CLIP),
+    VisPruner(important=0.2).adapt(QWEN),
+    VScan().adapt(CLIP),
+    VScan(window=2).adapt(QWEN),
+    GlobalCom2().adapt(CLIP),
+    GlobalCom2().adapt(NEXT),
+    GlobalCom2(tiled=True).adapt(QWEN),
+    AimMerge(),
+    M3Pool(),
+    TextMonkey(),
+    KMeans(),
     FastV(),
 ]
+
+
+def values(stat: str, layer: float, units: int) -> Tensor:
+    """What a tap yields, 9 where no token is."""
+    shape = (3, 30, 2, 4) if stat == "keys" else (3, 30)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
+    padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
+    return drawn.masked_fill(padding, 9.0)[:units]
+
+
+def keeps(answer: Tensor | Selection) -> Tensor:
+    return answer.keep if isinstance(answer, Selection) else answer
 
 
 def context(
@@ -53,15 +94,12 @@ def context(
     """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them."""
     g = torch.Generator().manual_seed(0)
     needs = method.needs()
+    asked = {field.name: getattr(needs, field.name) for field in dataclasses.fields(needs)}
     scores = {
-        (stat, layer): torch.rand(3, 30, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer)))
-        .div(30)
-        .masked_fill(~PADDED, 9.0)
-        for stat, layers in (
-            ("cls", needs.vision_cls),
-            ("received", needs.vision_received),
-            ("last_row", needs.decoder_last_row),
-        )
+        (stat, layer): values(stat, layer, 3)
+        for name, layers in asked.items()
+        if isinstance(layers, tuple)
+        for stat in [name.removeprefix("vision_").replace("decoder_last", "last")]
         for layer in layers
     }
     rows = torch.arange(3)[units]
@@ -89,6 +127,7 @@ def context(
             "grid": grid[units, :width],
             "has_grid": True,
             "attention": Attention(read),
+            "encoder_features": features[units, :width].flip(-1) if needs.encoder_features else None,
             "has_cls": has_cls,
             "model_type": "test",
             "fidelity": fidelity,
@@ -100,8 +139,15 @@ def context(
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 class TestEveryMethod:
     def test_keeps_exactly_the_count_of_valid_tokens(self, method: Method) -> None:
-        keep = method.select(context(method, has_cls=bool(method.needs().vision_cls)))
-        assert isinstance(keep, Tensor)
+        ctx = context(method, has_cls=bool(method.needs().vision_cls))
+        answer = method.select(ctx)
+        keep = keeps(answer)
+        if isinstance(answer, Selection):
+            assert answer.features is not None
+            assert answer.features[keep].isfinite().all()
+            # where nothing is dropped nothing is merged
+            torch.testing.assert_close(answer.features[1, :12], ctx.features[1, :12])
+            torch.testing.assert_close(answer.features[2, :1], ctx.features[2, :1])
         assert keep.dtype is torch.bool
         assert not (keep & ~PADDED).any()
         assert keep.sum(1).tolist() == list(COUNTS)
@@ -110,17 +156,21 @@ class TestEveryMethod:
         batch = method.select(context(method))
         for u in range(3):
             single = method.select(context(method, units=slice(u, u + 1)))
-            assert isinstance(batch, Tensor)
-            assert isinstance(single, Tensor)
-            assert torch.equal(batch[u, : SIZES[u]], single[0])
+            kept = keeps(batch)[u, : SIZES[u]]
+            assert torch.equal(kept, keeps(single)[0])
+            if isinstance(batch, Selection) and isinstance(single, Selection):
+                mine, alone = batch.features, single.features
+                assert mine is not None
+                assert alone is not None
+                torch.testing.assert_close(mine[u, : SIZES[u]][kept], alone[0][kept])
 
     def test_a_call_without_images(self, method: Method) -> None:
         ctx = context(method)
         none = {f.name: value[:0] for f in dataclasses.fields(ctx) if isinstance(value := getattr(ctx, f.name), Tensor)}
-        attention = Attention(lambda stat, layer: torch.zeros(0, 30))
+        attention = Attention(lambda stat, layer: values(stat, layer, 0))
         # A grid that is unknown is an error; none at all is not reached, because nothing is selected then.
-        if not isinstance(method, Grid | HiPrune):
-            assert method.select(dataclasses.replace(ctx, **none, attention=attention)).shape == (0, 30)  # type: ignore[union-attr]
+        if not isinstance(method, Grid | HiPrune | AimMerge | GlobalCom2 | M3Pool | VScan):
+            assert keeps(method.select(dataclasses.replace(ctx, **none, attention=attention))).shape == (0, 30)
 
     def test_round_trips_its_options_and_is_found_by_name(self, method: Method) -> None:
         cls = find(method.card.name)
@@ -149,6 +199,13 @@ def test_substitutes_are_named() -> None:
     assert IDPruner(scorer="norm").adapt(QWEN).label == "idpruner[norm]"
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
+    assert VScan().adapt(QWEN).label == "vscan"  # its Qwen code uses received attention itself
+    for cls in (VisionZip, VisPruner, PruMerge, PruMergePlus):
+        name = cls.card.name
+        assert (cls().adapt(CLIP).label, cls().adapt(QWEN).label) == (name, f"{name}[received]")
+    assert GlobalCom2().adapt(NEXT).label == "globalcom2"
+    assert GlobalCom2().adapt(CLIP).label == "globalcom2[untiled]"
+    assert GlobalCom2().adapt(QWEN).label == "globalcom2[received, untiled]"
 
 
 def test_defaults_follow_the_tower() -> None:
@@ -157,6 +214,11 @@ def test_defaults_follow_the_tower() -> None:
     assert HiPrune(object_layer=3).adapt(QWEN).needs().vision_received == (3, 31)
     assert ClsTopK().adapt(CLIP).needs().vision_cls == (22,)
     assert IDPruner().adapt(QWEN).needs().vision_received == (31,)
+    assert VScan().adapt(CLIP).needs().vision_cls == (5, 22)
+    assert VScan().adapt(QWEN).needs().vision_received == (7, 31)
+    assert (VScan().adapt(CLIP).window, VScan().adapt(QWEN).window) == (6, 4)  # type: ignore[attr-defined]
+    assert VisionZip().adapt(CLIP).needs().vision_keys == (22,)
+    assert PruMerge().adapt(CLIP).needs().vision_cls_joined == (-1,)
 
 
 def test_only_what_is_read_is_asked_for() -> None:
@@ -170,6 +232,14 @@ def test_only_what_is_read_is_asked_for() -> None:
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
+        (VisionZip, {"share": 1.0}, "share=1.0"),
+        (VisPruner, {"important": 1.5}, "important=1.5"),
+        (VScan, {"window": 0}, "window=0"),
+        (PruMerge, {"neighbours": -1}, "neighbours=-1"),
+        (PruMergePlus, {"outstanding": 0.0}, "outstanding=0.0"),
+        (GlobalCom2, {"temperature": 0.0}, "temperature=0.0"),
+        (KMeans, {"rounds": -1}, "rounds=-1"),
+        *((cls, {"scorer": "norm"}, "scorer='norm': use 'cls' or 'received'") for cls in (VisionZip, PruMerge, VScan)),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:
@@ -219,3 +289,55 @@ def test_official_hiprune_wraps_around_row_ends() -> None:
         )
         answers[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
     assert answers == {"fixed": [0, 6, 12, 13, 18], "official": [6, 11, 12, 13, 18]}
+
+
+def answer_to(method: Method, received: Tensor, **changes: Any) -> Tensor:
+    """What the method keeps of one image of 5×6 tokens with this attention."""
+    ctx = context(method, units=slice(0, 1), **changes)
+    keys = ctx.attention.keys(-1)
+    read = Attention(lambda stat, layer: keys if stat == "keys" else received[None])
+    return keeps(method.select(dataclasses.replace(ctx, count=torch.tensor([20]), attention=read)))[0]
+
+
+def test_adaptive_prumerge_keeps_what_stands_out_and_one_for_the_rest() -> None:
+    attention = torch.linspace(0.01, 0.02, 30)
+    attention[[4, 17]] = torch.tensor([0.5, 0.4])
+    assert answer_to(PruMerge(adaptive=True), attention).nonzero()[:, 0].tolist() == [4, 17, 29]
+    assert answer_to(PruMerge(), attention).sum() == 20
+    # flat attention: the published code divides by zero or keeps nothing; one token and one for the rest stay
+    assert answer_to(PruMerge(adaptive=True), torch.full((30,), 1 / 30)).sum() == 2
+    assert answer_to(PruMergePlus(adaptive=True), torch.full((30,), 1 / 30)).sum() == 5
+    assert not PruMerge(adaptive=True).card.contract.count_from_grid
+    assert PruMerge.card.contract.count_from_grid
+
+
+def test_official_adaptive_prumerge_plus_takes_the_published_steps() -> None:
+    attention = torch.linspace(0.01, 0.02, 30)
+    attention[[4, 17]] = torch.tensor([0.5, 0.4])
+    kept = answer_to(PruMergePlus(adaptive=True), attention, fidelity="official").nonzero()[:, 0].tolist()
+    assert kept == sorted({4, 17, *range(0, 29, 30 // 2 // 3), 29})
+
+
+def test_globalcom2_gives_more_to_the_crop_that_the_thumbnail_points_at() -> None:
+    """A thumbnail of 2×2 and a picture of 1×2 crops, each row ended by a newline."""
+    newline = torch.full((1, 3), -1)
+    rows = [torch.cartesian_prod(torch.tensor([1]), torch.tensor([r]), torch.arange(4)) for r in range(2)]
+    thumbnail = torch.cartesian_prod(torch.tensor([0]), torch.arange(2), torch.arange(2))
+    grid = torch.cat([thumbnail, rows[0], newline, rows[1], newline])[None]
+    logits = torch.zeros(1, 14)
+    logits[0, [1, 3]] = 20.0  # the right half
+    logits[0, 4:] = torch.linspace(1, 0.1, 10)
+    method = GlobalCom2(temperature=1.0).adapt(NEXT)
+    kept = {}
+    for fidelity in ("fixed", "official"):
+        ctx = dataclasses.replace(
+            context(method, fidelity=fidelity, units=slice(0, 1)),
+            valid=torch.ones(1, 14, dtype=torch.bool),
+            grid=grid,
+            count=torch.tensor([6]),
+            attention=Attention(lambda stat, layer: logits),
+        )
+        kept[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
+    # 6 of 12: two of the thumbnail, a quarter of the left crop, three quarters of the right one. The thumbnail,
+    # stretched to 2×4, prefers the right column of each crop: 5 before 4, 12 before 11.
+    assert kept == {"fixed": [1, 3, 5, 6, 7, 12], "official": [1, 3, 5, 6, 7, 8, 12, 13]}

@@ -56,7 +56,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # tokens per decoder layer at keep = 25 % of 144
 LAYERS = {
-    **dict.fromkeys(("random", "grid", "cls_topk", "divprune", "idpruner", "hiprune"), [36] * 4),
+    **{card.name: [36] * 4 for card in visiontok.methods() if card.stage == "prompt"},
     "fastv": [144, 36, 36, 36],
     "vtw": [144, 144, 0, 0],
 }

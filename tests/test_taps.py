@@ -49,7 +49,7 @@ class Reader(Method):
         return self.needed
 
     def select(self, ctx):
-        for stat in ("cls", "received"):
+        for stat in ("cls", "cls_joined", "cls_logits", "keys", "received"):
             for layer in getattr(self.needed, f"vision_{stat}"):
                 self.seen[f"{stat}{layer}"] = getattr(ctx.attention, stat)(layer)
         for offset in self.needed.decoder_last_row:
@@ -123,6 +123,63 @@ def test_vision_taps_equal_eager_attention(name, monkeypatch):
             got = reader.seen["cls-1"][u, : len(scores)]
             torch.testing.assert_close(got, scores.nan_to_num(nan=-1.0), rtol=1e-4, atol=1e-6)
     assert ctx.has_cls == (name in CLIP)
+
+
+def spy_on_kernel(monkeypatch, model, stack):
+    """Record the queries and keys of every eager attention call of a stack, by its attention module."""
+    calls: dict[Any, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+    modules = attention_modules(stack)
+    source = sys.modules[type(modules[0]).__module__]
+    eager = source.eager_attention_forward
+
+    def spy(module, query, key, *args, **kwargs):
+        calls.setdefault(module, []).append((query, key, kwargs["scaling"]))
+        return eager(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(source, "eager_attention_forward", spy)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "llava_onevision", "qwen2_5_vl"])
+def test_keys_and_logits_are_those_of_the_tower(name, monkeypatch):
+    model = build(name, "eager", torch.float32)
+    inputs, adapter = batch(name, model), find(model.model)
+    of_cls = {"vision_cls_logits": (-1,), "vision_cls_joined": (-1,)} if name in CLIP else {}
+    reader = Reader(Needs(vision_keys=(-1,), **of_cls))
+    tower = getattr(model.model, adapter.tower)
+    with torch.no_grad():
+        with visiontok.compress(model, reader):
+            model(**inputs)
+        calls = spy_on_kernel(monkeypatch, model, tower)[attention_modules(tower)[-1]] = []
+        calls = spy_on_kernel(monkeypatch, model, tower)
+        recorder = FeatureRecorder(model.model, "image")
+        record = record_of(model.model.get_image_features(**pixels(inputs), return_dict=True))
+        recorder.remove()
+    seen, skip = calls[attention_modules(tower)[-1]], int(adapter.cls_token)
+
+    def grouped(values):
+        """Per image, the (n, C) means of (crops, patches, C) over the patches of each token."""
+        return [g.mean(1) for g in adapter.group(record, values)]
+
+    # one head after the other
+    keys = [torch.cat([k[:, h, skip:] for h in range(k.shape[1])], -1) for _, k, _ in seen]
+    got = reader.seen["keys-1"]
+    assert got.shape[2:] == (seen[0][1].shape[1], seen[0][1].shape[3])
+    for u, expected in enumerate(grouped(keys)):
+        torch.testing.assert_close(got[u, : len(expected)].flatten(1), expected.nan_to_num(nan=0.0))
+        assert not got[u, len(expected) :].any()
+    if name in CLIP:
+        heads = [[q[:, h, :1] @ k[:, h].mT for h in range(q.shape[1])] for q, k, _ in seen]
+        logits = [
+            torch.stack(products).mean(0)[:, 0, skip:] * scale
+            for products, (*_, scale) in zip(heads, seen, strict=True)
+        ]
+        width = got[0, 0].numel()
+        joined = [(sum(products) / width**0.5).softmax(-1)[:, 0, skip:] for products in heads]
+        for stat, values, missing in (("cls_logits-1", logits, 0.0), ("cls_joined-1", joined, -1.0)):
+            for u, expected in enumerate(grouped([v[..., None] for v in values])):
+                mine = reader.seen[stat][u, : len(expected)]
+                torch.testing.assert_close(mine, expected[:, 0].nan_to_num(nan=missing), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -250,10 +307,11 @@ def test_decoder_taps_equal_eager_attention(name, schedule, monkeypatch):
                     torch.testing.assert_close(taken["received-1"][u, n], expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_tower_without_cls_says_so():
+@pytest.mark.parametrize("stat", ["vision_cls", "vision_cls_joined", "vision_cls_logits"])
+def test_a_tower_without_cls_says_so(stat):
     model = build("qwen2_5_vl")
     with (
-        visiontok.compress(model, Reader(Needs(vision_cls=(-1,)))),
+        visiontok.compress(model, Reader(Needs(**{stat: (-1,)}))),
         torch.no_grad(),
         pytest.raises(UnsupportedError, match="no CLS token"),
     ):

@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 
 
 class Attention:
-    """Attention statistics, head means in float32, as (U, N) scores of the visual tokens of each image.
+    """Attention statistics in float32, head means unless said otherwise, as (U, N) scores of the visual tokens of each
+    image; -1 where a slot has no patch.
 
     Only what a method declares in :class:`visiontok.Needs` is computed.
     """
@@ -27,6 +28,20 @@ class Attention:
             UnsupportedError: on towers without a CLS token; use :meth:`received` there.
         """
         return self._read("cls", layer)
+
+    def cls_joined(self, layer: int | float) -> torch.Tensor:
+        """As :meth:`cls`, with all heads joined to one: the logit is the product of the full-width query and key."""
+        return self._read("cls_joined", layer)
+
+    def cls_logits(self, layer: int | float) -> torch.Tensor:
+        """As :meth:`cls`, before the softmax: mean over heads of the scaled products of query and key; 0 where a slot
+        has no patch."""
+        return self._read("cls_logits", layer)
+
+    def keys(self, layer: int | float) -> torch.Tensor:
+        """(U, N, H, d) keys of tower layer ``layer``, rotary positions applied; a token of several patches has their
+        mean, a slot without patch 0."""
+        return self._read("keys", layer)
 
     def received(self, layer: int | float) -> torch.Tensor:
         """Mean attention each patch receives from all queries of its crop (or window) in tower layer ``layer``."""
@@ -107,3 +122,13 @@ class Context:
             f"{self.model_type}: where tokens lie in their image is unknown for this call (features were given "
             "directly, or the family's adapter has no grid); pass pixels, or use a method that needs no grid"
         )
+
+    def need_encoder_features(self) -> torch.Tensor:
+        """``encoder_features``, which the method must have asked for in ``needs``.
+
+        Raises:
+            ConfigError: if it has not.
+        """
+        if self.encoder_features is None:
+            raise ConfigError("encoder_features: declare encoder_features=True in needs() of the method")
+        return self.encoder_features

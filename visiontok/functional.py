@@ -9,11 +9,15 @@ from .allocators import apportion, layer_average
 from .kernels import Picks
 from .mergers.absorb import absorb
 from .mergers.bipartite import bipartite
+from .mergers.cells import cells
+from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
-from .scorers.attention import attention_columns, attention_rows
+from .mergers.neighbours import neighbours
+from .scorers.attention import attention_columns, attention_logits, attention_rows
 from .scorers.minmax import minmax
 from .scorers.norm import norm
+from .scorers.uniqueness import uniqueness
 from .selectors.anchors import anchors
 from .selectors.coverage import coverage
 from .selectors.dpp import dpp
@@ -22,8 +26,11 @@ from .selectors.maxmin import maxmin
 from .selectors.maxsum import maxsum
 from .selectors.mmr import mmr
 from .selectors.product import product
+from .selectors.spaced import spaced
+from .selectors.thinned import thinned
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
+from .selectors.within import rank_within
 
 __all__ = [
     "Picks",
@@ -31,8 +38,11 @@ __all__ = [
     "anchors",
     "apportion",
     "attention_columns",
+    "attention_logits",
     "attention_rows",
     "bipartite",
+    "cells",
+    "clusters",
     "coverage",
     "dpp",
     "facility",
@@ -43,10 +53,15 @@ __all__ = [
     "minmax",
     "mmr",
     "nearest_kept",
+    "neighbours",
     "norm",
     "product",
     "rank",
+    "rank_within",
+    "spaced",
+    "thinned",
     "topk",
     "uniform",
+    "uniqueness",
     "unmerge",
 ]

@@ -109,11 +109,15 @@ class Card:
 class Needs:
     """What a method reads beyond the features; everything else is not computed.
 
-    Vision layers are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers
-    are offsets from the cut: ``-1`` is the layer just before it.
+    What each field yields is said at the method of :class:`visiontok.context.Attention` that reads it. Vision layers
+    are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers are offsets
+    from the cut: ``-1`` is the layer just before it.
     """
 
     vision_cls: tuple[Layer, ...] = ()
+    vision_cls_joined: tuple[Layer, ...] = ()
+    vision_cls_logits: tuple[Layer, ...] = ()
+    vision_keys: tuple[Layer, ...] = ()
     vision_received: tuple[Layer, ...] = ()
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
@@ -130,12 +134,15 @@ class Tower:
         has_cls: whether every crop begins with a CLS token.
         feature_layer: the layer whose output becomes the visual features.
         full_attention: layers in which a patch sees its whole image; windowed layers are missing.
+        thumbnail: whether a picture comes twice, as a thumbnail (t = 0 in its grid) and re-tiled from crops of the
+            thumbnail's size, without padding (t = 1).
     """
 
     depth: int
     has_cls: bool
     feature_layer: int
     full_attention: tuple[int, ...]
+    thumbnail: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def padded(ctx: Context, value: float, slots: int = 3) -> Context:
     valid = widen(ctx.valid, False)
 
     def poison(x: torch.Tensor) -> torch.Tensor:
-        return widen(x, value).masked_fill(~valid[..., None] if x.ndim == 3 else ~valid, value)
+        return widen(x, value).masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 2)), value)
 
     return replace(
         ctx,

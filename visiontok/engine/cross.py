@@ -59,7 +59,7 @@ class CrossPolicy(StagePolicy):
         super().__init__(stages, depth, **shared)
 
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
-        if stat == "cls":
+        if stat.startswith("cls"):
             raise UnsupportedError(
                 f"{self._model}: its vision tower has a CLS token in every tile, each of which looks at all tiles, and "
                 "none that stands for the image; use attention.received, or a method without CLS"
@@ -72,6 +72,10 @@ class CrossPolicy(StagePolicy):
         """What each place of the tower receives from the tokens of real tiles, which see padding too."""
         record = current_record()
         if record is None or not self._serves():
+            return
+        if "keys" in stats:
+            record.attention[("keys", layer)] = [k.transpose(1, 2).float()]
+        if "received" not in stats:
             return
         visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
         weight = visible.diagonal(dim1=1, dim2=2).float()

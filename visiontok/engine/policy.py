@@ -17,7 +17,7 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, attention_columns, attention_rows, nearest_kept
+from ..functional import absorb, attention_columns, attention_logits, attention_rows, nearest_kept
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
+_OF_CLS = ("cls", "cls_joined", "cls_logits")
+_VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
 
 
@@ -58,6 +60,7 @@ def describe_tower(adapter: Adapter) -> Tower:
         has_cls=adapter.cls_token,
         feature_layer=max(layer + depth if layer < 0 else layer, 0),
         full_attention=adapter.full_attention(depth),
+        thumbnail=adapter.thumbnail,
     )
 
 
@@ -153,9 +156,9 @@ class StagePolicy:
         tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         for stage in (*self.prompt_stages, *self.cuts.values()):
             needs = _needs(stage)
-            for stat, layers in (("cls", needs.vision_cls), ("received", needs.vision_received)):
-                for name in layers:
-                    if stat == "cls" and not self.adapter.cls_token:
+            for stat in _VISION:
+                for name in getattr(needs, f"vision_{stat}"):
+                    if stat in _OF_CLS and not self.adapter.cls_token:
                         continue  # the context says so when the method asks
                     index = resolve_layer(name, len(tower), name=f"vision layer of {stage.label}")
                     wanted.setdefault(index, set()).add(stat)
@@ -378,7 +381,7 @@ class StagePolicy:
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
             return call.units.gather(found[..., None])[..., 0]
-        if stat == "cls" and not self.adapter.cls_token:
+        if stat in _OF_CLS and not self.adapter.cls_token:
             raise UnsupportedError(
                 f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
             )
@@ -388,8 +391,10 @@ class StagePolicy:
             calls = record.attention.get((stat, index))
             if calls is None:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
-            values.append([g.mean(1)[:, 0] for g in self.adapter.group(record, [c[..., None] for c in calls])])
-        return self._by_unit(call, values, missing=-1.0)
+            groups = self.adapter.group(record, [c.reshape(*c.shape[:2], -1) for c in calls])
+            values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
+        found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
+        return found if stat == "keys" else found[..., 0]
 
     def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []
@@ -439,13 +444,19 @@ class StagePolicy:
             return
         skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
         for a, b, valid in _segments(q, k, mask, kwargs.get("cu_seq_lens_q")):
-            if "cls" in stats:
-                seen = None if valid is None else valid[:, None]
-                scores = attention_rows(a[:, :, :1], b, scale=scale, visible=seen)[:, 0]
-                record.attention.setdefault(("cls", layer), []).append(scores[:, skip:])
-            if "received" in stats:
-                scores = attention_columns(a, b, scale=scale, valid=valid)
-                record.attention.setdefault(("received", layer), []).append(scores[:, skip:])
+            seen = None if valid is None else valid[:, None]
+            for stat in stats:
+                if stat == "cls":
+                    found = attention_rows(a[:, :, :1], b, scale=scale, visible=seen)[:, 0]
+                elif stat == "cls_joined":
+                    found = attention_rows(_joined(a[:, :, :1]), _joined(b), visible=seen)[:, 0]
+                elif stat == "cls_logits":
+                    found = attention_logits(a[:, :, :1], b, scale=scale)[:, 0]
+                elif stat == "keys":
+                    found = b.transpose(1, 2).float()
+                else:
+                    found = attention_columns(a, b, scale=scale, valid=valid)
+                record.attention.setdefault((stat, layer), []).append(found[:, skip:])
 
     def _decoder_sink(
         self,
@@ -514,6 +525,11 @@ def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     record = current_record()
     if record is not None and kwargs is not None:
         record.encoder_features = args[0] if args else next(iter(kwargs.values()))
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, n, d) → (B, 1, n, H·d)."""
+    return x.transpose(1, 2).flatten(2)[:, None]
 
 
 def _segments(

@@ -9,7 +9,10 @@ import importlib.metadata
 from ..errors import ConfigError
 from ..method import Card, Method
 
-_BUILT_IN = ("random", "grid", "cls_topk", "divprune", "idpruner", "hiprune", "fastv", "vtw")
+_BUILT_IN = (
+    "random", "grid", "norm", "cls_topk", "divprune", "idpruner", "hiprune", "visionzip", "prumerge", "prumerge_plus",
+    "vispruner", "vscan", "globalcom2", "aim_merge", "m3_pool", "textmonkey", "kmeans", "fastv", "vtw",
+)  # fmt: skip
 
 
 def names() -> list[str]:

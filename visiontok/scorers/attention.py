@@ -51,11 +51,7 @@ def attention_rows(
     Reference:
         FastV, arXiv 2403.06764 (last row); FasterVLM, arXiv 2412.01818 (CLS row).
     """
-    qs, ks = rows(q, 3, "q").float(), rows(k, 3, "k").float()
-    groups = ks.shape[1]
-    with torch.autocast(q.device.type, enabled=False):
-        logits = qs.unflatten(1, (groups, qs.shape[1] // groups)) @ ks.mT[:, :, None]
-    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = _logits(q, k, scale)
     if bias is not None:
         logits = logits + rows(bias, 1, "bias").float()[:, None, None, None]
     if visible is not None:
@@ -65,3 +61,29 @@ def attention_rows(
     else:
         weights = logits.softmax(-1)
     return unrow(weights.mean((1, 2)), q, 3)
+
+
+def attention_logits(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
+    """What chosen query rows look at before the softmax, mean over heads.
+
+    Args:
+        q: (H, R, d) or (B, H, R, d), the queries of the chosen rows only.
+        k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G.
+        scale: factor on the logits; 1/√d by default.
+
+    Returns:
+        (R, N) or (B, R, N) float32.
+
+    Reference:
+        GlobalCom2, arXiv 2501.05179 (CLS row).
+    """
+    return unrow(_logits(q, k, scale).mean((1, 2)), q, 3)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """(B, G, H / G, R, N) float32."""
+    qs, ks = rows(q, 3, "q").float(), rows(k, 3, "k").float()
+    groups = ks.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        logits = qs.unflatten(1, (groups, qs.shape[1] // groups)) @ ks.mT[:, :, None]
+    return logits * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,148 @@
+"""LLaVA-PruMerge: tokens with outstanding attention gather their neighbours, one more token gathers the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..functional import neighbours as gathered
+from ..functional import rank
+from ..method import Card, Contract, Layer, Method, Needs, Selection, Tower
+
+if TYPE_CHECKING:
+    from ..context import Context
+
+ONE_HEAD = "the vision tower's attention joined to one head of full width"
+
+
+def outliers(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How many scores lie above the third quartile by more than 1.5 times the distance between the quartiles.
+
+    Args:
+        scores: (N,) or (B, N).
+        valid: bool, shape of ``scores``; negative scores are left out too.
+
+    Returns:
+        () or (B,) long; 0 where all are alike.
+    """
+    ok = scores >= 0 if valid is None else valid & (scores >= 0)
+    s = torch.where(ok, scores.float(), torch.nan)
+    low, high = (torch.nanquantile(s, q, dim=-1, keepdim=True) for q in (0.25, 0.75))
+    return (s > high + 1.5 * (high - low)).sum(-1)
+
+
+def prumerge(
+    features: Tensor,
+    keys: Tensor,
+    scores: Tensor,
+    centres: Tensor,
+    *,
+    neighbours: int = 32,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Centres gather their neighbours, weighted by attention; one more token is the weighted sum of all the others.
+
+    Args:
+        features: (N, D) or (B, N, D), what is merged.
+        keys: (N, d) or (B, N, d), full-width keys of the tower, compared by cosine.
+        scores: (N,) or (B, N), attention; negative scores mark tokens without a patch, which weigh nothing.
+        centres: (N,) or (B, N) bool, the tokens that stay; a row whose tokens are all centres is left as it is.
+        neighbours: tokens that a centre gathers, other centres among them.
+        valid: (N,) or (B, N) bool.
+
+    Returns:
+        bool keep mask (N,) or (B, N), one token more than ``centres``: the sum stands at the place of the token with
+        the most attention that is no centre. And features of the shape given, of which those of kept places are new.
+    """
+    ok = torch.ones_like(centres) if valid is None else valid
+    centres = centres & ok
+    weight = torch.where(ok, scores, 0.0).clamp_min(0).to(torch.promote_types(features.dtype, torch.float32))
+    others = ok & ~centres
+    rest = (rank(scores, others) == 0) & others
+    known = torch.where(ok[..., None], features, 0.0)
+    gathering = centres & (scores >= 0) & others.any(-1, keepdim=True)
+    merged = gathered(known, keys, weight, gathering, neighbours, ok)
+    total = (torch.where(others, weight, 0.0)[..., None] * known).sum(-2, keepdim=True).to(features.dtype)
+    return centres | rest, torch.where(rest[..., None], total, merged)
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Outstanding tokens, merged with their neighbours, and one token for the rest.
+
+    Attributes:
+        adaptive: keep the outliers of the attention only, at most the budget; otherwise exactly the budget.
+        neighbours: how many tokens a kept one gathers.
+        scorer: ``cls`` (CLS attention, heads joined) or ``received`` (mean attention received); by default what the
+            tower offers.
+        layer: tower layer of attention and keys; by default the last.
+    """
+
+    adaptive: bool = False
+    neighbours: int = 32
+    scorer: Literal["cls", "received"] | None = None
+    layer: Layer = -1
+
+    card: ClassVar[Card] = Card(
+        name="prumerge",
+        title="tokens with outstanding attention gather their neighbours, one token gathers the rest",
+        paper="arXiv 2403.15388",
+        venue="ICCV 2025",
+        stage="prompt",
+        needs=f"keys of one tower layer, and CLS attention of {ONE_HEAD}; received attention on towers without CLS",
+        official="The last tower layer with features of the one before; merges before the projector and does not "
+        "divide by the weights; tokens come in the order of their attention, the token for the rest last. As many "
+        "tokens as the attention has outliers, and one. Bugs: batches share one ratio; without outliers nothing "
+        "but the last token remains.",
+        departures="Exactly K tokens, the one for the rest among them (adaptive=True for the outliers, at least one of "
+        "them, at most K tokens). Merges the projector's outputs, in raster order. One budget per image. Towers "
+        "without CLS are scored by received attention, a substitute that is named: prumerge[received]; their keys "
+        "carry rotary positions.",
+        defaults="32 neighbours; the last tower layer.",
+        cost="O(HNd) for one attention row, O(KNd) over keys of full width",
+        contract=Contract(sync_free=False),
+    )
+
+    def __post_init__(self) -> None:
+        if self.scorer not in (None, "cls", "received"):
+            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        if self.neighbours < 0:
+            raise ConfigError(f"neighbours={self.neighbours!r}: give a number of at least 0")
+        if self.adaptive:  # what attention decides, the grid does not tell
+            contract = replace(self.card.contract, count_from_grid=False)
+            object.__setattr__(self, "card", replace(self.card, contract=contract))
+
+    @property
+    def label(self) -> str:
+        return f"{self.card.name}[received]" if self.scorer == "received" else self.card.name
+
+    def adapt(self, tower: Tower) -> PruMerge:
+        return replace(self, scorer=self.scorer or ("cls" if tower.has_cls else "received"))
+
+    def needs(self) -> Needs:
+        if self.scorer == "received":
+            return Needs(vision_received=(self.layer,), vision_keys=(self.layer,))
+        return Needs(vision_cls_joined=(self.layer,), vision_keys=(self.layer,))
+
+    def select(self, ctx: Context) -> Selection:
+        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls_joined
+        scores = read(self.layer)
+        keep, features = prumerge(
+            ctx.features,
+            ctx.attention.keys(self.layer).flatten(2),
+            scores,
+            self.centres(ctx, scores),
+            neighbours=self.neighbours,
+            valid=ctx.valid,
+        )
+        return Selection(keep=keep, features=features)
+
+    def centres(self, ctx: Context, scores: Tensor) -> Tensor:
+        """(U, N) bool: the tokens that stay; the last of a budget is the token for the rest."""
+        count = torch.minimum(outliers(scores, ctx.valid).clamp_min(1) + 1, ctx.count) if self.adaptive else ctx.count
+        size = ctx.valid.sum(-1)
+        return ctx.valid & (rank(scores, ctx.valid) < torch.where(count < size, count - 1, size)[:, None])

@@ -12,16 +12,25 @@ from .mergers.bipartite import bipartite
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .scorers.attention import attention_columns, attention_rows
+from .scorers.blur import blur
+from .scorers.entropy import pixel_entropy
 from .scorers.minmax import minmax
 from .scorers.norm import norm
+from .scorers.residual import centred, residual
+from .scorers.sensitivity import sensitivity
 from .selectors.anchors import anchors
+from .selectors.components import components
 from .selectors.coverage import coverage
+from .selectors.discount import discount
 from .selectors.dpp import dpp
 from .selectors.facility import facility
 from .selectors.maxmin import maxmin
 from .selectors.maxsum import maxsum
 from .selectors.mmr import mmr
+from .selectors.pivots import least_similar
 from .selectors.product import product
+from .selectors.quota import quota
+from .selectors.suppress import suppress
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
 
@@ -33,10 +42,15 @@ __all__ = [
     "attention_columns",
     "attention_rows",
     "bipartite",
+    "blur",
+    "centred",
+    "components",
     "coverage",
+    "discount",
     "dpp",
     "facility",
     "layer_average",
+    "least_similar",
     "maxmin",
     "maxsum",
     "merge",
@@ -44,8 +58,13 @@ __all__ = [
     "mmr",
     "nearest_kept",
     "norm",
+    "pixel_entropy",
     "product",
+    "quota",
     "rank",
+    "residual",
+    "sensitivity",
+    "suppress",
     "topk",
     "uniform",
     "unmerge",

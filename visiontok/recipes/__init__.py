@@ -9,7 +9,10 @@ import importlib.metadata
 from ..errors import ConfigError
 from ..method import Card, Method
 
-_BUILT_IN = ("random", "grid", "cls_topk", "divprune", "idpruner", "hiprune", "fastv", "vtw")
+_BUILT_IN = (
+    "random", "grid", "cls_topk", "divprune", "idpruner", "hiprune", "todre", "zoo_prune", "scope", "cdpruner", "mmtok",
+    "eadp", "dart", "holov", "prunesid", "erase", "sieve", "fastv", "vtw",
+)  # fmt: skip
 
 
 def names() -> list[str]:

@@ -95,12 +95,13 @@ class Dart(Method):
         venue="EMNLP 2025",
         stage="prompt",
         needs="features, the question's embeddings",
-        official="In the decoder, behind layer 2: pivots have the longest keys in the 1-norm, text pivots come from "
-        "the whole prompt. Every pivot chooses ⌊K/8⌋ tokens, so that another number than K remain (4 + 8·⌊K/8⌋), in "
-        "the order of a CPython set, on which the result depends.",
+        official="In the decoder, behind layer 2: pivots have the longest keys in the 1-norm. Every pivot chooses "
+        "⌊K/8⌋ tokens, so that another number than K remain (4 + 8·⌊K/8⌋), in the order of a CPython set, on which the "
+        "result depends.",
         departures="Before the language model, where no keys exist: the 1-norm of the embedding stands in, hence "
-        "dart[norm]; text pivots come from the question. Exactly K tokens; pivots choose in descending order of their "
-        "score, those of the image first. fidelity='official' brings the count back, not the order of the set.",
+        "dart[norm]. Text pivots come from the question without special tokens. Exactly K tokens; pivots choose in "
+        "descending order of their score, those of the image first. fidelity='official' brings the count back, not "
+        "the order of the set.",
         defaults="image_pivots=4, text_pivots=4.",
         cost="O(PND) for P pivots",
         contract=Contract(question_independent=False),

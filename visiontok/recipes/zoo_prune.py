@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..functional import Picks, minmax, product, sensitivity
+from ..functional import Picks, minmax, norm, product, sensitivity
 from ..method import Card, Contract, Method, Needs
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 def zoo_prune(features: Tensor, scores: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> Picks:
     """Greedily the largest min-max normalised score · (1 - largest cosine to those kept).
+
+    Where all scores are equal up to rounding, as behind a projector that is one linear map, novelty decides alone, and
+    the longest token begins.
 
     Args:
         features: (N, D) or (B, N, D), behind the projector.
@@ -31,7 +34,11 @@ def zoo_prune(features: Tensor, scores: Tensor, k: int | Tensor, *, valid: Tenso
     Raises:
         ConfigError: if ``k`` < 1.
     """
-    return product(features, minmax(scores, valid), k, valid)
+    ok = ~scores.isnan() if valid is None else valid & ~scores.isnan()
+    low = torch.where(ok, scores, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(ok, scores, -torch.inf).amax(-1, keepdim=True)
+    alike = torch.where(scores.isnan(), scores, 1 + 1e-6 * minmax(norm(features), valid))
+    return product(features, torch.where(high - low > 1e-4 * high, minmax(scores, valid), alike), k, valid)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,25 @@ from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Tower
 from visiontok.recipes import find
+from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
+from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
+from visiontok.recipes.eadp import EADP
+from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
 from visiontok.recipes.grid import Grid
 from visiontok.recipes.hiprune import HiPrune
+from visiontok.recipes.holov import HoloV
 from visiontok.recipes.idpruner import IDPruner
+from visiontok.recipes.mmtok import MMTok
+from visiontok.recipes.prunesid import PruneSID
 from visiontok.recipes.random import Random
+from visiontok.recipes.scope import Scope
+from visiontok.recipes.sieve import Sieve
+from visiontok.recipes.todre import ToDRE
 from visiontok.recipes.vtw import VTW
+from visiontok.recipes.zoo_prune import ZooPrune
 
 SIZES, COUNTS = (30, 12, 1), (7, 12, 1)
 PADDED = torch.arange(30) < torch.tensor(SIZES)[:, None]
@@ -39,7 +50,23 @@ METHODS: list[Method] = [
     IDPruner(scorer="norm"),
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
+    ToDRE().adapt(CLIP),
+    ToDRE(objective="maxmin").adapt(QWEN),
+    ZooPrune(directions=4),
+    ZooPrune(derivative="exact", directions=4),
+    Scope().adapt(CLIP),
+    Scope(alpha=0.5, combine="add").adapt(QWEN),
+    CDPruner(),
+    MMTok().adapt(CLIP),
+    EADP(),
+    Dart(),
+    Dart(image_pivots=1, text_pivots=0),
+    HoloV().adapt(CLIP),
+    HoloV(beta=1.0).adapt(QWEN),
+    PruneSID().adapt(CLIP),
+    PruneSID().adapt(QWEN),
     FastV(),
+    Sieve(),
 ]
 
 
@@ -50,7 +77,10 @@ def context(
     fidelity: Literal["fixed", "official"] = "fixed",
     units: slice = slice(None),
 ) -> Context:
-    """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them."""
+    """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them.
+
+    Their questions have three words, one and none.
+    """
     g = torch.Generator().manual_seed(0)
     needs = method.needs()
     scores = {
@@ -61,6 +91,7 @@ def context(
             ("cls", needs.vision_cls),
             ("received", needs.vision_received),
             ("last_row", needs.decoder_last_row),
+            ("text_rows", needs.decoder_text_rows),
         )
         for layer in layers
     }
@@ -71,6 +102,9 @@ def context(
     for u, (height, breadth) in enumerate(((5, 6), (3, 4), (1, 1))):
         grid[u, : height * breadth] = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(breadth))
     features = torch.randn(3, 30, 8, generator=g).masked_fill(~PADDED[..., None], 50.0)
+    encoder = torch.randn(3, 30, 6, generator=g).masked_fill(~PADDED[..., None], 50.0)
+    pixels = torch.rand(3, 30, 3, 16, generator=g)
+    projector = torch.randn(6, 8, generator=g)
 
     def read(stat: str, layer: float) -> Tensor:
         if stat == "cls" and not has_cls:
@@ -87,6 +121,12 @@ def context(
             "count": torch.tensor(COUNTS)[units],
             "size": torch.tensor(SIZES)[units],
             "grid": grid[units, :width],
+            "row": rows,
+            "encoder_features": encoder[units, :width],
+            "project": lambda x: (x @ projector.to(x)).tanh(),
+            "pixels": pixels[units, :width],
+            "question_features": torch.randn(3, 3, 8, generator=g),
+            "question_valid": torch.arange(3) < torch.tensor([[3], [1], [0]]),
             "has_grid": True,
             "attention": Attention(read),
             "has_cls": has_cls,
@@ -149,6 +189,11 @@ def test_substitutes_are_named() -> None:
     assert IDPruner(scorer="norm").adapt(QWEN).label == "idpruner[norm]"
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
+    for cls in (ToDRE, Scope, HoloV, PruneSID):
+        name = cls.card.name
+        assert (cls().adapt(CLIP).label, cls().adapt(QWEN).label) == (name, f"{name}[received]")
+    assert ToDRE(objective="maxmin").adapt(QWEN).label == "todre[received, maxmin]"
+    assert [m.label for m in (CDPruner(), EADP(), Dart())] == ["cdpruner[embedding]", "eadp[embedding]", "dart[norm]"]
 
 
 def test_defaults_follow_the_tower() -> None:
@@ -170,6 +215,29 @@ def test_only_what_is_read_is_asked_for() -> None:
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
+        (ToDRE, {"objective": "sum"}, "objective='sum': use 'maxsum' or 'maxmin'"),
+        (ToDRE, {"scorer": "norm"}, "scorer='norm': use 'cls' or 'received'"),
+        (ZooPrune, {"derivative": "second"}, "derivative='second'"),
+        (ZooPrune, {"step": 0.0}, "step=0.0: must be positive"),
+        (ZooPrune, {"directions": 0}, "directions=0"),
+        (Scope, {"alpha": -1.0}, "alpha=-1.0"),
+        (Scope, {"combine": "max"}, "combine='max'"),
+        (CDPruner, {"clip": "ViT-L-14-336"}, "clip='ViT-L-14-336', tokenizer=None: name model/weights"),
+        (MMTok, {"alpha": -1}, "alpha=-1"),
+        (MMTok, {"vision_temperature": 0.0}, "vision_temperature=0.0: must be positive"),
+        (EADP, {"sign": 2}, "sign=2: use -1 or 1"),
+        (EADP, {"telling": 1.5}, "telling=1.5: a share"),
+        (EADP, {"spread": 0.0}, "spread=0.0: must be positive"),
+        (Dart, {"image_pivots": 0}, "image_pivots=0: at least 1"),
+        (HoloV, {"stretches": 0}, "stretches=0: at least 1"),
+        (HoloV, {"beta": -1.0}, "beta=-1.0"),
+        (PruneSID, {"scorer": "norm"}, "scorer='norm'"),
+        (Erase, {"part": "last"}, "part='last'"),
+        (Erase, {"thresholds": [1, 2, 3]}, r"thresholds=\[1, 2, 3\]: give 3 numbers in descending order"),
+        (Erase, {"shares": (0.9, 0.5, 0.4)}, "shares=.*: give 4 numbers"),
+        (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
+        (Erase, {"final": 0.0}, "final=0.0"),
+        (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:

@@ -155,7 +155,7 @@ def test_pixel_entropy_survives_normalisation_and_back() -> None:
     assert torch.equal(F.pixel_entropy(again), F.pixel_entropy(levels))
 
 
-# ------------------------------------------------------------------------------------------------------------------ blur
+# ---------------------------------------------------------------------------------------------------------------- blur
 
 
 def blur_naive(scores: dict[tuple[int, int, int], float], sigma: float) -> dict[tuple[int, int, int], float]:

@@ -240,12 +240,17 @@ class StagePolicy:
     def _ask(
         self, call: Prefill, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
     ) -> Selection | None:
-        """The method's answer, checked; None where the budget is at least what is alive, so that it is not asked."""
+        """The method's answer, checked; None where nothing is to be dropped, so that it is not asked.
+
+        That is where the budget is at least what is alive; for a method that may keep less than its budget, only where
+        it is everything there ever was.
+        """
         units = call.units
         valid = units.gather(alive[..., None])[..., 0] & units.valid
         counts = self._counts(stage, call)
         budgeted = stage.keep is not None or self.average is not None
-        if budgeted and all(n >= known for n, known in zip(counts, call.counts, strict=True)):
+        most = call.counts if stage.method.card.contract.count_from_grid else units.sizes  # type: ignore[union-attr]
+        if budgeted and all(n >= known for n, known in zip(counts, most, strict=True)):
             return None
         ctx = self._context(call, stage, layer, states, valid, counts)
         answer = stage.method.select(ctx)  # type: ignore[union-attr]

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.engine
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cls_topk[received]": ("cls_topk", {"scorer": "received", "layer": 0}),
     "idpruner[norm]": ("idpruner", {"scorer": "norm", "balance": 0.3}),
+    "divprune[centred]": ("divprune", {"background": 0}),
+    "divprune[residual]": ("divprune", {"background": 2}),
     "hiprune, all anchors": ("hiprune", {"alpha": 1.0}),
     "todre, max-min": ("todre", {"objective": "maxmin", "scorer": "received"}),
     "zoo_prune, exact": ("zoo_prune", {"derivative": "exact", "directions": 8}),

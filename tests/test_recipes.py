@@ -48,6 +48,8 @@ METHODS: list[Method] = [
     IDPruner().adapt(CLIP),
     IDPruner(balance=0.3).adapt(QWEN),
     IDPruner(scorer="norm"),
+    DivPrune(background=0),
+    IDPruner(scorer="norm", background=2),
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
     ToDRE().adapt(CLIP),
@@ -187,6 +189,10 @@ def test_substitutes_are_named() -> None:
     assert IDPruner().adapt(CLIP).label == "idpruner[cls]"
     assert IDPruner().adapt(QWEN).label == "idpruner[received]"
     assert IDPruner(scorer="norm").adapt(QWEN).label == "idpruner[norm]"
+    assert IDPruner(background=0).adapt(CLIP).label == "idpruner[cls, centred]"
+    assert [DivPrune(background=r).label for r in (None, 0, 3)] == [
+        "divprune", "divprune[centred]", "divprune[residual]",
+    ]  # fmt: skip
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
     for cls in (ToDRE, Scope, HoloV, PruneSID):
@@ -214,6 +220,8 @@ def test_only_what_is_read_is_asked_for() -> None:
     [
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
+        (IDPruner, {"background": -1}, "background=-1"),
+        (DivPrune, {"background": -1}, "background=-1: at least 0 directions"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
         (ToDRE, {"objective": "sum"}, "objective='sum': use 'maxsum' or 'maxmin'"),
         (ToDRE, {"scorer": "norm"}, "scorer='norm': use 'cls' or 'received'"),

@@ -82,6 +82,17 @@ def test_centred_takes_the_mean_of_the_valid_finite_rows_away() -> None:
     torch.testing.assert_close(F.centred(x[1, :4]), mine[:4])
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_foreground_is_what_the_leading_singular_vectors_leave(shape: tuple[int, int]) -> None:
+    x, valid = normal(2, *shape), torch.arange(shape[0]) < torch.tensor([[shape[0]], [5]])
+    for rank in (0, 2, 20):
+        mine = F.foreground(x.masked_fill(~valid[..., None], 7.0), rank, valid)
+        for b, n in enumerate((shape[0], 5)):
+            a = x[b, :n].double().numpy()
+            u, s, v = np.linalg.svd(a - a.mean(0), full_matrices=False)
+            np.testing.assert_allclose(mine[b, :n], u[:, rank:] * s[rank:] @ v[rank:], atol=1e-5)
+
+
 def residual_naive(x: np.ndarray, t: np.ndarray, energy: float) -> tuple[np.ndarray, np.ndarray]:
     x, t = x - t.mean(0), t - t.mean(0)
     gram = t @ t.T

@@ -16,7 +16,7 @@ from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.minmax import minmax
 from .scorers.norm import norm
-from .scorers.residual import centred, residual
+from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
 from .selectors.anchors import anchors
 from .selectors.components import components
@@ -49,6 +49,7 @@ __all__ = [
     "discount",
     "dpp",
     "facility",
+    "foreground",
     "layer_average",
     "least_similar",
     "maxmin",

@@ -27,6 +27,33 @@ def centred(features: Tensor, valid: Tensor | None = None) -> Tensor:
     return unrow(x - mean, features, 2)
 
 
+def foreground(features: Tensor, rank: int, valid: Tensor | None = None) -> Tensor:
+    """What the mean and the ``rank`` leading principal directions of the image do not explain.
+
+    Args:
+        features: (N, D) or (B, N, D).
+        rank: directions taken out, at least 0; 0 is :func:`centred`.
+        valid: (N,) or (B, N) bool; other tokens have no say.
+
+    Returns:
+        float32, shape of ``features``; rows that hold NaN or infinity keep it.
+
+    Reference:
+        LRCP, arXiv 2605.15621, residual to the low-rank background.
+    """
+    x = centred(rows(features, 2, "features"), valid).double()
+    counts = (mask(valid, x) & x.isfinite().all(-1))[..., None]
+    known = torch.where(counts, x, 0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        if known.shape[1] <= known.shape[2]:
+            axes = torch.linalg.eigh(known @ known.mT).eigenvectors[..., max(known.shape[1] - rank, 0) :]
+            rest = known - axes @ (axes.mT @ known)
+        else:
+            axes = torch.linalg.eigh(known.mT @ known).eigenvectors[..., max(known.shape[2] - rank, 0) :]
+            rest = known - known @ axes @ axes.mT
+    return unrow(torch.where(counts, rest, x).float(), features, 2)
+
+
 def residual(
     features: Tensor, basis: Tensor, *, energy: float = 0.75, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,11 @@ class OpenClip:
         architecture, _, weights = name.partition("/")
         words = AutoTokenizer.from_pretrained(tokenizer)
         model = open_clip.create_model(architecture, pretrained=weights)
-        encode = open_clip.get_tokenizer(architecture).encode
-        return cls(model, encode, lambda ids: words.decode(ids, skip_special_tokens=True))
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(words.decode(list(ids), skip_special_tokens=True))
+
+        return cls(model, open_clip.get_tokenizer(architecture).encode, decode)
 
     @torch.no_grad()
     def images(self, features: Tensor) -> Tensor:

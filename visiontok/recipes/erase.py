@@ -17,9 +17,10 @@ from ..method import Card, Contract, Layer, Method, Needs, Stage
 if TYPE_CHECKING:
     from ..context import Context
 
+Setting = tuple[tuple[float, ...], tuple[float, ...]]
 # Median entropies, in nats, between the levels, and the share that each level keeps; from the most complex down.
-QWEN2_5 = (1.690, 1.347, 1.172), (0.827, 0.751, 0.495, 0.403)
-QWEN3 = (1.610, 0.227, 0.056), (0.845, 0.776, 0.757, 0.194)
+QWEN2_5: Setting = (1.690, 1.347, 1.172), (0.827, 0.751, 0.495, 0.403)
+QWEN3: Setting = (1.610, 0.227, 0.056), (0.845, 0.776, 0.757, 0.194)
 
 
 def median(scores: Tensor, valid: Tensor) -> Tensor:

@@ -192,6 +192,48 @@ def test_a_token_has_the_pixels_at_its_place(name: str) -> None:
     torch.testing.assert_close(ctx.pixels[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_pixels_are_those_of_the_first_of_two_frames() -> None:
+    model = build("qwen2_5_vl")
+    inputs = batch("qwen2_5_vl", model, rows=1, pad=0)
+    plain = read(model, inputs, pixels=True).pixels
+    assert plain is not None
+    for frame in (0, 1):
+        other = inputs["pixel_values"].clone().view(-1, 3, 2, 16)
+        other[:, :, frame] += 1
+        changed = read(model, inputs | {"pixel_values": other.flatten(1)}, pixels=True).pixels
+        assert changed is not None
+        assert torch.equal(changed, plain) == (frame == 1)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "idefics3"])
+def test_crops_that_pad_a_batch_are_nobodys_pixels(name: str) -> None:
+    """A wide picture beside a square one: two of its five crops are filled up. Two tiles beside one."""
+    from visiontok.adapters.base import find
+
+    from visiontok.engine.vision import FeatureRecorder, record_of
+
+    base, g = build(name).model, torch.Generator().manual_seed(0)
+    if name == "llava_next":
+        pixels, sizes = torch.randn(2, 5, 3, 32, 32, generator=g).double(), torch.tensor([[64, 64], [32, 64]])
+        padding, inputs = (1, slice(3, None)), {"pixel_values": pixels, "image_sizes": sizes}
+    else:
+        pixels = torch.randn(2, 2, 3, 32, 32, generator=g).double()
+        padding, inputs = (1, slice(1, None)), {"pixel_values": pixels}
+    pixels[padding] = 0
+    recorder = FeatureRecorder(base, "image")
+    with torch.no_grad():
+        record = record_of(base.get_image_features(**inputs, return_dict=True))
+    recorder.remove()
+    assert record is not None
+    adapter = find(base)
+    items = adapter.pixels(record)
+    assert [len(item) for item in items] == [len(grid) for grid in adapter.grids(record)]
+    assert not any(bool((item == 0).any()) for item in items)  # no pixel of the padding
+    shown = torch.cat([item.flatten() for item in items])
+    expected = pixels.numel() - pixels[padding].numel()
+    assert shown.isfinite().sum() <= expected
+
+
 def visiontok_statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     from visiontok.adapters.base import find
 

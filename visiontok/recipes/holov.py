@@ -176,7 +176,7 @@ class HoloV(Method):
         read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
         attention = read(-1 if self.layer is None else self.layer)
         grid = ctx.need_grid()
-        placed = ctx.valid & (grid >= 0).all(-1) & (attention >= 0)
+        placed = ctx.valid & (grid >= 0).all(-1)
         size = grid.flatten(0, 1).amax(0) + 2 if grid.numel() else grid.new_ones(3)
         code = ((grid[..., 0] + 1) * size[1] + grid[..., 1] + 1) * size[2] + grid[..., 2] + 1
         tokens = placed.sum(1)

@@ -69,17 +69,23 @@ def scope_naive(z: Array, a: Array, k: int, alpha: float = 1.0, combine: str = "
     return greedy(n, k, gain)
 
 
-def mmtok_naive(t: Array, z: Array, e: Array, k: int, temperature: float) -> list[int]:
+def cover_table_naive(t: Array, z: Array, e: Array, temperature: float) -> Array:
     """Patches whose encoder features are 0 have none: they are not covered and cover no patch."""
     n, there = len(z), [i for i in range(len(z)) if e[i].any()]
     words = [softmax(np.array([cos(w, v) for v in z]) / temperature) / len(t) for w in t]
-    patches = np.zeros((len(there), n))
-    for row, i in enumerate(there):
-        patches[row, there] = 0.5 * softmax(np.array([cos(e[i], e[j]) for j in there]) / 0.2) / len(there)
-    table = [*words, *patches]
-    return greedy(
-        n, k, lambda i, chosen: sum(max(0.0, row[i] - max([0.0] + [row[c] for c in chosen])) for row in table)
-    )
+    patches = np.zeros((n, n))
+    for i in there:
+        patches[i, there] = 0.5 * softmax(np.array([cos(e[i], e[j]) for j in there]) / 0.2) / len(there)
+    return np.array([*words, *patches])
+
+
+def mmtok_naive(t: Array, z: Array, e: Array, k: int, temperature: float) -> list[int]:
+    table = cover_table_naive(t, z, e, temperature)
+
+    def gain(i: int, chosen: list[int]) -> float:
+        return sum(max(0.0, row[i] - max([0.0] + [row[c] for c in chosen])) for row in table)
+
+    return greedy(len(z), k, gain)
 
 
 def eadp_naive(

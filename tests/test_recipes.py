@@ -208,6 +208,8 @@ def test_defaults_follow_the_tower() -> None:
     assert HiPrune(object_layer=3).adapt(QWEN).needs().vision_received == (3, 31)
     assert ClsTopK().adapt(CLIP).needs().vision_cls == (22,)
     assert IDPruner().adapt(QWEN).needs().vision_received == (31,)
+    assert (MMTok().adapt(CLIP).text_temperature, MMTok().adapt(QWEN).text_temperature) == (0.02, 0.01)
+    assert (HoloV().adapt(CLIP).stretches, HoloV().adapt(QWEN).stretches) == (16, None)
 
 
 def test_only_what_is_read_is_asked_for() -> None:

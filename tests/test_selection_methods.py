@@ -9,6 +9,7 @@ import pytest
 import torch
 from naive import (
     cos,
+    cover_table_naive,
     dart_naive,
     eadp_naive,
     greedy,
@@ -27,7 +28,7 @@ from visiontok.recipes.dart import dart
 from visiontok.recipes.eadp import eadp, importance
 from visiontok.recipes.erase import level, median
 from visiontok.recipes.holov import holov
-from visiontok.recipes.mmtok import mmtok
+from visiontok.recipes.mmtok import cover_table, mmtok
 from visiontok.recipes.prunesid import prunesid
 from visiontok.recipes.scope import scope
 from visiontok.recipes.sieve import sieve
@@ -119,6 +120,8 @@ def test_cdpruner_relevance_is_the_mean_cosine_to_the_words() -> None:
 def test_mmtok(seed: int, missing: list[int]) -> None:
     text, x, encoder = draw(3, 5, seed=seed), draw(14, 5, seed=seed + 9), draw(14, 4, seed=seed + 5)
     encoder[missing] = 0
+    table = cover_table(text[None], x[None], encoder[None], text_temperature=0.1)[0]
+    np.testing.assert_allclose(table, cover_table_naive(*numbers(text, x, encoder), 0.1), rtol=1e-4, atol=1e-7)
     mine = mmtok(text[None], x[None], encoder[None], 6, text_temperature=0.1).order[0].tolist()
     assert mine == mmtok_naive(*numbers(text, x, encoder), 6, 0.1)
     padded = torch.cat([text, torch.full((2, 5), 9.0)])[None]

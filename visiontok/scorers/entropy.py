@@ -11,8 +11,7 @@ GREY = (0.299, 0.587, 0.114)
 def pixel_entropy(pixels: Tensor) -> Tensor:
     """Entropy, in nats, of the histogram of 256 grey levels of each patch.
 
-    Channels are rounded to whole levels, which undoes the rounding errors of normalisation, and so is their weighted
-    sum.
+    The weighted sum of the channels is rounded to whole levels.
 
     Args:
         pixels: (…, N, 3, P) in 0 … 1.
@@ -23,7 +22,7 @@ def pixel_entropy(pixels: Tensor) -> Tensor:
     Reference:
         ERASE, arXiv 2605.09982, stage 1.
     """
-    levels = torch.nan_to_num(pixels.float(), nan=0.0).clamp(0, 1).mul(255).round()
+    levels = torch.nan_to_num(pixels.float(), nan=0.0).clamp(0, 1).mul(255)
     weights = torch.tensor(GREY, device=levels.device)[:, None]
     grey = (levels * weights).sum(-2).round().long().flatten(0, -2)  # (M, P)
     counts = torch.zeros(len(grey), 256, device=grey.device)

@@ -297,3 +297,14 @@ def test_official_hiprune_wraps_around_row_ends() -> None:
         )
         answers[fidelity] = method.select(ctx)[0].nonzero()[:, 0].tolist()  # type: ignore[index]
     assert answers == {"fixed": [0, 6, 12, 13, 18], "official": [6, 11, 12, 13, 18]}
+
+
+def test_what_has_no_patch_has_no_sensitivity() -> None:
+    """Behind a projector that is steepest at 0, where such tokens would be."""
+    ctx = context(ZooPrune(directions=4))
+    encoder = ctx.encoder_features.clone()  # type: ignore[union-attr]
+    encoder[0, 3] = 0
+    ctx = dataclasses.replace(
+        ctx, encoder_features=encoder, project=lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-3)
+    )
+    assert not ZooPrune(directions=4).select(ctx)[0, 3]  # type: ignore[index]

@@ -35,7 +35,7 @@ class Reader(Method):
     card = Card(name="reader", title="-", paper="-", venue="-", stage="prompt", needs="-")
 
     def needs(self) -> Needs:
-        return Needs(vision_received=(-1,))
+        return Needs(vision_received=(-1,), projector=True)
 
     def select(self, ctx: Context) -> Tensor:
         self.seen["ctx"] = ctx
@@ -200,3 +200,24 @@ def test_what_has_no_patch_is_kept_last() -> None:
             model(**inputs)
             alive = compression.ledger.alive(0)[visual(inputs)]
         assert torch.equal(alive, patches), method
+
+
+def test_what_has_no_patch_has_no_say_in_the_scale_of_sensitivity() -> None:
+    model = build("llava_next")
+    inputs = batch("llava_next", model, rows=1, images=1, pad=0)
+    reader = Reader()
+    with visiontok.compress(model, reader), torch.no_grad():
+        model(**inputs)
+    ctx = reader.seen["ctx"]
+    patches = (ctx.grid[0] >= 0).all(-1).nonzero()[:, 0]
+    assert ctx.encoder_features is not None
+    z, x = ctx.features[0, patches].numpy(), ctx.encoder_features[0, patches].numpy()
+
+    def project(rows: Array) -> Array:
+        return model.model.multi_modal_projector(torch.from_numpy(rows)).detach().numpy()
+
+    image = Image(z, x, x, x, x, 0, project)
+    with visiontok.compress(model, "zoo_prune", keep=K) as compression, torch.no_grad():
+        model(**inputs)
+        kept = compression.ledger.alive(0)[visual(inputs)].nonzero()[:, 0].tolist()
+    assert kept == sorted(patches[naive.zoo_prune_naive(z, sensitivity(image), K)].tolist())

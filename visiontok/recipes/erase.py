@@ -82,7 +82,7 @@ class Erase(Method):
         defaults="Without keep: the published setting, a quarter in the end. Qwen3-VL has thresholds of its own, all "
         "others those of Qwen2.5-VL. Pixels are brought back by the statistics of the family's stock processor.",
         cost="O(NP) for the histograms of P pixels, one attention row per text token",
-        contract=Contract(count_from_grid=False, question_independent=False, per_image=False),
+        contract=Contract(count_from_grid=False, question_independent=False, per_image=False, sync_free=False),
     )
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -63,6 +63,11 @@ PER_TOKEN = {"full_attention", "sliding_attention"}
 """Kinds of decoder layers that keep keys and values per token."""
 RECURRENT = {"linear_attention", "conv"}
 """Kinds that carry one state along the sequence and skip padding; they can be given fewer tokens, but lose none."""
+
+
+CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class Record(Protocol):
@@ -138,6 +143,56 @@ class Adapter:
         pooled = record.output.pooler_output
         return [torch.full((len(item), 3), -1) for item in pooled]
 
+    def special_ids(self) -> set[int]:
+        """Token ids that the config names, which are no words: begin, end, padding, images."""
+        found: set[int] = set()
+        for config in (self.base.config, self.base.config.get_text_config()):
+            for name, value in vars(config).items():
+                if name.endswith(("_token_id", "_token_ids", "_token_index")):
+                    found |= {i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)}
+        return found
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel by which the family's stock processor normalises pixels."""
+        vision = self.base.config.vision_config.model_type
+        return HALF_STATISTICS if "siglip" in vision or "idefics" in vision else CLIP_STATISTICS
+
+    def crops(self, record: Record) -> list[torch.Tensor]:
+        """The pictures that went into the tower, each (k, 3, H, W) normalised pixels of equal size, in its order."""
+        return [record.inputs["pixel_values"].flatten(0, -4)]
+
+    def pixels(self, record: Record) -> list[torch.Tensor]:
+        """The normalised pixels of each language-model token.
+
+        Returns:
+            one (n, 3, P) tensor per encoded item, aligned with :meth:`grids`; NaN where a token has no patch.
+
+        Raises:
+            UnsupportedError: for videos, where tokens are no whole patches or the frame is not known.
+        """
+        if record.modality == "video":
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: pixels of video tokens are not known; use a method that does not read "
+                "them"
+            )
+        size = self.base.config.vision_config.patch_size
+        size = size if isinstance(size, int) else size[0]
+        patches = [torch.nn.functional.unfold(x, size, stride=size).mT for x in self.crops(record)]
+        return [g.unflatten(2, (3, -1)).transpose(1, 2).flatten(2) for g in self.group(record, patches)]
+
+    def project(self, projector: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """Send tokens through the projector, each for itself.
+
+        Args:
+            projector: called as the family's own projector is.
+            tokens: (M, m, C), the m patches of each token as :meth:`group` brings them together.
+
+        Returns:
+            (M, D).
+        """
+        return projector(tokens.flatten(0, 1)[None])[0]
+
     def columns(self, record: Record) -> torch.Tensor:
         """(B, M, C) bool: which of the C cross-attention states of each of M image places per row show a picture.
 
@@ -163,6 +218,17 @@ class Adapter:
             f"{self.base.config.model_type}: no mapping from vision-tower patches to language-model tokens is known; "
             "use a method that reads features only, or write an adapter (visiontok.adapters.base.Adapter)"
         )
+
+
+def in_squares(tokens: torch.Tensor, side: int) -> torch.Tensor:
+    """(M, m, C) patches of tokens, m = k · k → (S, (side · k)², C): laid out as square pictures of side · side tokens.
+
+    The last picture is filled up with zeros.
+    """
+    count, area, width = tokens.shape
+    k, pictures = round(area**0.5), -(-count // side**2)
+    x = torch.cat([tokens, tokens.new_zeros(pictures * side**2 - count, area, width)])
+    return x.view(pictures, side, side, k, k, width).transpose(2, 3).reshape(pictures, -1, width)
 
 
 def square(n: int, t: int = 0) -> torch.Tensor:

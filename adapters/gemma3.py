@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .base import Adapter, Record, square
+from .base import Adapter, Record, in_squares, square
 
 
 class Gemma3Adapter(Adapter):
@@ -24,6 +24,10 @@ class Gemma3Adapter(Adapter):
         block = round(x.shape[1] ** 0.5) // pooled
         x = x.view(len(x), pooled, block, pooled, block, -1).transpose(2, 3)
         return list(x.flatten(3, 4).flatten(1, 2))
+
+    def project(self, projector: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        side = round(self.base.config.mm_tokens_per_image**0.5)
+        return projector(in_squares(tokens, side)).flatten(0, 1)[: len(tokens)]
 
 
 class Gemma3nAdapter(Adapter):

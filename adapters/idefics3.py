@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .base import Adapter, Record, square
+from .base import Adapter, Record, in_squares, square
 
 
 class Idefics3Adapter(Adapter):
@@ -28,6 +29,14 @@ class Idefics3Adapter(Adapter):
         x, connector = torch.cat(list(patches)), self.base.connector
         channels = x.shape[2]
         return list(connector.pixel_shuffle(x, connector.scale_factor).unflatten(-1, (-1, channels)))
+
+    def crops(self, record: Record) -> list[torch.Tensor]:
+        tiles = record.inputs["pixel_values"].flatten(0, 1)
+        return [tiles[tiles.flatten(1).any(1)]]  # the model leaves out empty tiles too
+
+    def project(self, projector: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        side = math.ceil(len(tokens) ** 0.5)
+        return projector(in_squares(tokens, side))[0, : len(tokens)]
 
     def _tokens_per_tile(self) -> int:
         config = self.base.config

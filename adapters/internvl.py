@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import Adapter, Record, square
+from .base import IMAGENET_STATISTICS, Adapter, Record, square
 
 
 class InternVLAdapter(Adapter):
@@ -15,6 +15,7 @@ class InternVLAdapter(Adapter):
     model_types = ("internvl",)
     cls_token = True
     join_adjacent = True
+    pixel_statistics = IMAGENET_STATISTICS
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

@@ -66,6 +66,12 @@ class LlavaNextAdapter(Adapter):
         tiled = torch.stack([torch.ones_like(row), row, column], 1).masked_fill(rest[:, None], -1)
         return torch.cat([thumbnail, tiled])
 
+    def crops(self, record: Record) -> list[torch.Tensor]:
+        pictures = record.inputs["pixel_values"]
+        if pictures.ndim == 4:  # not tiled, or already without the padding
+            return [pictures]
+        return [torch.cat([x[:n] for x, n in zip(pictures, self._crops(record), strict=True)])]
+
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         crops = torch.cat(list(patches)).split(self._crops(record))
         return [item[:, None] for item in self._pack(record, list(crops))]

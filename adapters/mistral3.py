@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,6 +22,17 @@ class Mistral3Adapter(Adapter):
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [raster(1, h, w) for h, w in self._sizes(record)]
+
+    def crops(self, record: Record) -> list[torch.Tensor]:
+        merged = self.base.config.vision_config.patch_size * self.base.config.spatial_merge_size
+        sizes = [(h * merged, w * merged) for h, w in self._sizes(record)]
+        pictures = record.inputs["pixel_values"]
+        return [x[None, :, :h, :w] for x, (h, w) in zip(pictures, sizes, strict=True)]
+
+    def project(self, projector: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        config = self.base.config
+        unit = config.vision_config.patch_size * config.spatial_merge_size
+        return projector(tokens.flatten(0, 1), [(len(tokens) * unit, unit)])  # one picture, one token wide
 
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         merge = self.base.config.spatial_merge_size

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from .base import Adapter, Record, raster
+from .base import HALF_STATISTICS, Adapter, Record, raster
 
 
 class QwenVLAdapter(Adapter):
@@ -32,6 +32,16 @@ class QwenVLAdapter(Adapter):
         if order is not None:
             x = torch.empty_like(x).index_copy_(0, order.to(x.device), x)
         return list(x.split(sizes))
+
+    def pixels(self, record: Record) -> list[torch.Tensor]:
+        sizes = [len(g) for g in self.grids(record)]
+        patches = record.inputs["pixel_values_videos" if record.modality == "video" else "pixel_values"]
+        vision, merge = self.base.config.vision_config, self.base.visual.spatial_merge_size**2
+        frames = patches.view(sum(sizes), merge, 3, vision.temporal_patch_size, -1)
+        return list(frames[:, :, :, 0].transpose(1, 2).flatten(2).split(sizes))  # units in order: windows come later
+
+    def project(self, projector: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        return projector(tokens.flatten(0, 1))
 
     def _unit_order(self, record: Record) -> torch.Tensor | None:
         """(units,) long: raster index of each merge unit in the order the tower processes them; None if in order."""
@@ -73,3 +83,4 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     model_types = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass", "cosmos3_omni", "qwen3_omni_moe_thinker")
     deepstack = ("visual_pos_masks", "deepstack_visual_embeds")
+    pixel_statistics = HALF_STATISTICS

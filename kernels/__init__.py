@@ -1,8 +1,10 @@
 """Fast twins of the operators that cost real time."""
 
 from .reference import (
+    TILE,
     Coverage,
     Determinant,
+    Discount,
     Picks,
     RunningMax,
     RunningSum,
@@ -20,8 +22,10 @@ from .reference import (
 )
 
 __all__ = [
+    "TILE",
     "Coverage",
     "Determinant",
+    "Discount",
     "Picks",
     "RunningMax",
     "RunningSum",

@@ -113,6 +113,21 @@ class RunningSum:
         self.sum = row if self.sum is None else self.sum + row
 
 
+class Discount:
+    """gain_i = score_i · Π_{j in S} (1 - cos²_ij), one product with the last chosen unit vector per pick."""
+
+    def __init__(self, features: Tensor, scores: Tensor) -> None:
+        """features (B, N, D); scores (B, N)."""
+        self.unit, self.score = unit(features), scores
+
+    def gain(self) -> Tensor:
+        return self.score
+
+    def add(self, pick: Tensor) -> None:
+        alike = (self.unit @ _rows(self.unit, pick)[..., None])[..., 0].square()
+        self.score = self.score * torch.where(alike > 1 - SAME, 0.0, 1 - alike)
+
+
 class Coverage:
     """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - max_{j in S} table_rj) + bonus_i, the maximum starting at 0.
 
@@ -141,7 +156,9 @@ class Coverage:
 
     def add(self, pick: Tensor) -> None:
         best = torch.maximum(self.best, _rows(self.table.mT, pick))
-        changed = (best > self.best).any(0).nonzero()[:, 0]
+        changed: Tensor | slice = slice(None)
+        if best.device.type == "cpu":  # elsewhere the question which rows changed would stop the host
+            changed = (best > self.best).any(0).nonzero()[:, 0]
         old, new = self.best[:, changed, None], best[:, changed, None]
         # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old; float64, so that what is lost adds up
         lost = torch.minimum(torch.maximum(self.table[:, changed], old), new).double() - old

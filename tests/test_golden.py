@@ -23,14 +23,18 @@ import visiontok
 import visiontok.functional as F
 from visiontok.errors import ConfigError
 from visiontok.recipes.aim_merge import aim_merge
+from visiontok.recipes.cdpruner import cdpruner
+from visiontok.recipes.dart import dart
 from visiontok.recipes.divprune import divprune
 from visiontok.recipes.fastv import fastv
 from visiontok.recipes.globalcom2 import crops, globalcom2_official
 from visiontok.recipes.hiprune import hiprune, hiprune_official
 from visiontok.recipes.idpruner import idpruner
 from visiontok.recipes.m3_pool import m3_pool
+from visiontok.recipes.mmtok import cover_table, mmtok
 from visiontok.recipes.prumerge import outliers, prumerge
 from visiontok.recipes.prumerge_plus import prumerge_plus_official
+from visiontok.recipes.scope import scope
 from visiontok.recipes.textmonkey import textmonkey
 from visiontok.recipes.visionzip import visionzip
 from visiontok.recipes.vispruner import vispruner
@@ -138,11 +142,9 @@ def call_fastv(attn_last_row: Tensor, start: int, n_vis: int, r: float) -> Outpu
 def call_cdpruner(features: Tensor, image_embeds: Tensor, text_embeds: Tensor, k: int) -> Outputs:
     unit = torch.nn.functional.normalize
     similarity = -(unit(image_embeds, dim=-1) @ unit(text_embeds, dim=-1).mT).mean(-1)
-    # The published code normalises over the whole batch of crops.
-    relevance = (similarity - similarity.min() + 1e-6) / (similarity.max() - similarity.min())
-    picks = F.dpp(features, relevance, k)
+    picks = cdpruner(features, similarity, k, official=True)
     useful = picks.gain[0] > 0
-    rest = relevance[0, picks.order[0, ~useful]]
+    rest = similarity[0, picks.order[0, ~useful]]
     assert bool((rest.diff() <= 0).all())
     return {
         "mask": picks.keep,
@@ -153,8 +155,7 @@ def call_cdpruner(features: Tensor, image_embeds: Tensor, text_embeds: Tensor, k
 
 
 def call_scope(features: Tensor, cls_attn: Tensor, k: int, alpha: float, combined: str) -> Outputs:
-    power = cls_attn**alpha
-    picks = F.facility(features, k, **{{"multi": "scale", "add": "bonus"}[combined]: power})
+    picks = scope(features, cls_attn, k, alpha=alpha, combine="add" if combined == "add" else "multiply")
     return {"order": picks.order, "kept_sorted": kept(picks.keep)}
 
 
@@ -168,12 +169,48 @@ def call_mmtok(
     vv_temp: float,
     exclude: list[int] | None = None,
 ) -> Outputs:
-    unit = torch.nn.functional.normalize
-    words = (unit(text, dim=-1) @ unit(vision, dim=-1).T / tv_temp).softmax(-1) / len(text)
-    patches = (unit(vision_enc, dim=-1) @ unit(vision_enc, dim=-1).T / vv_temp).softmax(-1) / len(vision)
-    valid = torch.ones(len(vision), dtype=torch.bool)
-    valid[exclude or []] = False
-    return {"kept_sorted": kept(F.coverage(torch.cat([words, alpha * patches]), k, valid=valid).keep)}
+    rows = text[None], vision[None], vision_enc[None]
+    options = {"alpha": alpha, "text_temperature": tv_temp, "vision_temperature": vv_temp}
+    if exclude is None:
+        return {"kept_sorted": kept(mmtok(*rows, k, **options).keep)}
+    allowed = torch.ones(1, len(vision), dtype=torch.bool)
+    allowed[0, exclude] = False  # they are covered, but cover nothing
+    return {"kept_sorted": kept(F.coverage(cover_table(*rows, **options), k, valid=allowed).keep)}
+
+
+def call_dart(
+    hidden: Tensor,
+    keys: Tensor,
+    start: int,
+    n_vis: int,
+    max_num: int | None,
+    pivot_image: int,
+    pivot_text: int,
+    reduction: float,
+    pivot_order: Tensor,
+) -> Outputs:
+    length = keys.abs().sum((1, 3))[0]  # heads side by side
+    place = torch.arange(len(length))
+    image, text = (place >= start) & (place < start + n_vis), place >= start + n_vis
+    best = [F.topk(length, number, mask) for number, mask in ((pivot_image, image), (pivot_text, text))]
+    assert set(kept(best[0] | best[1]).tolist()) == set(pivot_order.tolist())
+    count = (n_vis * (1 - reduction) if max_num is None else max_num) // (pivot_image + pivot_text)
+    share = torch.full((len(pivot_order),), int(count))
+    # The published order of the pivots is that of a CPython set.
+    official = F.least_similar(hidden[0], hidden[0, pivot_order], share, best[0], image)[start : start + n_vis]
+    mine = dart(
+        hidden[:, image],
+        length[None, image],
+        hidden[:, text],
+        length[None, text],
+        int(count) * len(pivot_order),
+        image_pivots=pivot_image,
+        text_pivots=pivot_text,
+        official=True,
+    )
+    assert mine.sum() == official.sum()
+    assert bool(mine[0, best[0][image]].all())
+    return {"kept_sorted": kept(official)}
 
 
 def one_hot(group: Tensor, count: int) -> Tensor:

@@ -36,6 +36,7 @@ LAYERS = {
     "visiontok.cost": "cost",
     "visiontok.report": "report",
     "visiontok.images": "images",
+    "visiontok.clip": "clip",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.run": "run",
@@ -60,7 +61,7 @@ MAY_IMPORT = {
     "operators": OPERATORS,
     "values": OPERATORS | {"values"},
     "method": METHOD,
-    "recipes": METHOD | {"recipe", "recipes"},
+    "recipes": METHOD | {"recipe", "recipes", "clip"},
     "recipe": METHOD | {"recipe", "recipes"},
     "adapters.base": {"errors", "values", "adapters.base", "torchvision"},
     "adapters": {"errors", "values", "adapters.base", "adapters", "torchvision"},
@@ -68,6 +69,7 @@ MAY_IMPORT = {
     "cost": {"errors"},
     "report": ENGINE | {"report"},
     "images": {"errors"},
+    "clip": {"errors", "torchvision"},
     "overlay": {"errors", "engine"},
     "api": API,
     "run": API | {"package", "overlay", "run", "demo"},
@@ -91,6 +93,7 @@ MAY_USE = {
     "recipe": {"torch", "yaml"},
     "engine": {"torch", "transformers"},
     "images": {"PIL"},
+    "clip": {"torch", "open_clip", "transformers"},
     "overlay": {"torch", "PIL"},
 }
 

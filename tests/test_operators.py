@@ -68,6 +68,10 @@ def gain_dpp(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
     return float(with_i / torch.linalg.det(kernel[chosen][:, chosen])) if chosen else float(with_i)
 
 
+def gain_discount(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
+    return float(s[i]) * math.prod(1 - float(cosines(x)[i, j]) ** 2 for j in chosen)
+
+
 GREEDY: dict[str, tuple[Callable[..., kernels.Picks], Gain]] = {
     "maxmin": (lambda x, s, k, valid=None: F.maxmin(x, k, valid), gain_maxmin),
     "mmr": (lambda x, s, k, valid=None: F.mmr(x, s, k, balance=0.3, valid=valid), gain_mmr),
@@ -75,6 +79,7 @@ GREEDY: dict[str, tuple[Callable[..., kernels.Picks], Gain]] = {
     "maxsum": (lambda x, s, k, valid=None: F.maxsum(x, s, k, valid), gain_maxsum),
     "facility": (lambda x, s, k, valid=None: F.facility(x, k, scale=s, weight=s, valid=valid), gain_facility),
     "dpp": (lambda x, s, k, valid=None: F.dpp(x, s, k, valid), gain_dpp),
+    "discount": (lambda x, s, k, valid=None: F.discount(x, s, k, valid), gain_discount),
 }
 every_selector = pytest.mark.parametrize("name", GREEDY)
 
@@ -163,7 +168,7 @@ def test_tokens_with_nan_come_last(name: str) -> None:
     assert GREEDY[name][0](x, s, 12).keep.all()
 
 
-@pytest.mark.parametrize("name", ["mmr", "product", "dpp"])
+@pytest.mark.parametrize("name", ["mmr", "product", "dpp", "discount"])
 def test_scores_that_are_nan_come_last(name: str) -> None:
     x, s = random_case(12)
     s[4] = torch.nan

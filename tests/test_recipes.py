@@ -16,24 +16,35 @@ from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Selection, Tower
 from visiontok.recipes import find
 from visiontok.recipes.aim_merge import AimMerge
+from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
+from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
+from visiontok.recipes.eadp import EADP
+from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
 from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
 from visiontok.recipes.hiprune import HiPrune
+from visiontok.recipes.holov import HoloV
 from visiontok.recipes.idpruner import IDPruner
 from visiontok.recipes.kmeans import KMeans
 from visiontok.recipes.m3_pool import M3Pool
+from visiontok.recipes.mmtok import MMTok
 from visiontok.recipes.norm import Norm
 from visiontok.recipes.prumerge import PruMerge
 from visiontok.recipes.prumerge_plus import PruMergePlus
+from visiontok.recipes.prunesid import PruneSID
 from visiontok.recipes.random import Random
+from visiontok.recipes.scope import Scope
+from visiontok.recipes.sieve import Sieve
 from visiontok.recipes.textmonkey import TextMonkey
+from visiontok.recipes.todre import ToDRE
 from visiontok.recipes.visionzip import VisionZip
 from visiontok.recipes.vispruner import VisPruner
 from visiontok.recipes.vscan import VScan
 from visiontok.recipes.vtw import VTW
+from visiontok.recipes.zoo_prune import ZooPrune
 
 SIZES, COUNTS = (30, 12, 1), (7, 12, 1)
 PADDED = torch.arange(30) < torch.tensor(SIZES)[:, None]
@@ -49,6 +60,8 @@ METHODS: list[Method] = [
     IDPruner().adapt(CLIP),
     IDPruner(balance=0.3).adapt(QWEN),
     IDPruner(scorer="norm"),
+    DivPrune(background=0),
+    IDPruner(scorer="norm", background=2),
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
     Norm(),
@@ -68,7 +81,23 @@ METHODS: list[Method] = [
     M3Pool(),
     TextMonkey(),
     KMeans(),
+    ToDRE().adapt(CLIP),
+    ToDRE(objective="maxmin").adapt(QWEN),
+    ZooPrune(directions=4),
+    ZooPrune(derivative="exact", directions=4),
+    Scope().adapt(CLIP),
+    Scope(alpha=0.5, combine="add").adapt(QWEN),
+    CDPruner(),
+    MMTok().adapt(CLIP),
+    EADP(),
+    Dart(),
+    Dart(image_pivots=1, text_pivots=0),
+    HoloV().adapt(CLIP),
+    HoloV(beta=1.0).adapt(QWEN),
+    PruneSID().adapt(CLIP),
+    PruneSID().adapt(QWEN),
     FastV(),
+    Sieve(),
 ]
 
 
@@ -91,7 +120,10 @@ def context(
     fidelity: Literal["fixed", "official"] = "fixed",
     units: slice = slice(None),
 ) -> Context:
-    """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them."""
+    """Three images of 5×6, 3×4 and 1×1 tokens, padded with values that would win; `units` picks some of them.
+
+    Their questions have three words, one and none.
+    """
     g = torch.Generator().manual_seed(0)
     needs = method.needs()
     asked = {field.name: getattr(needs, field.name) for field in dataclasses.fields(needs)}
@@ -99,7 +131,7 @@ def context(
         (stat, layer): values(stat, layer, 3)
         for name, layers in asked.items()
         if isinstance(layers, tuple)
-        for stat in [name.removeprefix("vision_").replace("decoder_last", "last")]
+        for stat in [name.removeprefix("vision_").removeprefix("decoder_")]
         for layer in layers
     }
     rows = torch.arange(3)[units]
@@ -109,6 +141,9 @@ def context(
     for u, (height, breadth) in enumerate(((5, 6), (3, 4), (1, 1))):
         grid[u, : height * breadth] = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(breadth))
     features = torch.randn(3, 30, 8, generator=g).masked_fill(~PADDED[..., None], 50.0)
+    encoder = torch.randn(3, 30, 6, generator=g).masked_fill(~PADDED[..., None], 50.0)
+    pixels = torch.rand(3, 30, 3, 16, generator=g)
+    projector = torch.randn(6, 8, generator=g)
 
     def read(stat: str, layer: float) -> Tensor:
         if stat == "cls" and not has_cls:
@@ -125,9 +160,14 @@ def context(
             "count": torch.tensor(COUNTS)[units],
             "size": torch.tensor(SIZES)[units],
             "grid": grid[units, :width],
+            "row": rows,
+            "encoder_features": encoder[units, :width],
+            "project": lambda x: (x @ projector.to(x)).tanh(),
+            "pixels": pixels[units, :width],
+            "question_features": torch.randn(3, 3, 8, generator=g),
+            "question_valid": torch.arange(3) < torch.tensor([[3], [1], [0]]),
             "has_grid": True,
             "attention": Attention(read),
-            "encoder_features": features[units, :width].flip(-1) if needs.encoder_features else None,
             "has_cls": has_cls,
             "model_type": "test",
             "fidelity": fidelity,
@@ -197,6 +237,10 @@ def test_substitutes_are_named() -> None:
     assert IDPruner().adapt(CLIP).label == "idpruner[cls]"
     assert IDPruner().adapt(QWEN).label == "idpruner[received]"
     assert IDPruner(scorer="norm").adapt(QWEN).label == "idpruner[norm]"
+    assert IDPruner(background=0).adapt(CLIP).label == "idpruner[cls, centred]"
+    assert [DivPrune(background=r).label for r in (None, 0, 3)] == [
+        "divprune", "divprune[centred]", "divprune[residual]",
+    ]  # fmt: skip
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
     assert VScan().adapt(QWEN).label == "vscan"  # its Qwen code uses received attention itself
@@ -206,6 +250,11 @@ def test_substitutes_are_named() -> None:
     assert GlobalCom2().adapt(NEXT).label == "globalcom2"
     assert GlobalCom2().adapt(CLIP).label == "globalcom2[untiled]"
     assert GlobalCom2().adapt(QWEN).label == "globalcom2[received, untiled]"
+    for cls in (ToDRE, Scope, HoloV, PruneSID):
+        name = cls.card.name
+        assert (cls().adapt(CLIP).label, cls().adapt(QWEN).label) == (name, f"{name}[received]")
+    assert ToDRE(objective="maxmin").adapt(QWEN).label == "todre[received, maxmin]"
+    assert [m.label for m in (CDPruner(), EADP(), Dart())] == ["cdpruner[embedding]", "eadp[embedding]", "dart[norm]"]
 
 
 def test_defaults_follow_the_tower() -> None:
@@ -219,6 +268,8 @@ def test_defaults_follow_the_tower() -> None:
     assert (VScan().adapt(CLIP).window, VScan().adapt(QWEN).window) == (6, 4)  # type: ignore[attr-defined]
     assert VisionZip().adapt(CLIP).needs().vision_keys == (22,)
     assert PruMerge().adapt(CLIP).needs().vision_cls_joined == (-1,)
+    assert (MMTok().adapt(CLIP).text_temperature, MMTok().adapt(QWEN).text_temperature) == (0.02, 0.01)
+    assert (HoloV().adapt(CLIP).stretches, HoloV().adapt(QWEN).stretches) == (16, None)
 
 
 def test_only_what_is_read_is_asked_for() -> None:
@@ -231,6 +282,8 @@ def test_only_what_is_read_is_asked_for() -> None:
     [
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
+        (IDPruner, {"background": -1}, "background=-1"),
+        (DivPrune, {"background": -1}, "background=-1: at least 0 directions"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
         (VisionZip, {"share": 1.0}, "share=1.0"),
         (VisPruner, {"important": 1.5}, "important=1.5"),
@@ -240,6 +293,29 @@ def test_only_what_is_read_is_asked_for() -> None:
         (GlobalCom2, {"temperature": 0.0}, "temperature=0.0"),
         (KMeans, {"rounds": -1}, "rounds=-1"),
         *((cls, {"scorer": "norm"}, "scorer='norm': use 'cls' or 'received'") for cls in (VisionZip, PruMerge, VScan)),
+        (ToDRE, {"objective": "sum"}, "objective='sum': use 'maxsum' or 'maxmin'"),
+        (ToDRE, {"scorer": "norm"}, "scorer='norm': use 'cls' or 'received'"),
+        (ZooPrune, {"derivative": "second"}, "derivative='second'"),
+        (ZooPrune, {"step": 0.0}, "step=0.0: must be positive"),
+        (ZooPrune, {"directions": 0}, "directions=0"),
+        (Scope, {"alpha": -1.0}, "alpha=-1.0"),
+        (Scope, {"combine": "max"}, "combine='max'"),
+        (CDPruner, {"clip": "ViT-L-14-336"}, "clip='ViT-L-14-336', tokenizer=None: name model/weights"),
+        (MMTok, {"alpha": -1}, "alpha=-1"),
+        (MMTok, {"vision_temperature": 0.0}, "vision_temperature=0.0: must be positive"),
+        (EADP, {"sign": 2}, "sign=2: use -1 or 1"),
+        (EADP, {"telling": 1.5}, "telling=1.5: a share"),
+        (EADP, {"spread": 0.0}, "spread=0.0: must be positive"),
+        (Dart, {"image_pivots": 0}, "image_pivots=0: at least 1"),
+        (HoloV, {"stretches": 0}, "stretches=0: at least 1"),
+        (HoloV, {"beta": -1.0}, "beta=-1.0"),
+        (PruneSID, {"scorer": "norm"}, "scorer='norm'"),
+        (Erase, {"part": "last"}, "part='last'"),
+        (Erase, {"thresholds": [1, 2, 3]}, r"thresholds=\[1, 2, 3\]: give 3 numbers in descending order"),
+        (Erase, {"shares": (0.9, 0.5, 0.4)}, "shares=.*: give 4 numbers"),
+        (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
+        (Erase, {"final": 0.0}, "final=0.0"),
+        (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:
@@ -341,3 +417,14 @@ def test_globalcom2_gives_more_to_the_crop_that_the_thumbnail_points_at() -> Non
     # 6 of 12: two of the thumbnail, a quarter of the left crop, three quarters of the right one. The thumbnail,
     # stretched to 2×4, prefers the right column of each crop: 5 before 4, 12 before 11.
     assert kept == {"fixed": [1, 3, 5, 6, 7, 12], "official": [1, 3, 5, 6, 7, 8, 12, 13]}
+
+
+def test_what_has_no_patch_has_no_sensitivity() -> None:
+    """Behind a projector that is steepest at 0, where such tokens would be."""
+    ctx = context(ZooPrune(directions=4))
+    encoder = ctx.encoder_features.clone()  # type: ignore[union-attr]
+    encoder[0, 3] = 0
+    ctx = dataclasses.replace(
+        ctx, encoder_features=encoder, project=lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-3)
+    )
+    assert not ZooPrune(directions=4).select(ctx)[0, 3]  # type: ignore[index]

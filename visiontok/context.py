@@ -82,9 +82,18 @@ class Context:
         has_cls: whether the vision tower has a CLS token.
         model_type: the model family, as its config names it.
         encoder_features: (U, N, E) projector inputs; merged patches are concatenated; None unless asked for.
+        project: the projector in float32 or better, (..., E) → (..., D), every token for itself; None unless asked for.
+        pixels: (U, N, 3, P) in 0 ... 1, the pixels each token was made of, of the first of two merged frames; 0 where a
+            slot has no patch; None unless asked for.
         text_ids: (B, T) token ids of the whole prompt, or None if the caller gave embeddings.
         text_features: (B, T, D) embeddings of the whole prompt.
         text_valid: (B, T) bool, which of them are text.
+        question_features: (B, Q, D) of the question, Q tokens in the longest: the text behind the last visual token of
+            the row (all its text if there is none), without the special tokens that the model's config names. Words of
+            the chat template that are ordinary tokens cannot be told apart and stay. Embeddings before the model,
+            hidden states on the cut layer's input at a cut; None unless asked for.
+        question_ids: (B, Q) long, their token ids, or None if the caller gave embeddings or nobody asked.
+        question_valid: (B, Q) bool, which of them exist.
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
@@ -104,11 +113,26 @@ class Context:
     has_cls: bool
     model_type: str
     encoder_features: torch.Tensor | None
+    project: Callable[[torch.Tensor], torch.Tensor] | None
+    pixels: torch.Tensor | None
     text_ids: torch.Tensor | None
     text_features: torch.Tensor
     text_valid: torch.Tensor
+    question_features: torch.Tensor | None
+    question_ids: torch.Tensor | None
+    question_valid: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
+
+    def question(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The question each image is asked, (U, Q, D), and which tokens of it exist, (U, Q) bool.
+
+        Raises:
+            ConfigError: if the method's needs() does not declare it.
+        """
+        if self.question_features is None or self.question_valid is None:
+            raise ConfigError("ctx.question(): declare question=True in needs() of the method")
+        return self.question_features[self.row], self.question_valid[self.row]
 
     def need_grid(self) -> torch.Tensor:
         """``grid``, if it is known.

@@ -15,18 +15,27 @@ from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
 from .scorers.attention import attention_columns, attention_logits, attention_rows
+from .scorers.blur import blur
+from .scorers.entropy import pixel_entropy
 from .scorers.minmax import minmax
 from .scorers.norm import norm
+from .scorers.residual import centred, foreground, residual
+from .scorers.sensitivity import sensitivity
 from .scorers.uniqueness import uniqueness
 from .selectors.anchors import anchors
+from .selectors.components import components
 from .selectors.coverage import coverage
+from .selectors.discount import discount
 from .selectors.dpp import dpp
 from .selectors.facility import facility
 from .selectors.maxmin import maxmin
 from .selectors.maxsum import maxsum
 from .selectors.mmr import mmr
+from .selectors.pivots import least_similar
 from .selectors.product import product
+from .selectors.quota import quota
 from .selectors.spaced import spaced
+from .selectors.suppress import suppress
 from .selectors.thinned import thinned
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
@@ -41,12 +50,18 @@ __all__ = [
     "attention_logits",
     "attention_rows",
     "bipartite",
+    "blur",
     "cells",
+    "centred",
     "clusters",
+    "components",
     "coverage",
+    "discount",
     "dpp",
     "facility",
+    "foreground",
     "layer_average",
+    "least_similar",
     "maxmin",
     "maxsum",
     "merge",
@@ -55,10 +70,15 @@ __all__ = [
     "nearest_kept",
     "neighbours",
     "norm",
+    "pixel_entropy",
     "product",
+    "quota",
     "rank",
     "rank_within",
+    "residual",
+    "sensitivity",
     "spaced",
+    "suppress",
     "thinned",
     "topk",
     "uniform",

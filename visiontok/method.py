@@ -109,9 +109,16 @@ class Card:
 class Needs:
     """What a method reads beyond the features; everything else is not computed.
 
-    What each field yields is said at the method of :class:`visiontok.context.Attention` that reads it. Vision layers
-    are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers are offsets
-    from the cut: ``-1`` is the layer just before it.
+    Vision layers are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers
+    are offsets from the cut: ``-1`` is the layer just before it. What they yield is said at the method of
+    :class:`visiontok.context.Attention` that reads it.
+
+    Attributes:
+        vision_cls: layers for ``ctx.attention.cls``; the others name theirs likewise.
+        encoder_features: ``ctx.encoder_features``.
+        projector: ``ctx.project``, and with it ``ctx.encoder_features``.
+        pixels: ``ctx.pixels``.
+        question: ``ctx.question_features`` and ``ctx.question_valid``.
     """
 
     vision_cls: tuple[Layer, ...] = ()
@@ -123,6 +130,9 @@ class Needs:
     decoder_text_rows: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
     encoder_features: bool = False
+    projector: bool = False
+    pixels: bool = False
+    question: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,9 +240,9 @@ def recipe(
 
 
 def of_method(method: Method) -> Recipe:
-    """The stages of a method, under its name if none of them carries it."""
+    """The stages of a method, under its name unless a single one of them carries it."""
     stages = method.stages()
-    return Recipe(stages=stages, name="" if any(s.method is not None for s in stages) else method.label)
+    return Recipe(stages=stages, name="" if sum(s.method is not None for s in stages) == 1 else method.label)
 
 
 def _check_fields(what: str, data: Any, known: set[str]) -> None:

@@ -13,7 +13,7 @@ from ..method import Card, Contract, Method, Needs, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
-PER_TOKEN = ("features", "valid", "grid", "encoder_features")
+PER_TOKEN = ("features", "valid", "grid", "encoder_features", "pixels")
 PER_IMAGE = (*PER_TOKEN, "count", "size", "row", "image")
 
 
@@ -131,6 +131,10 @@ def without_ties(ctx: Context, seed: int, *, scattered: bool) -> Context:
     new: dict[str, Any] = {"features": random(ctx.features)}
     if ctx.encoder_features is not None:
         new["encoder_features"] = random(ctx.encoder_features)
+    if ctx.pixels is not None:
+        # levels as well as their number vary, so that no two patches have the same histogram
+        share = torch.rand(*ctx.pixels.shape[:2], 1, 1, generator=g)
+        new["pixels"] = (torch.rand(ctx.pixels.shape, generator=g) * share).to(ctx.pixels.dtype)
     if scattered:
         units, n = ctx.valid.shape
         side = 2 * n
@@ -178,6 +182,7 @@ def padded(ctx: Context, value: float, slots: int = 3) -> Context:
         grid=widen(ctx.grid, -1),
         features=poison(ctx.features),
         encoder_features=None if ctx.encoder_features is None else poison(ctx.encoder_features),
+        pixels=None if ctx.pixels is None else poison(ctx.pixels),
         attention=Attention(lambda stat, layer: poison(_read(ctx, stat, layer))),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +73,8 @@ class Prefill:
         self.ids, self.embeds = ids, embeds
         self.batch, self.length = visual.shape
         self.prompts = None if ids_host is None else [r[a].tolist() for r, a in zip(ids_host, attended, strict=True)]
+        self._text = attended & ~visual, torch.where(visual, torch.arange(self.length), -1).amax(1, keepdim=True)
+        self._ids_host = ids_host
         self.padded = not bool(attended.all())
         self.texts: list[int] = (attended & ~visual).sum(1).tolist()  # text tokens of each row
         self.tail = int(visual.any(0).flip(0).long().cumsum(0).eq(0).sum())  # text behind every row's last visual token
@@ -110,6 +112,26 @@ class Prefill:
         for row, n in zip(self.units.rows, counts, strict=True):
             rows[row] += n
         return rows
+
+    def question(self, special: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the question of each row stands: the text behind its last visual token, or all its text.
+
+        Args:
+            special: token ids that are no words.
+
+        Returns:
+            (B, Q) long, prompt positions, and (B, Q) bool, which of them count; Q is at least 1.
+        """
+        text, last = self._text
+        if self._ids_host is not None:
+            text = text & ~torch.isin(self._ids_host, torch.tensor(sorted(special), dtype=torch.long))
+        behind = text & (torch.arange(self.length) > last)
+        asks = torch.where(behind.any(1, keepdim=True), behind, text)
+        count = asks.sum(1, keepdim=True)
+        width = max(int(count.max()), 1) if len(count) else 1
+        index = asks.long().sort(dim=1, descending=True, stable=True).indices[:, :width]
+        device = self.embeds.device
+        return upload(index, device), upload(torch.arange(width) < count, device)
 
     def enter(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Prompt coordinates → entry coordinates."""

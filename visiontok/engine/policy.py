@@ -162,7 +162,7 @@ class StagePolicy:
                         continue  # the context says so when the method asks
                     index = resolve_layer(name, len(tower), name=f"vision layer of {stage.label}")
                     wanted.setdefault(index, set()).add(stat)
-            if needs.encoder_features:
+            if needs.encoder_features or needs.projector:
                 self._tap_projector(attachment)
         for index, stats in wanted.items():
             attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
@@ -243,14 +243,19 @@ class StagePolicy:
     def _ask(
         self, call: Prefill, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
     ) -> Selection | None:
-        """The method's answer, checked; None where the budget is at least what is alive, so that it is not asked."""
+        """The method's answer, checked; None where nothing is to be dropped, so that it is not asked.
+
+        That is where the budget is at least what is alive; for a method that may keep less than its budget, only where
+        it is everything there ever was.
+        """
         units = call.units
         valid = units.gather(alive[..., None])[..., 0] & units.valid
         counts = self._counts(stage, call)
         budgeted = stage.keep is not None or self.average is not None
-        if budgeted and all(n >= known for n, known in zip(counts, call.counts, strict=True)):
+        most = call.counts if stage.method.card.contract.count_from_grid else units.sizes  # type: ignore[union-attr]
+        if budgeted and all(n >= known for n, known in zip(counts, most, strict=True)):
             return None
-        ctx = self._context(call, stage, layer, units.gather(states), valid, counts)
+        ctx = self._context(call, stage, layer, states, valid, counts)
         answer = stage.method.select(ctx)  # type: ignore[union-attr]
         selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
         keep, name = selection.keep, stage.label
@@ -284,11 +289,12 @@ class StagePolicy:
         call: Prefill,
         stage: Stage,
         layer: int | None,
-        features: torch.Tensor,
+        states: torch.Tensor,
         valid: torch.Tensor,
         counts: Sequence[int],
     ) -> Context:
-        units, device = call.units, features.device
+        units, device, needs = call.units, states.device, _needs(stage)
+        features = units.gather(states)
         where = "before the language model" if layer is None else f"on the input of decoder layer {layer}"
         call.promises.expect(
             torch.stack(features.detach().aminmax()).isfinite().all(),  # both ends are NaN if any value is
@@ -297,6 +303,15 @@ class StagePolicy:
                 "load the model in bfloat16 or float32 if it overflows in float16"
             ),
         )
+        encoder_features = project = asked = asked_ids = asks = None
+        if needs.encoder_features or needs.projector:
+            patches = self._encoder_features(call)  # (U, N, m, C)
+            encoder_features = patches.flatten(2)
+            project = functools.partial(self._project, patches.shape[2]) if needs.projector else None
+        if needs.question:
+            at, asks = call.question(self.adapter.special_ids())
+            asked_ids = None if call.ids is None else call.ids.gather(1, at)
+            asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
             stage="prompt" if layer is None else "decoder",
             layer=layer,
@@ -311,10 +326,15 @@ class StagePolicy:
             attention=Attention(functools.partial(self._read, call, layer)),
             has_cls=self.adapter.cls_token,
             model_type=self._model,
-            encoder_features=self._encoder_features(call) if _needs(stage).encoder_features else None,
+            encoder_features=encoder_features,
+            project=project,
+            pixels=self._pixels(call) if needs.pixels else None,
             text_ids=call.ids,
             text_features=call.embeds,
             text_valid=call.attended & ~call.visual,
+            question_features=asked,
+            question_ids=asked_ids,
+            question_valid=asks,
             fidelity=self.fidelity,
             generator=functools.partial(self._generator, call),
         )
@@ -403,8 +423,27 @@ class StagePolicy:
             if x is None:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
             groups = self.adapter.group(record, [x if x.ndim == 3 else x[None]])
-            values.append([g.flatten(1) for g in groups])
+            values.append(groups)
         return self._by_unit(call, values, missing=0.0)
+
+    def _pixels(self, call: Prefill) -> torch.Tensor:
+        mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
+        values = [
+            [x.float() * std.to(x.device) + mean.to(x.device) for x in self.adapter.pixels(record)]
+            for record in call.records
+        ]
+        return self._by_unit(call, values, missing=0.0)
+
+    def _project(self, patches: int, x: torch.Tensor) -> torch.Tensor:
+        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself."""
+        module = self.adapter.base.get_submodule(self.adapter.projector or "")
+        exact = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in module.named_parameters()}
+        dtype = next(iter(exact.values())).dtype
+        run = functools.partial(torch.func.functional_call, module, exact)
+        rows = x.to(dtype).flatten(0, -2).unflatten(-1, (patches, -1))
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.adapter.project(lambda *args, **kwargs: run(args, kwargs), rows)
+        return out.unflatten(0, x.shape[:-1])
 
     def _by_unit(self, call: Prefill, values: list[list[torch.Tensor]], *, missing: float) -> torch.Tensor:
         """Per record and item (n, …) values → (U, N, …), NaN (no patch) replaced by ``missing``."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import Picks, maxmin
+from ..errors import ConfigError
+from ..functional import Picks, foreground, maxmin
 from ..method import Card, Contract, Method
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ def divprune(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None, 
 
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Greedy max-min diversity; no attention, no question."""
+    """Greedy max-min diversity; no attention, no question.
+
+    Attributes:
+        background: what is taken out of the features before they are compared: None nothing, 0 their mean, r > 0 their
+            mean and r leading principal directions.
+    """
+
+    background: int | None = None
 
     card: ClassVar[Card] = Card(
         name="divprune",
@@ -55,11 +63,23 @@ class DivPrune(Method):
         official="Selects in the model's dtype, image_newline tokens included. Bug: picks are not masked, so once only "
         "duplicates are left it picks kept tokens again and fewer than K remain.",
         departures="Selects in float32, and always exactly K: duplicates follow the distinct tokens, lowest index "
-        "first. fidelity='official' keeps only tokens that differ from all kept before.",
+        "first. fidelity='official' keeps only tokens that differ from all kept before. With a background taken out "
+        "(Cen-Prune, LRCP) it is divprune[centred] or divprune[residual].",
         defaults="The paper's ratio is 0.098 for LLaVA-1.5 and -NeXT, 0.1 for video.",
         cost="O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
     )
 
+    def __post_init__(self) -> None:
+        if self.background is not None and self.background < 0:
+            raise ConfigError(f"background={self.background!r}: at least 0 directions, or None")
+
+    @property
+    def label(self) -> str:
+        return "divprune" if self.background is None else f"divprune[{'residual' if self.background else 'centred'}]"
+
     def select(self, ctx: Context) -> Tensor:
-        return divprune(ctx.features, ctx.count, valid=ctx.valid, official=ctx.fidelity == "official").keep
+        features = ctx.features
+        if self.background is not None:
+            features = foreground(features, self.background, ctx.valid)
+        return divprune(features, ctx.count, valid=ctx.valid, official=ctx.fidelity == "official").keep

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..functional import Picks, minmax, mmr, norm
+from ..functional import Picks, foreground, minmax, mmr, norm
 from ..method import Card, Contract, Layer, Method, Needs, Tower
 
 if TYPE_CHECKING:
@@ -54,11 +54,14 @@ class IDPruner(Method):
             default ``cls`` where the tower has a CLS token, ``received`` elsewhere.
         layer: tower layer of the attention scorers; by default the one the features come from.
         balance: λ in [0, 1], the weight of importance against redundancy.
+        background: what is taken out of the features before they are compared: None nothing, 0 their mean, r > 0 their
+            mean and r leading principal directions.
     """
 
     scorer: Literal["cls", "received", "norm"] | None = None
     layer: Layer | None = None
     balance: float = 0.5
+    background: int | None = None
 
     card: ClassVar[Card] = Card(
         name="idpruner",
@@ -70,7 +73,8 @@ class IDPruner(Method):
         official="Scores come from the trained VisionSelector head; all images of a prompt share one pool; several "
         "picks per round on request.",
         departures="Training-free: the scorer is a substitute and is named with the method, as in idpruner[cls]. "
-        "Every image has its own budget. One pick per round.",
+        "Every image has its own budget. One pick per round. With a background taken out of the features (Cen-Prune, "
+        "LRCP) the label says so, as in idpruner[cls, centred].",
         defaults="scorer=cls for CLIP towers, received for towers without CLS; the layer the features come from.",
         cost="O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
@@ -81,10 +85,13 @@ class IDPruner(Method):
             raise ConfigError(f"scorer={self.scorer!r}: use one of {', '.join(SCORERS)}")
         if not 0 <= self.balance <= 1:
             raise ConfigError(f"balance={self.balance!r}: the weight of importance lies in [0, 1]")
+        if self.background is not None and self.background < 0:
+            raise ConfigError(f"background={self.background!r}: at least 0 directions, or None")
 
     @property
     def label(self) -> str:
-        return f"idpruner[{self.scorer or 'attention'}]"
+        space = "" if self.background is None else ", residual" if self.background else ", centred"
+        return f"idpruner[{self.scorer or 'attention'}{space}]"
 
     def adapt(self, tower: Tower) -> IDPruner:
         return replace(
@@ -106,4 +113,7 @@ class IDPruner(Method):
             scores = norm(ctx.features)
         else:
             scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
-        return idpruner(ctx.features, scores, ctx.count, balance=self.balance, valid=ctx.valid).keep
+        features = ctx.features
+        if self.background is not None:
+            features = foreground(features, self.background, ctx.valid)
+        return idpruner(features, scores, ctx.count, balance=self.balance, valid=ctx.valid).keep

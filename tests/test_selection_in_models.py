@@ -1,0 +1,223 @@
+"""The selecting methods in a model: image and tiny weights in, kept tokens out, as the loops of naive.py choose them.
+
+Features, projector inputs and hidden states are taken from the stock model. On LLaVA so is the attention, from its
+eager twin; on Qwen2.5-VL it comes from the taps, which tests/test_taps.py compares with eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import torch
+from naive import Array
+from torch import Tensor
+
+import visiontok
+from visiontok import Method, Needs
+from visiontok.conformance.zoo import IMAGE, batch, build, visual
+from visiontok.context import Context
+from visiontok.method import Card
+
+pytestmark = pytest.mark.engine
+K = 5
+
+
+@dataclass(frozen=True)
+class Reader(Method):
+    """Keeps one token and remembers the attention it saw."""
+
+    seen: dict[str, Context] = field(default_factory=dict)
+    card = Card(name="reader", title="-", paper="-", venue="-", stage="prompt", needs="-")
+
+    def needs(self) -> Needs:
+        return Needs(vision_received=(-1,), projector=True)
+
+    def select(self, ctx: Context) -> Tensor:
+        self.seen["ctx"] = ctx
+        return ctx.valid & (torch.arange(ctx.valid.shape[1]) == 0)
+
+
+@dataclass(frozen=True)
+class Image:
+    """What one image is to the methods, as NumPy arrays."""
+
+    features: Array  # (N, D)
+    encoder: Array  # (N, E)
+    last: Array  # (N,) CLS or received attention of the last tower layer
+    deep: Array  # (N,) the same of the layer the features come from
+    text: Array  # (T, D) the question
+    height: int
+    project: Callable[[Array], Array]
+
+
+def images(name: str) -> tuple[Any, dict[str, Any], list[Image]]:
+    model = build(name)
+    inputs = batch(name, model)
+    base, found = model.model, {}
+    projector = base.get_submodule("multi_modal_projector" if name == "llava" else "visual.merger")
+    hook = projector.register_forward_pre_hook(lambda m, a: found.update(x=a[0]))
+    pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        features = base.get_image_features(**pixels, return_dict=True).pooler_output
+    hook.remove()
+    if name == "llava":
+        tower = build(name, "eager", torch.float32).model.vision_tower
+        with torch.no_grad():
+            maps = tower(inputs["pixel_values"].float(), output_attentions=True).attentions
+        last, deep = (maps[layer].mean(1)[:, 0, 1:] for layer in (-1, -2))
+        encoder, heights = list(found["x"]), [4] * len(features)
+    else:
+        reader = Reader()
+        with visiontok.compress(model, reader), torch.no_grad():
+            model(**inputs)
+        received = reader.seen["ctx"].attention.received(-1)
+        last = deep = [received[u][reader.seen["ctx"].valid[u]] for u in range(len(features))]
+        order = window_order(model, inputs["image_grid_thw"])
+        encoder = list(found["x"].view(len(order), -1)[order.argsort()].split([len(f) for f in features]))
+        heights = [int(h) // 2 for _, h, _ in inputs["image_grid_thw"]]
+
+    def project(x: Array) -> Array:
+        with torch.no_grad():
+            return projector(torch.from_numpy(x).view(-1, found["x"].shape[-1])).numpy()
+
+    special = {0, 1, IMAGE} | ({101, 102, 103} if name == "qwen2_5_vl" else set())
+    out = []
+    for b, row in enumerate(inputs["input_ids"].tolist()):
+        behind = row[max(i for i, token in enumerate(row) if token == IMAGE) + 1 :]
+        words = torch.tensor([token for token in behind if token not in special])
+        text = model.get_input_embeddings()(words).detach().double().numpy()
+        for u in (2 * b, 2 * b + 1):
+            rows = (features[u], encoder[u], last[u], deep[u])
+            out.append(Image(*(x.double().numpy() for x in rows), text, heights[u], project))
+    return model, inputs, out
+
+
+def window_order(model: Any, grids: Tensor) -> Tensor:
+    """(units,) raster index of each unit in the order of the windows, which is also how Qwen2.5-VL undoes it."""
+    tower = model.model.visual
+    side = tower.window_size // tower.spatial_merge_size // tower.patch_size
+    order, start = [], 0
+    for _, h, w in (grids // torch.tensor([1, 2, 2])).tolist():
+        place = start + torch.arange(h * w).view(h, w)
+        order += [
+            i for r in range(0, h, side) for c in range(0, w, side) for i in place[r : r + side, c : c + side].flatten()
+        ]
+        start += h * w
+    return torch.stack(order)
+
+
+def sensitivity(image: Image) -> Array:
+    drawn = torch.randn(64, image.encoder.shape[1], generator=torch.Generator().manual_seed(0)).double().numpy()
+    total = np.zeros(len(image.encoder))
+    for u in drawn / np.linalg.norm(drawn, axis=1, keepdims=True):
+        total += np.linalg.norm(
+            (image.project(image.encoder + 0.01 * u) - image.project(image.encoder - 0.01 * u)), axis=1
+        )
+    return total / 64 / 0.02
+
+
+def cdpruner(image: Image) -> list[int]:
+    z, n = image.features, len(image.features)
+    relevance = np.array([np.mean([naive.cos(v, t) for t in image.text]) for v in z])
+    r = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = np.array([[r[i] * naive.cos(z[i], z[j]) * r[j] for j in range(n)] for i in range(n)])
+    return naive.greedy(n, K, lambda i, chosen: float(np.linalg.det(kernel[np.ix_([*chosen, i], [*chosen, i])])))
+
+
+RULES: dict[str, Callable[[Image, bool], list[int]]] = {
+    "todre": lambda image, _: naive.todre_naive(image.features, image.last, K),
+    "zoo_prune": lambda image, _: naive.zoo_prune_naive(image.features, sensitivity(image), K),
+    "scope": lambda image, _: naive.scope_naive(image.encoder, image.deep, K),
+    "cdpruner": lambda image, _: cdpruner(image),
+    "mmtok": lambda image, clip: naive.mmtok_naive(
+        image.text, image.features, image.encoder, K, 0.02 if clip else 0.01
+    ),
+    "eadp": lambda image, _: naive.eadp_naive(
+        image.features, image.text, image.height, K, telling=0.2, spread=0.01, mix=0.5, power=1.0
+    )[1],
+    "dart": lambda image, _: naive.dart_naive(
+        image.features, np.abs(image.features).sum(1), image.text, np.abs(image.text).sum(1), K, 4, 4
+    ),
+    "holov": lambda image, clip: naive.holov_naive(
+        image.features, image.deep, K, 16 if clip else max(1, 1024 * len(image.deep) // (576 * K)), official=False
+    ),
+    "prunesid": lambda image, clip: naive.prunesid_naive(
+        image.encoder, image.deep, K, K / 32 if clip else max(18 * K / len(image.deep), 1), official=False
+    ),
+}
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_kept_tokens_are_those_of_the_published_rule(name: str, method: str) -> None:
+    model, inputs, pictures = images(name)
+    with visiontok.compress(model, method, keep=K) as compression, torch.no_grad():
+        model(**inputs)
+        alive, units = compression.ledger.alive(0), compression.ledger.units
+    for u, image in enumerate(pictures):
+        kept = alive[units.row[u]][units.slots[u]][: len(image.features)].nonzero()[:, 0].tolist()
+        assert kept == sorted(RULES[method](image, name == "llava")), f"image {u}"
+    assert alive[visual(inputs)].sum() == 4 * K
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_sieve_cuts_by_the_published_rule(name: str) -> None:
+    """Hidden states and attention of an eager twin, in its middle."""
+    model, inputs = build(name, "eager", torch.float32), batch(name, build(name))
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    with visiontok.compress(model, "sieve", keep=K) as compression, torch.no_grad():
+        model(**inputs)
+        alive, units = compression.ledger.alive(2), compression.ledger.units
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True, output_attentions=True)
+    special = {0, 1, IMAGE} | ({101, 102, 103} if name == "qwen2_5_vl" else set())
+    for u in range(4):
+        b, places = int(units.row[u]), units.slots[u][units.valid[u]]
+        ids = inputs["input_ids"][b].tolist()
+        behind = list(range(max(j for j, t in enumerate(ids) if t == IMAGE) + 1, len(ids)))
+        words = [i for i in behind if ids[i] not in special]
+        hidden, attention = out.hidden_states[2][b].double().numpy(), out.attentions[1][b].mean(0)[behind].mean(0)
+        kept = naive.sieve_naive(hidden[places], hidden[words], attention[places].double().numpy(), K)
+        assert alive[b][places].nonzero()[:, 0].tolist() == sorted(kept)
+
+
+def test_what_has_no_patch_is_kept_last() -> None:
+    """Newline tokens between the rows of a tiled picture go before any patch does."""
+    model = build("llava_next")
+    inputs = batch("llava_next", model, rows=1, images=1, pad=0)
+    reader = Reader()
+    with visiontok.compress(model, reader), torch.no_grad():
+        model(**inputs)
+    patches = (reader.seen["ctx"].grid[0] >= 0).all(-1)
+    assert not patches.all()
+    for method in ("zoo_prune", "scope", "holov", "prunesid"):
+        with visiontok.compress(model, method, keep=int(patches.sum())) as compression, torch.no_grad():
+            model(**inputs)
+            alive = compression.ledger.alive(0)[visual(inputs)]
+        assert torch.equal(alive, patches), method
+
+
+def test_what_has_no_patch_has_no_say_in_the_scale_of_sensitivity() -> None:
+    model = build("llava_next")
+    inputs = batch("llava_next", model, rows=1, images=1, pad=0)
+    reader = Reader()
+    with visiontok.compress(model, reader), torch.no_grad():
+        model(**inputs)
+    ctx = reader.seen["ctx"]
+    patches = (ctx.grid[0] >= 0).all(-1).nonzero()[:, 0]
+    assert ctx.encoder_features is not None
+    z, x = ctx.features[0, patches].numpy(), ctx.encoder_features[0, patches].numpy()
+
+    def project(rows: Array) -> Array:
+        return model.model.multi_modal_projector(torch.from_numpy(rows)).detach().numpy()
+
+    image = Image(z, x, x, x, x, 0, project)
+    with visiontok.compress(model, "zoo_prune", keep=K) as compression, torch.no_grad():
+        model(**inputs)
+        kept = compression.ledger.alive(0)[visual(inputs)].nonzero()[:, 0].tolist()
+    assert kept == sorted(patches[naive.zoo_prune_naive(z, sensitivity(image), K)].tolist())

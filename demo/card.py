@@ -194,6 +194,8 @@ A test bench; predicts nothing about large models.
   words. Nothing else is understood.
 * In training every patch was told what it shows, so that the tokens of an object say more of the whole object than
   those of a model trained on photographs. A few tokens go further here.
+* All training pictures have 144 × 144 pixels: larger ones, which the Qwen3-VL model takes as they are, show it objects
+  of sizes it has never seen.
 * At this size the fixed costs of a forward pass outweigh what dropping tokens saves: times mean nothing.
 * "composition" withholds one shape of each colour and one colour of each shape, so its questions about colour and shape
   have one answer to each wording: a model that knew which pairs are withheld could guess them.

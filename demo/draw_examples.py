@@ -30,8 +30,8 @@ def still_life() -> None:
     side = 320 * _FINE
     image = Image.new("RGB", (side, side), (150, 145, 140))
     draw = ImageDraw.Draw(image)
-    draw.polygon(_polygon(side * 0.28, side * 0.3, [side * 0.13, side * 0.058] * 5), fill=(205, 30, 45))
-    draw.ellipse((side * 0.6, side * 0.58, side * 0.82, side * 0.8), fill=(40, 70, 200))
+    draw.polygon(_polygon(side * 0.28, side * 0.3, [side * 0.11, side * 0.046] * 5), fill=(205, 30, 45))
+    draw.ellipse((side * 0.62, side * 0.6, side * 0.8, side * 0.78), fill=(40, 70, 200))
     _finish(image, "star.png")
 
 
@@ -41,7 +41,7 @@ def traffic() -> None:
     image = Image.linear_gradient("L").resize((side, side)).point(lambda value: 95 + value // 4).convert("RGB")
     draw = ImageDraw.Draw(image)
     for x, y in ((0.2, 0.25), (0.72, 0.2), (0.3, 0.75)):
-        draw.polygon(_polygon(side * x, side * y, [side * 0.11] * 3), fill=(50, 150, 70))
+        draw.polygon(_polygon(side * x, side * y, [side * 0.1] * 3), fill=(50, 150, 70))
     draw.rectangle((side * 0.62, side * 0.6, side * 0.82, side * 0.8), fill=(240, 130, 40))
     _finish(image, "triangles.png")
 

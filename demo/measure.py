@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import statistics
-from .model import Architecture
+from .architectures import ARCHITECTURES
+from .model import Architecture, load
 from .packing import answer_logits, answered, pack
 from .questions import FORM_NAMES, KIND_OF_FORM, KINDS, Questions, ask, ask_pairs, converse
 from .raster import paint
@@ -144,3 +148,21 @@ def _prior(form: np.ndarray, answers: np.ndarray) -> np.ndarray:
             best = Counter(map(tuple, rows.tolist())).most_common(1)[0][0]
             right[form == index] = (rows == best).all(-1)
     return right
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m visiontok.demo.measure", description="Measure models on every split, into their accuracy.json."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an embedded model")
+    for folder in parser.parse_args(arguments).folders:
+        model, _ = load(folder)
+        architecture = ARCHITECTURES[model.config.model_type]()
+        found = {split: accuracy(architecture, model, split) for split in EXAMS}
+        file = folder / "accuracy.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "splits": found}, indent=1) + "\n")
+        print(folder, {split: table["full"]["all"] for split, table in found.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -35,6 +35,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = Llava().build()
     Llava().initialise(model, next(exam("validation", 16)).pixels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("models") / "tiny"
     save(Llava(), model, path)
     return path

@@ -19,7 +19,6 @@ import platform
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import ARCHITECTURES
-from .measure import EXAMS, accuracy
+from .measure import accuracy, every_split
 from .model import Architecture, load, save
 from .muon import Muon
 from .packing import answer_logits, pack
@@ -324,7 +323,7 @@ def export(trainer: Trainer, command: str) -> dict[str, Any]:
         "steps_done": trainer.step,
         "minutes": round(trainer.seconds / 60, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "splits": {split: accuracy(trainer.architecture, model, split) for split in EXAMS},
+        "splits": every_split(trainer.architecture, model),
     }
     (folder / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trainer.history))
@@ -348,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices, help=f"default {value}")
     options = vars(parser.parse_args(arguments))
     folder, minutes, threads, pause = (options.pop(name) for name in ("out", "minutes", "threads", "save_every"))
-    command = shlex.join(["python", "-m", "visiontok.demo.train", *(sys.argv[1:] if arguments is None else arguments)])
+    chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value != getattr(Plan, name)]
+    command = shlex.join(["python", "-m", "visiontok.demo.train", "--out", "FOLDER", *chosen])
     torch.set_num_threads(threads)
     # The first stage leaves the language model alone.
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])

@@ -26,6 +26,7 @@ from .scenes import (
     cell,
     extent,
     lay_out,
+    table,
     union,
     withheld_glyph,
     withheld_pair,
@@ -74,7 +75,7 @@ class Clips:
         hidden = (self.happens("appears")[:, None] & ~later) | (self.happens("disappears")[:, None] & later)
         hidden = (acts & hidden[..., None]).flatten(0, 1)  # (B FRAMES, O)
         colored = acts & (self.happens("changes")[:, None] & later)[..., None]
-        way = _table(_HEADINGS, time)[self.way] * (self.step * self.happens("moves"))[:, None]
+        way = table(_HEADINGS, time)[self.way] * (self.step * self.happens("moves"))[:, None]
         right, down = (acts[..., None] * time[:, None, None] * way[:, None, None]).unbind(-1)  # (B, FRAMES, O) each
         labelled = (scene.glyph >= 0)[:, None]
         changed = {
@@ -93,22 +94,18 @@ class Clips:
         return paint(self.frames()).pixels.unflatten(0, (-1, FRAMES))
 
 
-def _table(values: object, like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)
-
-
 def _free(scene: Layout, step: Tensor, gap: int) -> Tensor:
     """bool (B, O, ways): whether an object can move all the time and meet neither a thing nor a withheld place."""
     time = torch.arange(FRAMES, device=step.device)
-    path = step[:, None, None, None] * time[:, None] * _table(_HEADINGS, step)[:, None]  # (B, ways, FRAMES, 2)
+    path = step[:, None, None, None] * time[:, None] * table(_HEADINGS, step)[:, None]  # (B, ways, FRAMES, 2)
     reach, labelled = extent(scene.radius), scene.glyph >= 0
     hull = box(scene.x, scene.y, reach, reach)
-    label = box(scene.glyph_x, scene.glyph_y, *_table(GLYPH_HALVES, step)[scene.glyph_size].unbind(-1))
+    label = box(scene.glyph_x, scene.glyph_y, *table(GLYPH_HALVES, step)[scene.glyph_size].unbind(-1))
     hull = torch.where(labelled[..., None], union(hull, label), hull)[:, :, None]  # (B, O, 1, 4)
     swept = union(hull, hull + path[:, None, :, -1].repeat(1, 1, 1, 2))  # (B, O, ways, 4)
     inside = ((swept[..., :2] >= 1) & (swept[..., 2:] <= SIDE - 2)).all(-1)
 
-    sign = box(scene.sign_x, scene.sign_y, *_table(SIGN_HALVES, step)[scene.sign_size].unbind(-1))
+    sign = box(scene.sign_x, scene.sign_y, *table(SIGN_HALVES, step)[scene.sign_size].unbind(-1))
     things = torch.cat([hull.squeeze(2), sign[:, None]], 1)
     there = torch.cat([scene.there, scene.sign[:, :1] >= 0], 1)
     other = ~torch.eye(hull.shape[1], things.shape[1], dtype=torch.bool, device=step.device)

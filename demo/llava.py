@@ -24,9 +24,9 @@ from .model import (
     Prefix,
     build_tokenizer,
     chat_template,
+    initialise_block,
     initialise_text,
     normalise,
-    resemble,
     waves,
     whitening,
 )
@@ -110,10 +110,9 @@ class Llava(Architecture):
         nn.init.normal_(embeddings.class_embedding, std=0.5)
         for layer in tower.encoder.layers:
             attention = layer.self_attn
-            resemble(attention.q_proj.weight, attention.k_proj.weight)
-            turn = torch.linalg.qr(torch.randn(self.width, self.width))[0]
-            attention.out_proj.weight.copy_(0.35 * attention.out_proj.weight + 0.105 * turn)
-            layer.mlp.fc2.weight.mul_(0.6)
+            initialise_block(
+                attention.q_proj.weight, attention.k_proj.weight, attention.out_proj.weight, layer.mlp.fc2.weight
+            )
 
     def see(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         vision = model.model.vision_tower(normalise(pixels), output_hidden_states=True)
@@ -134,7 +133,6 @@ class Llava(Architecture):
             parts += [words("and")] if picture else []
             parts.append(features[:, picture])
         embeddings = torch.cat(parts, 1)
-        visual = torch.cat([torch.full(part.shape[:2], part.shape[1] > 2, device=part.device) for part in parts], 1)
         length = embeddings.shape[1]
         positions = torch.arange(length, device=features.device).expand(1, batch, length)
-        return Prefix(embeddings, positions, length, visual)
+        return Prefix(embeddings, positions, length)

@@ -139,6 +139,11 @@ def accuracy(
     return result
 
 
+def every_split(architecture: Architecture, model: Any) -> dict[str, dict[str, Any]]:
+    """The accuracies on each of EXAMS."""
+    return {split: accuracy(architecture, model, split) for split in EXAMS}
+
+
 def _prior(form: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """bool (B, Q): whether the answer is the most frequent one to its form of question."""
     right = np.zeros(form.shape, bool)
@@ -157,8 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an embedded model")
     for folder in parser.parse_args(arguments).folders:
         model, _ = load(folder)
-        architecture = ARCHITECTURES[model.config.model_type]()
-        found = {split: accuracy(architecture, model, split) for split in EXAMS}
+        found = every_split(ARCHITECTURES[model.config.model_type](), model)
         file = folder / "accuracy.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "splits": found}, indent=1) + "\n")
         print(folder, {split: table["full"]["all"] for split, table in found.items()})

@@ -42,7 +42,7 @@ class Prefix:
         embeddings: (B, P, D).
         positions: int64 (rows, B, P), as the language model counts: one row, or three for multimodal rotary positions.
         next: the position of the first word after it.
-        visual: bool (B, P), the visual tokens among them.
+        visual: of DeepStack models, bool (B, P), the visual tokens among them.
         planes: of DeepStack models, what is added to the visual tokens after the first layers, each (V, D) for the V
             visual tokens of all prompts.
     """
@@ -50,7 +50,7 @@ class Prefix:
     embeddings: torch.Tensor
     positions: torch.Tensor
     next: int
-    visual: torch.Tensor
+    visual: torch.Tensor | None = None
     planes: tuple[torch.Tensor, ...] = ()
 
 
@@ -208,6 +208,21 @@ def resemble(query: torch.Tensor, key: torch.Tensor) -> None:
     """Make the weights of queries and keys alike."""
     key.copy_(1.125 * query + 0.99 * key)
     query.mul_(1.5)
+
+
+@torch.no_grad()
+def initialise_block(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor, down: torch.Tensor) -> None:
+    """Initial weights of a tower block: queries resemble keys, and what it adds to its input is small.
+
+    Args:
+        query, key: (D, D).
+        out: (D, D), the attention's last projection.
+        down: (D, F), the MLP's last one.
+    """
+    resemble(query, key)
+    turn = torch.linalg.qr(torch.randn(len(out), len(out)))[0]
+    out.copy_(0.35 * out + 0.105 * turn)
+    down.mul_(0.6)
 
 
 @torch.no_grad()

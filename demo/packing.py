@@ -109,7 +109,7 @@ def answer_logits(architecture: Architecture, model: Any, features: Tensor, pack
     readable = (talk[:, None] == 0) & (sees[:, :, None] | (place < _BLIND_NEXT))
     visible = (readable | (talk[:, None] == talk[:, :, None])) & (place <= place[:, None])
     planes = {}
-    if prefix.planes:
+    if prefix.visual is not None:
         visual = F.pad(prefix.visual, (0, packed.ids.shape[1]))
         planes = {"visual_pos_masks": visual, "deepstack_visual_embeds": list(prefix.planes)}
     hidden = language_model(

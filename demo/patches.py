@@ -14,9 +14,10 @@ from .raster import Pictures
 from .scenes import BACKGROUNDS, COLOR_NAMES, NORMAL, SHAPES, SIDE, Layout
 
 _COUNTS = 8  # classes of the count head: 0 … 7 or more
-_PAIRS = len(COLOR_NAMES) * len(SHAPES)
-_TABLES = (COLOR_NAMES, SHAPES, GLYPHS)
-_NOTHING = (0.25, 0.25, 0.15)  # weight of the class "none" in each table: most patches show nothing
+_TABLES = (COLOR_NAMES, SHAPES, GLYPHS, ("sign",))
+_NOTHING = (0.25, 0.25, 0.15, 0.15)  # weight of the class "none" in each table: most patches show nothing
+_SCALES = (("left", "center", "right"), ("top", "middle", "bottom"), ("smaller", "larger"))
+_PRESENT = (len(COLOR_NAMES), len(SHAPES), len(GLYPHS))
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Targets:
     """What the N patches of each of B pictures show; class 0 is "none".
 
     Attributes:
-        words: int64 (B, N, 3): colour, shape and glyph. A patch of a glyph also names its object's colour and
-            shape, and a patch of an object with a glyph on it the glyph: reading needs that binding.
-        radius: float (B, N), radius of the object drawn there as a share of the largest, 0 elsewhere.
-        present: float (B, colour-shape pairs + glyphs), 1 where the picture has one.
+        words: int64 (B, N, 4): colour, shape, glyph and whether that is a sign's. A patch of a glyph also names its
+            object's colour and shape, and a patch of an object with a glyph on it the glyph: reading needs that
+            binding.
+        radius: float (B, N), the radius of the object drawn there, from 0 for the smallest to 1; NaN elsewhere.
+        present: float (B, colours + shapes + glyphs), 1 where an object has it. Not in pairs: those that are never
+            shown would be learned as absent.
         background: int64 (B,).
         count: int64 (B,), number of objects, at most _COUNTS - 1.
     """
@@ -68,25 +71,33 @@ def targets(layout: Layout, pictures: Pictures, cell: int) -> Targets:
         return F.pad(values + 1, (1, 0)).gather(1, thing)
 
     glyph = torch.where(written > 0, of(layout.glyph, written), of(layout.sign, signed))
-    pairs = torch.where(layout.there, layout.color * len(SHAPES) + layout.shape + 1, 0)
-    glyphs = torch.where(layout.glyph >= 0, _PAIRS + layout.glyph + 1, 0)
-    present = torch.zeros(len(layout), 1 + _PAIRS + len(GLYPHS), device=pairs.device)
-    present.scatter_(1, torch.cat([pairs, glyphs], 1), 1.0)
-    radius = F.pad(layout.radius, (1, 0)).gather(1, drawn).clamp(min=0).float() / NORMAL.radius[1]
+    sign = ((written == 0) & (signed > 0)).long()
+    present = [
+        torch.zeros(len(layout), 1 + size, device=owner.device).scatter_(1, values + 1, 1.0)[:, 1:]
+        for values, size in zip((layout.color, layout.shape, layout.glyph), _PRESENT, strict=True)
+    ]
+    low, high = NORMAL.radius
+    radius = F.pad(layout.radius.float() - low, (1, 0), value=torch.nan).gather(1, drawn) / (high - low)
     return Targets(
-        torch.stack([of(layout.color, owner), of(layout.shape, owner), glyph], -1),
+        torch.stack([of(layout.color, owner), of(layout.shape, owner), glyph, sign], -1),
         radius,
-        present[:, 1:],
+        torch.cat(present, 1),
         layout.background,
         layout.there.sum(1).clamp(max=_COUNTS - 1),
     )
+
+
+def _blend(place: Tensor, words: int) -> Tensor:
+    """Shares (..., words) of the words of a scale, which stand evenly from 0 to 1, at places (...) between them."""
+    at = torch.arange(words, device=place.device)
+    return (1 - (place[..., None] * (words - 1) - at).abs()).clamp(min=0)
 
 
 class PatchHeads(nn.Module):
     """The training-only loss on visual tokens and on the summary of a picture.
 
     A token's logits for a colour, a shape or a glyph are its products with the word vectors of the answers, so the
-    projector learns the language that the decoder will read.
+    projector learns the language that the decoder will read; its place and size blend the words of a scale.
 
     Args:
         width: of the language model.
@@ -96,8 +107,7 @@ class PatchHeads(nn.Module):
     def __init__(self, width: int, summary: int) -> None:
         super().__init__()
         self.none = nn.Parameter(torch.randn(len(_TABLES), width) * width**-0.5)
-        self.geometry = nn.Linear(width, 3)  # x, y, radius
-        self.picture = nn.Linear(summary, _PAIRS + len(GLYPHS) + len(BACKGROUNDS) + _COUNTS)
+        self.picture = nn.Linear(summary, sum(_PRESENT) + len(BACKGROUNDS) + _COUNTS)
 
     def forward(self, features: Tensor, summary: Tensor, words: Tensor, wanted: Targets) -> tuple[Tensor, Tensor]:
         """The loss, and the accuracy on patches that show something.
@@ -109,7 +119,7 @@ class PatchHeads(nn.Module):
             wanted: the targets.
 
         Returns:
-            The loss, and accuracies (3,) of colour, shape and glyph.
+            The loss, and accuracies (4,) of colour, shape, glyph and sign.
         """
         loss = features.new_zeros(())
         accuracies = []
@@ -121,15 +131,15 @@ class PatchHeads(nn.Module):
             loss = loss + F.cross_entropy(logits.flatten(0, 1), wish.flatten(), weight=weight)
             shown = wish > 0
             accuracies.append((logits.argmax(-1)[shown] == wish[shown]).float().mean())
-        ends = torch.linspace(-1, 1, round(features.shape[1] ** 0.5), device=features.device)
-        places = torch.stack(torch.meshgrid(ends, ends, indexing="xy"), -1).view(1, -1, 2)
-        geometry = self.geometry(features)
-        loss = loss + 2 * F.mse_loss(geometry[..., :2], places.expand(len(features), -1, -1))
-        drawn = (wanted.radius > 0).float()
-        error = (F.mse_loss(geometry[..., 2], wanted.radius, reduction="none") * drawn).sum() / drawn.sum().clamp(min=1)
+        ends = torch.linspace(0, 1, round(features.shape[1] ** 0.5), device=features.device)
+        rows, columns = torch.meshgrid(ends, ends, indexing="ij")
+        scales = [axis.flatten().expand(len(features), -1) for axis in (columns, rows)] + [wanted.radius]
+        for names, scale in zip(_SCALES, scales, strict=True):
+            known = ~scale.isnan()
+            logits = features[known] @ words[[TOKEN_ID[name] for name in names]].T
+            loss = loss + F.cross_entropy(logits, _blend(scale[known].clamp(0, 1), len(names)))
         sizes = (wanted.present.shape[1], len(BACKGROUNDS), _COUNTS)
         present, background, count = self.picture(summary).split(sizes, -1)
-        rare = torch.tensor(4.0, device=features.device)  # a picture shows few of the pairs and glyphs
-        loss = loss + 4 * error + 3 * F.binary_cross_entropy_with_logits(present, wanted.present, pos_weight=rare)
+        loss = loss + 3 * F.binary_cross_entropy_with_logits(present, wanted.present)
         loss = loss + 0.5 * F.cross_entropy(background, wanted.background) + 0.5 * F.cross_entropy(count, wanted.count)
         return loss, torch.stack(accuracies)

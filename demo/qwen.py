@@ -24,9 +24,9 @@ from .model import (
     Prefix,
     build_tokenizer,
     chat_template,
+    initialise_block,
     initialise_text,
     normalise,
-    resemble,
     waves,
     whitening,
 )
@@ -127,10 +127,7 @@ class Qwen(Architecture):
         tower.pos_embed.weight.copy_(0.6 * waves(torch.arange(SIDE // _PATCH) / 1.5, _VISION_WIDTH))
         for block in tower.blocks:
             query, key, _ = block.attn.qkv.weight.chunk(3)
-            resemble(query, key)
-            turn = torch.linalg.qr(torch.randn(_VISION_WIDTH, _VISION_WIDTH))[0]
-            block.attn.proj.weight.copy_(0.35 * block.attn.proj.weight + 0.105 * turn)
-            block.mlp.linear_fc2.weight.mul_(0.6)
+            initialise_block(query, key, block.attn.proj.weight, block.mlp.linear_fc2.weight)
 
     def see(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         batch, grid = len(pixels), SIDE // _PATCH
@@ -175,6 +172,6 @@ class Qwen(Architecture):
             torch.cat(embeddings, 1),
             torch.cat(positions, 1)[:, None].expand(-1, batch, -1),
             begin,
-            torch.cat(visual).expand(batch, -1),
+            torch.cat(visual).expand(batch, -1) if pictures else None,
             planes if pictures else (),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dice import Dice
 from .glyphs import BITMAPS, SIZES
-from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, SIGN_HALVES, Layout, extent
+from .scenes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIGN, SIGN_GAP, SIGN_HALVES, Layout, extent, table
 
 _STREAM = 2  # of the dice
 _UNIT = 1024  # fixed point: one pixel, and 1.0 of sine and cosine
@@ -125,10 +125,6 @@ def _boards(device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
-def _table(values: object, device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
-
-
 def _background(dice: Dice, pattern: Tensor) -> Tensor:
     """uint8 (B, SIDE, SIDE, 3): a flat colour, a slope across it, and the pattern in a lighter or darker tone."""
     device = pattern.device
@@ -137,7 +133,7 @@ def _background(dice: Dice, pattern: Tensor) -> Tensor:
     tone = dice.between(16, 32) * (1 - 2 * dice.below(2))
     period, dots = dice.between(9, 18), dice.between(48, 64)
     shift, angle = dice.below(36, 2), dice.below(180)
-    sine, cosine = _table(_SINE, device)[torch.stack([angle, angle + 90])]
+    sine, cosine = table(_SINE, angle)[torch.stack([angle, angle + 90])]
     places = torch.arange(SIDE, device=device) + shift[..., None]  # (B, 2, SIDE): columns, rows
     step = period[:, None, None]
     mask = torch.zeros(len(pattern), SIDE, SIDE, dtype=torch.bool, device=device)
@@ -187,7 +183,7 @@ def _clutter(dice: Dice, image: Tensor) -> None:
     drawn = torch.arange(_LINES, device=device) < dice.below(_LINES + 1)[:, None]
     x, y, angle = dice.below(SIDE, _LINES), dice.below(SIDE, _LINES), dice.below(360, _LINES)
     length, color = dice.between(8, _LINE, _LINES), dice.between(40, 215, _LINES, 3).to(torch.uint8)
-    sine, cosine = _table(_SINE, device)[torch.stack([angle, (angle + 90) % 360])]
+    sine, cosine = table(_SINE, angle)[torch.stack([angle, (angle + 90) % 360])]
     along = torch.arange(_LINE, device=device)
     columns = x[..., None] + along * cosine[..., None] // _UNIT  # (B, lines, _LINE)
     rows = y[..., None] + along * sine[..., None] // _UNIT
@@ -213,12 +209,12 @@ def paint(layout: Layout) -> Pictures:
     _clutter(dice, image)
     objects, labels, signs = torch.zeros(3, count, SIDE, SIDE, dtype=torch.uint8, device=device)
     outlined, body = _glyphs(device)
-    light, dark = _table([245] * 3, device), _table([20] * 3, device)
+    light, dark = table([245] * 3, image), table([20] * 3, image)
 
     dark_board = dice.chance(50)[:, None, None]
     masks = _boards(device)[layout.sign_size, None] & (layout.sign[:, :1] >= 0)[..., None, None]
     _stamp(image, masks, layout.sign_x[:, None], layout.sign_y[:, None], torch.where(dark_board, dark, light))
-    pitch = _table([width + SIGN_GAP for _, width in SIZES], device)[layout.sign_size][:, None]
+    pitch = table([width + SIGN_GAP for _, width in SIZES], image)[layout.sign_size][:, None]
     x = layout.sign_x[:, None] + pitch * (torch.arange(SIGN, device=device) - SIGN // 2)
     masks = body[layout.sign_size[:, None], layout.sign] & (layout.sign >= 0)[..., None, None]
     ink = torch.where(dark_board, light, dark).expand(-1, SIGN, -1)
@@ -226,7 +222,7 @@ def paint(layout: Layout) -> Pictures:
     signs[tuple(hit)] = (which + 1).to(torch.uint8)
 
     turn = dice.below(len(_TURNS), many)
-    paints = _table(list(COLORS.values()), device)[layout.color] + dice.between(-16, 16, many, 3)
+    paints = table(list(COLORS.values()), image)[layout.color] + dice.between(-16, 16, many, 3)
     masks = _shapes(device)[layout.shape, layout.radius, turn] & layout.there[..., None, None]
     *hit, which = _stamp(image, masks, layout.x, layout.y, paints.clamp(0, 255))
     objects[tuple(hit)] = (which + 1).to(torch.uint8)

@@ -222,7 +222,8 @@ def _sizes(dice: Dice, odds: tuple[int, int, int], *shape: int) -> Tensor:
     return (point >= odds[0]).long() + (point >= odds[0] + odds[1]).long()
 
 
-def _table(values: object, like: Tensor) -> Tensor:
+def table(values: object, like: Tensor) -> Tensor:
+    """Constants as a tensor, on the device of another."""
     return torch.tensor(values, device=like.device)
 
 
@@ -264,19 +265,19 @@ def lay_out(seeds: Tensor, style: Style = NORMAL) -> Layout:
     side = torch.where(roomy & dice.chance(60, most), ON, side)
     labelled = dice.chance(style.glyph_percent, most)
     glyph_size = _sizes(dice, style.glyph_odds, most)
-    half_width, half_height = _table(GLYPH_HALVES, seeds)[glyph_size].unbind(-1)
+    half_width, half_height = table(GLYPH_HALVES, seeds)[glyph_size].unbind(-1)
     reaches = extent(radius)
-    right = _table((1, 0, -1, 0, 0), seeds)[side]
-    down = _table((0, 1, 0, -1, 0), seeds)[side]
+    right = table((1, 0, -1, 0, 0), seeds)[side]
+    down = table((0, 1, 0, -1, 0), seeds)[side]
     offset_x, offset_y = right * (reaches + half_width + 1), down * (reaches + half_height + 1)
 
     with_sign = dice.chance(style.sign_percent)
     sign_size = _sizes(dice, style.glyph_odds)
-    sign_width, sign_height = _table(SIGN_HALVES, seeds)[sign_size].unbind(-1)
+    sign_width, sign_height = table(SIGN_HALVES, seeds)[sign_size].unbind(-1)
     sign_x = sign_width + 2 + dice.below(SIDE - 2 * sign_width - 4)
     sign_y = sign_height + 2 + dice.below(SIDE - 2 * sign_height - 4)
     sign_box = box(sign_x, sign_y, sign_width, sign_height)
-    nowhere = _table([-SIDE] * 4, seeds)
+    nowhere = table([-SIDE] * 4, seeds)
     taken = torch.where(with_sign[:, None], sign_box, nowhere)[:, None]  # (B, boxes so far, 4)
 
     # The box of an object and its glyph around the object's centre, and places where it lies inside the picture.

@@ -19,7 +19,6 @@ import platform
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import ARCHITECTURES
-from .measure import EXAMS, accuracy
+from .measure import accuracy, every_split
 from .model import Architecture, load, save
 from .muon import Muon
 from .packing import answer_logits, pack
@@ -41,14 +40,11 @@ from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, conver
 from .raster import paint
 from .scenes import DENSE, NORMAL, Style, lay_out, seeds
 
-# How much an answer of each kind counts; finding an object by its name is learned last, and reading needs most steps.
-_EMPHASIS = {"color": 1.5, "exist": 1.5, "compare": 1.5, "read": 1.5, "background": 0.3}
+_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2}  # how much an answer counts: 1 where nothing is said
 _END = 0.05  # how much the end after an answer counts
 _TALKING = 20  # percent of the pictures whose questions are asked in conversations
 _TURNS = 3  # questions of such a conversation
-_BLIND = (
-    4  # percent of the questions that are asked without the picture, so that the model knows what answers there are
-)
+_BLIND = 4  # percent of the questions are asked without the picture, so that the model knows what answers there are
 _PAIRS_EVERY = 8  # one joint step in so many shows pictures two by two
 _PAIRS_FROM = 0.3  # from this share of the joint steps on
 _AHEAD = 8  # steps whose pictures are drawn at once
@@ -71,7 +67,7 @@ class Plan:
     patch_steps: int = 1400
     patch_batch: int = 16
     patch_rate: float = 4e-3
-    joint_steps: int = 5500
+    joint_steps: int = 4600
     joint_batch: int = 8
     joint_rate: float = 3e-3
 
@@ -137,8 +133,8 @@ class Learner(nn.Module):
         features, summary = self.architecture.see(self.model, batch.pixels)
         tokens = features[..., : self.architecture.width]
         words = self.model.model.language_model.embed_tokens.weight
-        patch_loss, (color, shape, glyph) = self.heads(tokens, summary, words, batch.wanted)
-        record = {"color": color, "shape": shape, "glyph": glyph, "patch_loss": patch_loss.detach()}
+        patch_loss, (color, shape, glyph, sign) = self.heads(tokens, summary, words, batch.wanted)
+        record = {"color": color, "shape": shape, "glyph": glyph, "sign": sign, "patch_loss": patch_loss.detach()}
         if batch.questions is None:
             return patch_loss, record
         prompts = features.unflatten(0, (len(batch.questions), -1))
@@ -324,7 +320,7 @@ def export(trainer: Trainer, command: str) -> dict[str, Any]:
         "steps_done": trainer.step,
         "minutes": round(trainer.seconds / 60, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "splits": {split: accuracy(trainer.architecture, model, split) for split in EXAMS},
+        "splits": every_split(trainer.architecture, model),
     }
     (folder / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trainer.history))
@@ -348,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices, help=f"default {value}")
     options = vars(parser.parse_args(arguments))
     folder, minutes, threads, pause = (options.pop(name) for name in ("out", "minutes", "threads", "save_every"))
-    command = shlex.join(["python", "-m", "visiontok.demo.train", *(sys.argv[1:] if arguments is None else arguments)])
+    chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value != getattr(Plan, name)]
+    command = shlex.join(["python", "-m", "visiontok.demo.train", "--out", "FOLDER", *chosen])
     torch.set_num_threads(threads)
     # The first stage leaves the language model alone.
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])

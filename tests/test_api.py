@@ -378,11 +378,11 @@ def test_a_copy_of_an_attached_model_can_be_detached(llava, name, way):
         ("divprune", {"keep": 0}, "keep=0"),
         ("divprune", {"keep": 1.5}, "keep=1.5"),
         ("divprune", {"keep": "1"}, "keep='1' is ambiguous"),
-        ("divprune", {"keep": 4, "lambda_": 1}, "lambda_=1: divprune has no such option; it takes none"),
+        ("divprune", {"keep": 4, "lambda_": 1}, "lambda_=1: divprune has no such option; it takes background"),
         (
             "idpruner",
             {"keep": 4, "balanse": 1},
-            "balanse=1: idpruner has no such option; it takes balance, layer, scorer",
+            "balanse=1: idpruner has no such option; it takes background, balance, layer, scorer",
         ),
         ("vtw", {"keep": 4}, "no budget"),
         ("fastv", {"keep": 4, "layer": 4}, "layer=4: this model has 4 layers"),

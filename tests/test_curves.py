@@ -18,7 +18,7 @@ from visiontok.demo import card, curves
 from visiontok.demo.curves import Cell
 from visiontok.demo.llava import Llava
 from visiontok.demo.measure import accuracy, exam
-from visiontok.demo.model import load, save
+from visiontok.demo.model import load
 from visiontok.demo.questions import KINDS
 
 import visiontok
@@ -30,16 +30,7 @@ SMALL = ["--questions", "10", "--methods", "random", "grid", "--keeps", "1", "0.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that has learned nothing, but whose answers depend on what it sees."""
-    torch.manual_seed(0)
-    model = Llava().build()
-    Llava().initialise(model, next(exam("validation", 16)).pixels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    save(Llava(), model, path)
-    return path
+    return shutil.copytree(card.WEIGHTS / "llava", tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """Measure pruning curves: `python -m visiontok.demo.curves FOLDER … --out FILE.jsonl`.
 
 The way a user goes: prompts through the processor, padded batches through `generate` inside `visiontok.compress`, and
-the decoded answer compared word for word. A cell is one model, method and budget over one exam; FILE gets a line for
-each, and a cell that is in it is not measured again, so that a run may be stopped and taken up at any time.
+the decoded answer compared word for word. Where neither the question nor the language model takes part in the choice,
+tower and selection run once per picture, and all questions about it share its tokens: many times faster, and relied on
+only after it has given the stock model's answers, question by question. A cell is one model, method and budget over one
+exam; FILE gets a line for each, and a cell that is in it is not measured again, so that a run may be stopped and taken
+up at any time.
 
 Two kinds of lines, told apart by their first key:
 
@@ -10,7 +13,8 @@ Two kinds of lines, told apart by their first key:
             which of them it is; "opens", a bit for each: it is the first about its scene
     model   digests of weights and exam, and what was run; "label", its full name; "tokens", visual tokens kept per
             image, averaged over the decoder's layers; "hits" per kind; "bits", one for each question; "answers", a
-            digest of them; "seconds" of processor time. Where the toolkit refuses to run it, only "refused", why
+            digest of them, none where they were not generated one by one; "seconds" of processor time. Where the
+            toolkit refuses to run it, only "refused", why
 
 Bits are in hexadecimal, the first question highest, filled up with zeros.
 """
@@ -43,8 +47,10 @@ import visiontok
 from visiontok import recipes
 from visiontok.errors import ConfigError, VisiontokError
 
-from .measure import EXAMS, exam
+from . import picturewise
+from .measure import EXAMS, Sheet, exam
 from .model import load
+from .picturewise import Part
 from .questions import KINDS, Question
 
 KEEPS = (1.0, 0.5, 0.25, 0.11, 0.05)
@@ -64,12 +70,14 @@ class Asked:
         chat: the turns of the conversation up to the question.
         question: the question.
         scene: index of the scene, or of the pair of scenes, in its split.
+        place: of the question among all about its scene.
     """
 
     pictures: tuple[Image.Image, ...]
     chat: tuple[dict[str, Any], ...]
     question: Question
     scene: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -187,14 +195,27 @@ def _questions(split: str, prompts: int) -> Iterator[Asked]:
         there = sheet.questions.form >= 0
         for images, row, talk, asked in zip(shown, sheet.questions.rows(), sheet.talk, there, strict=True):
             chats: dict[int, tuple[dict[str, Any], ...]] = {}
-            for question, number in zip(row, talk[asked].tolist(), strict=True):
+            places = asked.nonzero()[:, 0].tolist()
+            for question, number, place in zip(row, talk[asked].tolist(), places, strict=True):
                 before = chats.get(number, ())
                 content = [{"type": "text", "text": question.text}]
                 content = content if before else [{"type": "image"}] * len(images) + content
                 chat = (*before, {"role": "user", "content": content})
                 chats[number] = (*chat, {"role": "assistant", "content": question.answer})
-                yield Asked(images, chat, question, scene)
+                yield Asked(images, chat, question, scene, place)
             scene += 1
+
+
+def sheets(paper: Exam) -> Iterator[tuple[Sheet, Tensor]]:
+    """The chunks of a split that an exam is made of, and which of their questions it asks, bool (B, Q)."""
+    chosen = {(one.scene, one.place) for one in paper.asked}
+    scene = 0
+    for sheet in exam(paper.split, _ENOUGH):
+        prompts, many = sheet.questions.form.shape
+        yield sheet, torch.tensor([[(scene + row, place) in chosen for place in range(many)] for row in range(prompts)])
+        scene += prompts
+        if scene > paper.asked[-1].scene:
+            return
 
 
 def batches(processor: Any, paper: Exam, size: int) -> tuple[list[Any], list[int]]:
@@ -260,24 +281,95 @@ def respond(model: Any, processor: Any, prompts: Iterable[Any], cell: Cell) -> t
     return words, label, float(np.mean(kept)) if kept else float("nan")
 
 
-def measure(
-    model: Any, processor: Any, paper: Exam, prompts: Sequence[Any], order: Sequence[int], cell: Cell
-) -> dict[str, Any]:
-    """What a cell's line says beyond its name; arguments as of `respond`, and what `batches` returned."""
+def respond_picturewise(model: Any, parts: Iterable[Part], cell: Cell) -> tuple[np.ndarray, str, float]:
+    """Mark the answers to all questions about a picture at once.
+
+    Args:
+        model: the model, in evaluation mode.
+        parts: the exam.
+        cell: what to attach: nothing, or a method that `shares_pictures`.
+
+    Returns:
+        bool, which questions are answered rightly; then as `respond`.
+
+    Raises:
+        ConfigError, UnsupportedError: the toolkit refuses the cell on this model.
+    """
+    options: dict[str, Any] = {"keep": cell.keep, "seed": cell.seed}
+    label, kept, bits = STOCK, [], []
+    attached: Any = contextlib.nullcontext()
+    if cell.positions != "compact" and cell.method != STOCK:
+        attached = visiontok.compress(model, cell.method, mass=cell.mass, **options)
+    with attached as compression:
+        for part in parts:
+            inputs, report = part.inputs, None
+            if cell.positions == "compact":
+                short = visiontok.compress_inputs(model, part.inputs, cell.method, **options)
+                inputs, report = {**short, "position_ids": consecutive(short)}, short.report
+            bits.append(picturewise.marks(model, part, inputs))
+            report = compression.report if compression else report
+            if report:
+                label = report.recipe
+                kept += [image.average for image in report.images]
+    return np.concatenate(bits), label, float(np.mean(kept)) if kept else float("nan")
+
+
+def shares_pictures(cell: Cell) -> bool:
+    """Whether what a cell keeps of a picture is the same for every question, and settled before the language model."""
+    if cell.method == STOCK or (cell.mass and cell.positions == "compact"):
+        return False
+    card = recipes.find(cell.method).card
+    return card.stage == "prompt" and card.contract.question_independent
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """A model in an exam.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        processor: of the model.
+        paper: the exam.
+        size: prompts in a batch.
+    """
+
+    model: Any
+    processor: Any
+    paper: Exam
+    size: int
+
+    @cached_property
+    def batches(self) -> tuple[list[Any], list[int]]:
+        return batches(self.processor, self.paper, self.size)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        return list(picturewise.parts(self.processor, *zip(*sheets(self.paper), strict=True)))
+
+
+def measure(sitting: Sitting, cell: Cell) -> dict[str, Any]:
+    """What a cell's line says beyond its name."""
+    model, paper, (prompts, order) = sitting.model, sitting.paper, sitting.batches
     started = time.process_time()
+    digest = None
     try:
-        words, label, tokens = respond(model, processor, prompts, cell)
+        # Where nothing is dropped, the answers themselves are compared with those of the stock model.
+        if shares_pictures(cell) and cell.keep != 1.0:
+            bits, label, tokens = respond_picturewise(model, sitting.parts, cell)
+        else:
+            words, label, tokens = respond(model, sitting.processor, prompts, cell)
+            answers = [word for _, word in sorted(zip(order, words, strict=True))]
+            bits = np.array([said == one.question.answer for said, one in zip(answers, paper.asked, strict=True)])
+            digest = hashlib.sha256("\n".join(answers).encode()).hexdigest()[:12]
     except VisiontokError as error:
         return {"refused": " ".join(str(error).split())}
-    answers = dict(zip(order, words, strict=True))
-    bits = [answers[i] == one.question.answer for i, one in enumerate(paper.asked)]
     hits = Counter(one.question.kind for one, right in zip(paper.asked, bits, strict=True) if right)
     return {
         "label": label,
         "tokens": None if cell.method == STOCK else round(tokens, 2),
         "hits": [hits[kind] for kind in paper.kinds],
         "bits": to_hex(bits),
-        "answers": hashlib.sha256("\n".join(answers[i] for i in range(len(bits))).encode()).hexdigest()[:12],
+        "answers": digest,
         "seconds": round(time.process_time() - started, 1),
     }
 
@@ -332,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="an embedded model; results bear the folder's name")
     add("--out", type=Path, required=True, metavar="FILE", help="where the lines go; what is there is not done again")
-    add("--split", choices=EXAMS, default="heldout", help="default heldout")
+    add("--split", choices=(*EXAMS, "validation"), default="heldout", help="default heldout")
     add("--questions", type=int, default=1000, help="at least so many, as many of each kind; default 1000")
     add("--methods", nargs="+", metavar="NAME", help="default: all that choose before the language model")
     add("--keeps", nargs="+", type=float, default=KEEPS, help=f"default {' '.join(map(str, KEEPS))}")
@@ -362,12 +454,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {len(paper.asked)} questions, {len(missing)} of {len(todo)} cells to measure", flush=True)
         if not missing:
             continue
-        model, processor = load(folder)
-        prompts, order = batches(processor, paper, options.batch)
+        sitting = Sitting(*load(folder), paper, options.batch)
         begun = time.monotonic()
         for number, cell in enumerate(missing, start=1):
-            line = {**identity, **asdict(cell), **measure(model, processor, paper, prompts, order, cell)}
+            line = {**identity, **asdict(cell), **measure(sitting, cell)}
             stock = done.get(key_of[Cell()])
+            if cell == Cell():
+                together, *_ = respond_picturewise(sitting.model, sitting.parts, cell)
+                if to_hex(together) != line["bits"]:
+                    raise RuntimeError(f"{name}: answers picture by picture are not those to the questions one by one")
             if stock and cell.keep == 1.0 and "refused" not in line and line["answers"] != stock["answers"]:
                 raise RuntimeError(
                     f"{name}, {cell}: nothing is dropped, yet the answers are not those of the stock model"

@@ -135,4 +135,4 @@ class Llava(Architecture):
         embeddings = torch.cat(parts, 1)
         length = embeddings.shape[1]
         positions = torch.arange(length, device=features.device).expand(1, batch, length)
-        return Prefix(embeddings, positions, length)
+        return Prefix(embeddings, positions, positions[0, :, -1] + 1)

@@ -90,7 +90,8 @@ def mark(architecture: Architecture, model: Any, sheet: Sheet, blind: bool = Fal
     packed = pack(sheet.questions, sheet.talk)
     if swapped:
         features = features.roll(1, 0)
-    logits, labelled = answer_logits(architecture, model, features[:, :0] if blind else features, packed)
+    prefix = architecture.prefix(model, features[:, :0] if blind else features)
+    logits, labelled = answer_logits(model, prefix, packed)
     return answered(logits, labelled, packed, sheet.questions.form.shape[1])
 
 

@@ -41,7 +41,9 @@ class Prefix:
     Attributes:
         embeddings: (B, P, D).
         positions: int64 (rows, B, P), as the language model counts: one row, or three for multimodal rotary positions.
-        next: the position of the first word after it.
+        next: int64 (B,), the position of the first word after it.
+        bias: float (B, P), what is added to the attention that a token gets, -inf where a shorter prompt is filled
+            up; None for nothing.
         visual: of DeepStack models, bool (B, P), the visual tokens among them.
         planes: of DeepStack models, what is added to the visual tokens after the first layers, each (V, D) for the V
             visual tokens of all prompts.
@@ -49,7 +51,8 @@ class Prefix:
 
     embeddings: torch.Tensor
     positions: torch.Tensor
-    next: int
+    next: torch.Tensor
+    bias: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     planes: tuple[torch.Tensor, ...] = ()
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .model import Architecture
+from .model import Prefix
 from .questions import TOKEN_ID, Questions
 
 _IGNORE = -100
+_FILLER = -2  # conversation of what fills a prompt up
 _BLIND_NEXT = 2  # position of the first word of a prompt without a picture, after <s> and <user>
 
 
@@ -85,29 +86,32 @@ def pack(questions: Questions, talk: Tensor | None = None, blind: Tensor | None 
     return Packed(ids, torch.where(present, talks + 1, -1), offset, sees, labels, index)
 
 
-def answer_logits(architecture: Architecture, model: Any, features: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def answer_logits(model: Any, prefix: Prefix, packed: Packed) -> tuple[Tensor, Tensor]:
     """Run the language model over pictures and their packed questions.
 
     Args:
-        architecture: of the model.
         model: the model.
-        features: (B, M, N, F), the visual tokens of the M pictures of each prompt.
-        packed: the questions about them.
+        prefix: what stands before the questions.
+        packed: the questions.
 
     Returns:
         Logits (A, vocabulary) at the labelled places, row by row, and those places as bool (B, T).
     """
     language_model = model.model.language_model
-    prefix = architecture.prefix(model, features)
     first = prefix.embeddings.shape[1]
     embeddings = torch.cat([prefix.embeddings, language_model.embed_tokens(packed.ids)], 1)  # (B, P + T, D)
-    after = torch.where(packed.sees, prefix.next, _BLIND_NEXT) + packed.offset
+    after = torch.where(packed.sees, prefix.next[:, None], _BLIND_NEXT) + packed.offset
     positions = torch.cat([prefix.positions, after.expand(len(prefix.positions), -1, -1)], -1)
     talk = F.pad(packed.talk, (first, 0))  # the prompt is conversation 0
+    if prefix.bias is not None:
+        talk[:, :first].masked_fill_(prefix.bias.isneginf(), _FILLER)
     sees = F.pad(packed.sees, (first, 0), value=True)
     place = torch.arange(talk.shape[1], device=talk.device)
     readable = (talk[:, None] == 0) & (sees[:, :, None] | (place < _BLIND_NEXT))
     visible = (readable | (talk[:, None] == talk[:, :, None])) & (place <= place[:, None])
+    if prefix.bias is not None:
+        bias = F.pad(prefix.bias.masked_fill(prefix.bias.isneginf(), 0.0), (0, packed.ids.shape[1]))
+        visible = torch.where(visible, bias[:, None].to(embeddings.dtype), -torch.inf)
     planes = {}
     if prefix.visual is not None:
         visual = F.pad(prefix.visual, (0, packed.ids.shape[1]))

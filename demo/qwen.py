@@ -171,7 +171,7 @@ class Qwen(Architecture):
         return Prefix(
             torch.cat(embeddings, 1),
             torch.cat(positions, 1)[:, None].expand(-1, batch, -1),
-            begin,
-            torch.cat(visual).expand(batch, -1) if pictures else None,
-            planes if pictures else (),
+            torch.full((batch,), begin, device=device),
+            visual=torch.cat(visual).expand(batch, -1) if pictures else None,
+            planes=planes if pictures else (),
         )

@@ -139,7 +139,7 @@ class Learner(nn.Module):
             return patch_loss, record
         prompts = features.unflatten(0, (len(batch.questions), -1))
         packed = pack(batch.questions, batch.talk, batch.blind)
-        logits, labelled = answer_logits(self.architecture, self.model, prompts, packed)
+        logits, labelled = answer_logits(self.model, self.architecture.prefix(self.model, prompts), packed)
         labels = packed.labels[labelled]
         is_answer = labels != TOKEN_ID["</s>"]
         form = batch.questions.form.gather(1, packed.question)[labelled]

@@ -133,7 +133,7 @@ def test_packed_questions_are_separate_chats(untrained, pictures):
         blind = torch.ones_like(asked.form, dtype=torch.bool)
     packed = packing.pack(asked, talk, blind)
     with torch.inference_mode():
-        logits, labelled = packing.answer_logits(architecture, model, features, packed)
+        logits, labelled = packing.answer_logits(model, architecture.prefix(model, features), packed)
     worst, compared = 0.0, 0
     labels = packed.labels[labelled]
     places = labelled.nonzero()

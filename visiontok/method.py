@@ -163,17 +163,21 @@ class Selection:
         keep: (U, N) bool, tokens that stay.
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
+        into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
+            that went nowhere. Mass attention counts such tokens there and moves them no further.
     """
 
     keep: torch.Tensor
     features: torch.Tensor | None = None
+    into: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mass:
     """Mass attention: a kept token speaks for the tokens of its image that it replaces.
 
-    Every dropped token goes to the kept one of largest cosine. A kept token that stands for n tokens, itself included,
+    Every dropped token goes to the kept one of largest cosine, or to the one that a merging method has put it into,
+    whose value then is the method's and moves no further. A kept token that stands for n tokens, itself included,
     takes over a share of their mean, and ``beta · log n`` is added to the attention logit of its key in every layer
     from there on, in prefill and decode. With ``beta=1, merge=0`` that is attention over n copies of each kept token.
 

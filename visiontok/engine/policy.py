@@ -189,7 +189,7 @@ class StagePolicy:
             if answer.features is not None:
                 embeds = call.units.put(embeds, answer.features, answer.keep)
             if stage.mass is not None:
-                embeds = self._weigh(call, stage.mass, embeds, before, alive)(embeds)
+                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into)(embeds)
         return alive, embeds
 
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -215,9 +215,16 @@ class StagePolicy:
 
     @staticmethod
     def _weigh(
-        call: Prefill, mass: Mass, states: torch.Tensor, before: torch.Tensor, alive: torch.Tensor
+        call: Prefill,
+        mass: Mass,
+        states: torch.Tensor,
+        before: torch.Tensor,
+        alive: torch.Tensor,
+        into: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Let the tokens ``alive`` (B, N) speak for those of ``before`` that have just gone.
+
+        Those that a method has put ``into`` (U, N) a kept token already are counted there; the others go to the nearest.
 
         The assignment is made here, on ``states`` (B, N, D); what is returned moves the values of such states, and can
         be repeated when gradient checkpointing runs the layer again.
@@ -227,6 +234,11 @@ class StagePolicy:
         present = units.gather(before[..., None])[..., 0] & units.valid
         size = present.float() if call.mass is None else call.mass * present
         features = units.gather(states)
+        if into is not None:
+            merged = present & ~keep & (into >= 0)
+            here = torch.arange(into.shape[1], device=into.device)
+            size = torch.zeros_like(size).scatter_add(1, torch.where(merged, into, here), size)
+            present = present & ~merged
         group = nearest_kept(features.detach(), keep, present, most=max([1, *call.counts]))
         call.mass = absorb(features[..., :1].detach(), group, size, 0.0)[1]
         if mass.beta:
@@ -282,7 +294,23 @@ class StagePolicy:
             raise ConfigError(
                 f"{name}: Selection.features has shape {tuple(features.shape)}, expected {tuple(ctx.features.shape)}"
             )
-        return Selection(keep=keep, features=features)
+        into = selection.into
+        if into is not None:
+            if into.dtype != torch.long or into.shape != ctx.valid.shape:
+                raise ConfigError(
+                    f"{name}: Selection.into is {tuple(into.shape)} {into.dtype}; it must be long, "
+                    f"{tuple(ctx.valid.shape)}"
+                )
+            into = torch.where(ctx.valid, into.to(keep.device), -1)
+            lost = (into >= 0) & ~keep.gather(1, into.clamp(0, keep.shape[1] - 1))
+            call.promises.expect(
+                ~lost.any() & (into < keep.shape[1]).all(),
+                lambda: ConfigError(
+                    f"{name}: Selection.into names a token that select() did not keep; give the places of kept tokens, "
+                    "-1 for tokens that went nowhere"
+                ),
+            )
+        return Selection(keep=keep, features=features, into=into)
 
     def _context(
         self,

@@ -25,7 +25,7 @@ def kmeans(
     rounds: int = 10,
     valid: Tensor | None = None,
     official: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The means of ``k`` spherical clusters.
 
     Args:
@@ -37,8 +37,8 @@ def kmeans(
         official: means of tokens scaled to length 1, so that their lengths are lost.
 
     Returns:
-        bool keep mask (N,) or (B, N), true at the member nearest to the mean, and features of the shape given: means
-        there.
+        bool keep mask (N,) or (B, N), true at the member nearest to the mean; features of the shape given: means there;
+        and long (N,) or (B, N), the place of that member for each token, -1 for invalid ones.
 
     Raises:
         ConfigError: if ``k`` < 1.
@@ -47,7 +47,7 @@ def kmeans(
     known = torch.where((group >= 0)[..., None], features, 0.0)
     source = torch.nn.functional.normalize(known, dim=-1) if official else known
     merged, size = absorb(source, group, torch.ones(group.shape, device=features.device), 1.0)
-    return size > 0, merged
+    return size > 0, merged, group
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,7 @@ class KMeans(Method):
     def select(self, ctx: Context) -> Selection:
         draws = [torch.rand(n, generator=ctx.generator(u)) for u, n in enumerate(ctx.count.tolist())]
         official = ctx.fidelity == "official"
-        keep, features = kmeans(ctx.features, ctx.count, draws, rounds=self.rounds, valid=ctx.valid, official=official)
-        return Selection(keep=keep, features=features)
+        keep, features, into = kmeans(
+            ctx.features, ctx.count, draws, rounds=self.rounds, valid=ctx.valid, official=official
+        )
+        return Selection(keep=keep, features=features, into=into)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def m3_pool(
     features: Tensor, grid: Tensor, k: int | Tensor, *, valid: Tensor | None = None, official: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The means of ``k`` cells of the grid.
 
     Args:
@@ -28,7 +28,8 @@ def m3_pool(
         official: squares of ⌊√(N/k)⌋ tokens a side, so that the count is only about ``k`` and edges may be lost.
 
     Returns:
-        bool keep mask (N,) or (B, N), true at the middle of each cell, and features of the shape given: means there.
+        bool keep mask (N,) or (B, N), true at the middle of each cell; features of the shape given: means there; and long
+        (N,) or (B, N), the place of the middle of each token's cell, -1 for tokens in none.
 
     Raises:
         ConfigError: if ``k`` < 1.
@@ -36,7 +37,7 @@ def m3_pool(
     group = cells(grid, k, valid, whole=official)
     ones = torch.ones(group.shape, device=features.device)
     merged, size = absorb(features, group, ones, 1.0)
-    return size > 0, merged
+    return size > 0, merged, group
 
 
 @dataclass(frozen=True)
@@ -64,5 +65,5 @@ class M3Pool(Method):
 
     def select(self, ctx: Context) -> Selection:
         official = ctx.fidelity == "official"
-        keep, features = m3_pool(ctx.features, ctx.need_grid(), ctx.count, valid=ctx.valid, official=official)
-        return Selection(keep=keep, features=features)
+        keep, features, into = m3_pool(ctx.features, ctx.need_grid(), ctx.count, valid=ctx.valid, official=official)
+        return Selection(keep=keep, features=features, into=into)

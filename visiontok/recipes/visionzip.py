@@ -25,7 +25,7 @@ def visionzip(
     *,
     valid: Tensor | None = None,
     official: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens with the most attention, and some of the others, at equal steps, that take over all the rest.
 
     Args:
@@ -40,7 +40,8 @@ def visionzip(
             taking the mean of all.
 
     Returns:
-        bool keep mask (N,) or (B, N), and features of the shape given, of which the contextual ones are new.
+        bool keep mask (N,) or (B, N); features of the shape given, of which the contextual ones are new; and long (N,)
+        or (B, N), the place of the contextual token each went to, -1 for dominant tokens and those merged into none.
 
     Raises:
         ConfigError: if ``k`` < 1.
@@ -60,7 +61,7 @@ def visionzip(
         merged = torch.where((size > 0)[..., None], features + mean, features)
     else:
         merged, _ = absorb(features, group, torch.ones_like(scores), 1.0)
-    return dominant | target, merged
+    return dominant | target, merged, group
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class VisionZip(Method):
         layer = -1 if self.layer is None else self.layer
         scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
         contextual = (ctx.count.double() * self.share).round().long()
-        keep, features = visionzip(
+        keep, features, into = visionzip(
             ctx.features,
             ctx.attention.keys(layer).mean(2),
             scores,
@@ -132,4 +133,4 @@ class VisionZip(Method):
             valid=ctx.valid,
             official=ctx.fidelity == "official",
         )
-        return Selection(keep=keep, features=features)
+        return Selection(keep=keep, features=features, into=into)

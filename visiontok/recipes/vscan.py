@@ -26,7 +26,7 @@ def vscan(
     window: int = 6,
     rounded_down: bool = False,
     valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Half of the budget by windows of a shallow layer, the other half by a deep one; dropped tokens are merged.
 
     Args:
@@ -41,8 +41,8 @@ def vscan(
         valid: (N,) or (B, N) bool.
 
     Returns:
-        bool keep mask (N,) or (B, N), and features of the shape given: each kept token is the mean of those that it
-        resembles most and its own.
+        bool keep mask (N,) or (B, N); features of the shape given, each kept token the mean of those that resemble it
+        most and its own; and long (N,) or (B, N), the place of the kept token each went to, -1 for none.
     """
     ok = torch.ones_like(deep, dtype=torch.bool) if valid is None else valid
     count = torch.minimum(torch.as_tensor(k, device=ok.device), ok.sum(-1))
@@ -63,7 +63,7 @@ def vscan(
     keep = local | (others & (rank(deep, others) < room[..., None]))
     group = nearest_kept(features, keep, placed | keep)
     merged, _ = absorb(features, group, torch.ones_like(deep), 1.0)
-    return keep, merged
+    return keep, merged, group
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class VScan(Method):
 
     def select(self, ctx: Context) -> Selection:
         read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        keep, features = vscan(
+        keep, features, into = vscan(
             ctx.features,
             read(5 / 24 if self.shallow_layer is None else self.shallow_layer),
             read(-1 if self.deep_layer is None else self.deep_layer),
@@ -134,4 +134,4 @@ class VScan(Method):
             rounded_down=ctx.fidelity == "official" and self.scorer != "received",
             valid=ctx.valid,
         )
-        return Selection(keep=keep, features=features)
+        return Selection(keep=keep, features=features, into=into)

@@ -334,6 +334,16 @@ def test_prumerge_equals_the_loop(k: int) -> None:
     assert torch.equal(same, x)
 
 
+def test_prumerge_leaves_what_has_no_patch_as_it_is() -> None:
+    x, keys, s = case(8)
+    s[6:], keys[6:] = -1, 0
+    centres = torch.arange(8) != 6
+    keep, merged = prumerge(x, keys, s, centres, neighbours=2)
+    assert keep.all()
+    assert torch.equal(merged[6:], x[6:])
+    assert not torch.isclose(merged[:6], x[:6]).all(-1).any()
+
+
 def test_prumerge_plus_stands_everywhere() -> None:
     s = torch.zeros(64)
     s[:8] = torch.linspace(1, 0.5, 8)  # attention in one corner

@@ -224,7 +224,7 @@ class StagePolicy:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Let the tokens ``alive`` (B, N) speak for those of ``before`` that have just gone.
 
-        Those that a method has put ``into`` (U, N) a kept token already are counted there; the others go to the nearest.
+        Those that a method has already put ``into`` (U, N) a kept token count there; the others go to the nearest.
 
         The assignment is made here, on ``states`` (B, N, D); what is returned moves the values of such states, and can
         be repeated when gradient checkpointing runs the layer again.

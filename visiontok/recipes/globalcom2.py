@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import apportion, rank, rank_within, topk
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Layer, Tower
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -163,7 +164,7 @@ def _best(parts: Crops, quota: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GlobalCom2(Method):
+class GlobalCom2(Attended):
     """Budgets for the crops of a picture, and choice of their tokens, by its thumbnail.
 
     Attributes:
@@ -176,9 +177,10 @@ class GlobalCom2(Method):
     """
 
     temperature: float = 10.0
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer = -1
+    layer: Layer | None = -1
     tiled: bool | None = None
+
+    of_cls = "cls_logits"
 
     card: ClassVar[Card] = Card(
         name="globalcom2",
@@ -203,8 +205,7 @@ class GlobalCom2(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        super().__post_init__()
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature!r}: give a positive number")
 
@@ -214,22 +215,13 @@ class GlobalCom2(Method):
         return f"globalcom2[{', '.join(odd)}]" if odd else "globalcom2"
 
     def adapt(self, tower: Tower) -> GlobalCom2:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            tiled=tower.thumbnail if self.tiled is None else self.tiled,
-        )
-
-    def needs(self) -> Needs:
-        layers = (self.layer,)
-        return Needs(vision_received=layers) if self.scorer == "received" else Needs(vision_cls_logits=layers)
+        return replace(super().adapt(tower), tiled=tower.thumbnail if self.tiled is None else self.tiled)
 
     def select(self, ctx: Context) -> Tensor:
         grid = ctx.need_grid()
+        logits = self.attention(ctx)
         if self.scorer == "received":
-            logits = ctx.attention.received(self.layer).clamp_min(1e-30).log()
-        else:
-            logits = ctx.attention.cls_logits(self.layer)
+            logits = logits.clamp_min(1e-30).log()
         if not self.tiled:
             return topk(torch.where((grid >= 0).all(-1), logits, -torch.inf), ctx.count, ctx.valid)
         if ctx.fidelity == "official":

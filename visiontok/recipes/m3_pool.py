@@ -28,8 +28,8 @@ def m3_pool(
         official: squares of ⌊√(N/k)⌋ tokens a side, so that the count is only about ``k`` and edges may be lost.
 
     Returns:
-        bool keep mask (N,) or (B, N), true at the middle of each cell; features of the shape given: means there; and long
-        (N,) or (B, N), the place of the middle of each token's cell, -1 for tokens in none.
+        bool keep mask (N,) or (B, N), true at the middle of each cell; features of the shape given: means there; and
+        long (N,) or (B, N), the place of the middle of each token's cell, -1 for tokens in none.
 
     Raises:
         ConfigError: if ``k`` < 1.

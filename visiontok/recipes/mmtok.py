@@ -140,7 +140,7 @@ class MMTok(Method):
         return mmtok(
             text,
             ctx.features,
-            ctx.features if ctx.encoder_features is None else ctx.encoder_features,
+            ctx.need_encoder_features(),
             ctx.count,
             alpha=self.alpha,
             text_temperature=self.text_temperature or 0.02,

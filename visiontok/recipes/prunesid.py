@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..functional import apportion, components, quota, rank, suppress, topk
 from ..kernels import cosine
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Needs
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -81,16 +81,8 @@ def _published(survivors: Tensor, least: Tensor, most: Tensor, count: Tensor) ->
 
 
 @dataclass(frozen=True)
-class PruneSID(Method):
-    """Semantic groups by principal components; intra-group suppression.
-
-    Attributes:
-        scorer: ``cls`` or ``received``; by default what the tower offers.
-        layer: tower layer of the scorer; by default the one the features come from.
-    """
-
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
+class PruneSID(Attended):
+    """Semantic groups by principal components; intra-group suppression."""
 
     card: ClassVar[Card] = Card(
         name="prunesid",
@@ -111,33 +103,13 @@ class PruneSID(Method):
         contract=Contract(sync_free=False),
     )
 
-    def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
-
-    @property
-    def label(self) -> str:
-        return "prunesid[received]" if self.scorer == "received" else "prunesid"
-
-    def adapt(self, tower: Tower) -> PruneSID:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
-
     def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        if self.scorer == "received":
-            return Needs(vision_received=layers, encoder_features=True)
-        return Needs(vision_cls=layers, encoder_features=True)
+        return replace(super().needs(), encoder_features=True)
 
     def select(self, ctx: Context) -> Tensor:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        scores = read(-1 if self.layer is None else self.layer)
+        scores = self.attention(ctx)
         seen = ctx.valid & (scores >= 0)  # what has no patch belongs to no group
         factor = ctx.count / 32 if ctx.has_cls else (18 * ctx.count / seen.sum(1).clamp_min(1)).clamp_min(1)
-        features = ctx.features if ctx.encoder_features is None else ctx.encoder_features
         official = ctx.fidelity == "official"
-        keep = prunesid(features, scores, ctx.count, valid=seen, factor=factor, official=official)
+        keep = prunesid(ctx.need_encoder_features(), scores, ctx.count, valid=seen, factor=factor, official=official)
         return keep if official else topk(keep.float(), ctx.count, ctx.valid)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import rank, thinned
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Needs
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -39,7 +40,7 @@ def vispruner(
 
 
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(Attended):
     """Important tokens by attention, diverse tokens by removal of duplicates.
 
     Attributes:
@@ -49,8 +50,6 @@ class VisPruner(Method):
     """
 
     important: float = 0.5
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
 
     card: ClassVar[Card] = Card(
         name="vispruner",
@@ -70,29 +69,13 @@ class VisPruner(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        super().__post_init__()
         if not 0 <= self.important <= 1:
             raise ConfigError(f"important={self.important!r}: a share of the budget lies in [0, 1]")
 
-    @property
-    def label(self) -> str:
-        return "vispruner[received]" if self.scorer == "received" else "vispruner"
-
-    def adapt(self, tower: Tower) -> VisPruner:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
-
     def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        if self.scorer == "received":
-            return Needs(vision_received=layers, encoder_features=True)
-        return Needs(vision_cls=layers, encoder_features=True)
+        return replace(super().needs(), encoder_features=True)
 
     def select(self, ctx: Context) -> Tensor:
-        layer = -1 if self.layer is None else self.layer
-        scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
-        return vispruner(ctx.need_encoder_features(), scores, ctx.count, important=self.important, valid=ctx.valid)
+        features, scores = ctx.need_encoder_features(), self.attention(ctx)
+        return vispruner(features, scores, ctx.count, important=self.important, valid=ctx.valid)

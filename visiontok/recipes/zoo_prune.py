@@ -86,12 +86,10 @@ class ZooPrune(Method):
         return Needs(projector=True)
 
     def select(self, ctx: Context) -> Tensor:
-        if ctx.encoder_features is None or ctx.project is None:
-            raise ConfigError("zoo_prune: the context has no projector; it is a method for prompt stages")
-        inputs = ctx.encoder_features
+        inputs, project = ctx.need_projector()
         drawn = torch.randn(self.directions, inputs.shape[-1], generator=torch.Generator().manual_seed(self.seed))
         directions = torch.nn.functional.normalize(drawn, dim=-1).to(inputs.device)
         step = None if self.derivative == "exact" else self.step
-        scores = sensitivity(ctx.project, inputs, directions, step=step)
+        scores = sensitivity(project, inputs, directions, step=step)
         scores = torch.where((inputs != 0).any(-1), scores, torch.nan)  # what has no patch has no sensitivity
         return zoo_prune(ctx.features, scores, ctx.count, valid=ctx.valid).keep

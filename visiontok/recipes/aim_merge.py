@@ -72,11 +72,13 @@ class AimMerge(Method):
         title="bipartite merging of the tokens of each frame, in rounds",
         paper="arXiv 2412.03248",
         venue="ICCV 2025",
+        formula="per frame, until K remain: the r = min(⌊n/2⌋, n-K) pairs (even, odd) of largest cosine become their "
+        "mean",
         stage="prompt",
-        needs="features; the frames of the grid, where it is known",
+        needs="features, grid",
         official="A quarter of the 196 tokens of every video frame, in two rounds. A mean of merged tokens does not "
-        "count what they stand for; tokens keep the order that matching leaves. Bug: a round that merges nothing "
-        "returns nothing.",
+        "count what they stand for; tokens keep the order that matching leaves.",
+        bugs="A round that merges nothing returns nothing.",
         departures="Any K: full rounds, then what is left to do; means of original tokens, in raster order, which "
         "also decides who meets in the next round (fidelity='official' keeps both as published, but tokens stand in "
         "raster order). The budget is split over frames and crops by their size; tokens off the grid, such as "

@@ -40,11 +40,12 @@ class ClsTopK(Attended):
         name="cls_topk",
         title="top-k by attention of the vision tower's CLS token",
         paper="arXiv 2412.01818 (FasterVLM)",
-        venue="-",
+        venue="ICCV 2025, as VisPruner",
+        formula="top-K of a_i = mean_h softmax(q_CLS·k/√d)_hi",
         stage="prompt",
         needs="CLS attention of one tower layer; received attention on towers without CLS",
-        official="Attention inside the feature layer, mean over heads, the CLS key in the denominator; a fixed budget "
-        "per crop, image_newline tokens disabled.",
+        official="Attention inside the feature layer, mean over heads, the CLS key in the denominator; a fixed "
+        "budget per crop, image_newline tokens disabled.",
         departures="One budget per image. Towers without CLS (SigLIP, Qwen) are scored by received attention, a "
         "substitute that is not in the paper and is named: cls_topk[received].",
         defaults="the layer the features come from: -2 for CLIP towers in LLaVA, -1 elsewhere.",

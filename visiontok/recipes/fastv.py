@@ -47,6 +47,7 @@ class FastV(Method):
         title="cut after the first decoder layers by the last token's attention",
         paper="arXiv 2403.06764",
         venue="ECCV 2024",
+        formula="top-K of mean_h softmax(q_last·k/√d)_hi, i visual, in the layer before the cut",
         stage="decoder",
         needs="attention of the last prompt token in the layer before the cut",
         official="K=2 of 32 layers, kept tokens keep their positions; batch 1, one image at a fixed place, eager "

@@ -187,16 +187,19 @@ class GlobalCom2(Attended):
         title="crop budgets and token choice by the thumbnail of a tiled picture",
         paper="arXiv 2501.05179",
         venue="AAAI 2026",
+        formula="K_c ∝ n_c·(1 + softmax(g/T)_c - 1/C), g_c = sum of the thumbnail's logits over crop c; in c the "
+        "top-K_c of l2(logits) + l2(stretched thumbnail)",
         stage="prompt",
-        needs="CLS logits of one tower layer, log of received attention on towers without CLS; grid",
-        official="The last tower layer with features of the one before; the thumbnail and every crop round their share "
-        "down, what a full crop cannot take is lost, and all image_newline tokens stay, so that more than K remain. "
-        "Bugs: one picture only; kept tokens of padded crops are written back at wrong places, so that newlines stand "
+        needs="grid; CLS logits of one tower layer, log of received attention on towers without CLS",
+        official="The last tower layer with features of the one before; the thumbnail and every crop round their "
+        "share down, what a full crop cannot take is lost, and all image_newline tokens stay, so that more than K "
+        "remain.",
+        bugs="One picture only; kept tokens of padded crops are written back at wrong places, so that newlines stand "
         "between wrong tokens; thumbnail tokens come in the order of their scores. Sums of 144 logits saturate the "
         "softmax.",
         departures="Exactly K tokens per picture: shares by largest remainders, surplus to the others, image_newline "
-        "tokens last (fidelity='official' restores the published counts). Crops that the model scales down before "
-        "it tiles them are taken as tiles of the thumbnail's size. Towers without CLS use the log of received "
+        "tokens last (fidelity='official' restores the published counts). Crops that the model scales down before it "
+        "tiles them are taken as tiles of the thumbnail's size. Towers without CLS use the log of received "
         "attention, a substitute: globalcom2[received]. Models without thumbnail and crops rank all tokens by their "
         "logits, and say so: globalcom2[untiled].",
         defaults="temperature=10; the last tower layer; the paper's ratios are 0.25 and 0.1.",

@@ -133,15 +133,18 @@ class HoloV(Attended):
         title="budget over stretches of the picture by attention and variety, in each the most attended",
         paper="arXiv 2510.02912",
         venue="NeurIPS 2025",
+        formula="K_w ∝ mean_{i∈w}(a_i + β·s_w·v_i), v_i = variance of cos(z_i, z_j) over stretch w, s_w = mean "
+        "a/mean v; in w the top-K_w of a",
         stage="prompt",
         needs="features, grid; CLS attention of one tower layer, received attention on towers without CLS",
         official="16 stretches in raster order (the paper: crops) and 64 tokens fixed for LLaVA; int(1024/576·N/K) "
-        "stretches for Qwen2.5-VL. Bugs: what a full stretch cannot take is lost, so that fewer than K remain and "
-        "zeros (LLaVA) or the last token (Qwen) fill up; tokens come in order of attention; the attention of a stretch "
-        "of one token is not scaled; Qwen's scores stay in window order.",
-        departures="Exact apportionment with caps; raster order; all scores on one scale; image_newline tokens lie in "
-        "no stretch and come last. Towers without CLS: holov[received]. fidelity='official' brings the lost tokens "
-        "and the unscaled stretches back.",
+        "stretches for Qwen2.5-VL.",
+        bugs="What a full stretch cannot take is lost, so that fewer than K remain and zeros (LLaVA) or the last "
+        "token (Qwen) fill up; tokens come in order of attention; the attention of a stretch of one token is not "
+        "scaled; Qwen's scores stay in window order.",
+        departures="Exact apportionment with caps; raster order; all scores on one scale; image_newline tokens lie "
+        "in no stretch and come last. Towers without CLS: holov[received]. fidelity='official' brings the lost "
+        "tokens and the unscaled stretches back.",
         defaults="beta=0.09; the layer the features come from: -2 for CLIP towers in LLaVA.",
         cost="O(N²D) once",
         contract=Contract(sync_free=False),

@@ -67,11 +67,15 @@ class IDPruner(Method):
         name="idpruner",
         title="maximal marginal relevance: importance against redundancy",
         paper="arXiv 2602.13315",
-        venue="-",
+        venue="preprint",
+        formula="argmax_i λ·w_i - (1-λ)·max_{j∈S} cos(z_i, z_j), the first by w alone; w = (s - min s)/(max s - min "
+        "s + 10⁻⁶)",
         stage="prompt",
-        needs="features; CLS or received attention of one tower layer unless scorer='norm'",
+        needs="features; CLS attention or received attention of one tower layer unless scorer='norm'",
         official="Scores come from the trained VisionSelector head; all images of a prompt share one pool; several "
         "picks per round on request.",
+        trained="VisionSelector's scoring head, published for Qwen2.5-VL; it cannot be loaded here, and other "
+        "scorers stand in.",
         departures="Training-free: the scorer is a substitute and is named with the method, as in idpruner[cls]. "
         "Every image has its own budget. One pick per round. With a background taken out of the features (Cen-Prune, "
         "LRCP) the label says so, as in idpruner[cls, centred].",

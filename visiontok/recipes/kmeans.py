@@ -64,15 +64,20 @@ class KMeans(Method):
         name="kmeans",
         title="the means of spherical k-means clusters",
         paper="arXiv 2503.16980 (VQToken)",
-        venue="-",
+        venue="preprint",
+        formula="z_c = mean of z over {i: c = argmax_c cos(z_i, μ_c)}, μ of k-means++ seeds and 10 rounds",
         stage="prompt",
         needs="features",
         official="32 clusters of all tokens of a video; their means are taken of normalised tokens, so that lengths "
-        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows. Bugs: with a fixed "
-        "number of clusters the published call raises a TypeError; random first centres without a seed.",
-        departures="The clusters alone, without the trained encoder. Means of the tokens themselves (fidelity="
-        "'official': of normalised ones); k-means++ from the seed of the recipe; exactly K clusters: one that has run "
-        "empty becomes the token that its own resembles least. A mean stands at the place of the nearest member.",
+        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows. Random first centres "
+        "without a seed.",
+        bugs="With a fixed number of clusters the published call raises a TypeError; random first centres without a "
+        "seed.",
+        trained="VQToken's attention over cluster numbers and the language model tuned with it.",
+        departures="The clusters alone, without the trained encoder. Means of the tokens themselves "
+        "(fidelity='official': of normalised ones); k-means++ from the seed of the recipe; exactly K clusters: one "
+        "that has run empty becomes the token that its own resembles least. A mean stands at the place of the "
+        "nearest member.",
         defaults="10 rounds; the paper keeps 32 tokens of a video.",
         cost="O(NKD) per round",
         stochastic=True,

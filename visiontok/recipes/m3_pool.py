@@ -49,15 +49,17 @@ class M3Pool(Method):
         title="average pooling of the patch grid to any number of cells",
         paper="arXiv 2405.17430",
         venue="ICLR 2025",
+        formula="z_c = mean of z over cell c of the grid cut into K cells",
         stage="prompt",
-        needs="features; grid",
-        official="Scales of 1, 9, 36, 144 and 576 of 24 × 24 tokens, on models that were trained on all of them; every "
-        "crop is pooled alike. Bug: for other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K "
-        "remain, and where much is lost at the edges fewer than K remain.",
-        departures="Without training, so that small scales hurt more than the paper says. Any K: cells of whole bands "
-        "of rows with as equally many tokens as can be, which are the published squares where these exist. The budget "
-        "is split over crops and frames by their size; image_newline tokens are dropped first. A cell stands at the "
-        "place of its middle token.",
+        needs="features, grid",
+        official="Scales of 1, 9, 36, 144 and 576 of 24 × 24 tokens, on models that were trained on all of them; "
+        "every crop is pooled alike.",
+        bugs="For other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K remain, and where much "
+        "is lost at the edges fewer than K remain.",
+        trained="A model trained on all scales; pooling a stock model hurts more than the paper says.",
+        departures="Any K: cells of whole bands of rows with as equally many tokens as can be, which are the "
+        "published squares where these exist. The budget is split over crops and frames by their size; image_newline "
+        "tokens are dropped first. A cell stands at the place of its middle token.",
         defaults="The paper's scales: 1/576, 1/64, 1/16, 1/4 and all.",
         cost="O(ND), cells on the host",
         contract=Contract(sync_free=False),

@@ -111,8 +111,10 @@ class MMTok(Method):
         title="coverage of the question's words and of the patches",
         paper="arXiv 2508.18264",
         venue="ICLR 2026",
+        formula="argmax_i Σ_r max(0, T_ri - max_{j∈S} T_rj), T = [softmax(cos(q, z)/τ_t)/m; α·softmax(cos(x, "
+        "x)/τ_v)/n]",
         stage="prompt",
-        needs="features, projector inputs, the question's embeddings",
+        needs="features, projector inputs, question tokens",
         official="Batch 1; the words of the question without stop words (LLaVA), 'Question: …' (Qwen); patches that "
         "are padding can be left out.",
         departures="The question is the text behind the last image, without special tokens; stop words stay, because "

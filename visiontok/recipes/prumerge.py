@@ -95,18 +95,21 @@ class PruMerge(Attended):
         title="tokens with outstanding attention gather their neighbours, one token gathers the rest",
         paper="arXiv 2403.15388",
         venue="ICCV 2025",
+        formula="z_i = M(x_i + Σ_{j∈kNN(i)} a_j·x_j) for the top-(K-1) of a, 32 neighbours by key cosine; z_rest = "
+        "M(Σ_{dropped} a_j·x_j)",
         stage="prompt",
-        needs=f"keys of one tower layer, and CLS attention of {ONE_HEAD}; received attention on towers without CLS",
+        needs="features, projector inputs, the projector; keys of one tower layer, and CLS attention joined to one "
+        "head of full width; received attention on towers without CLS",
         official="The last tower layer with features of the one before; merges before the projector and does not "
         "divide by the weights; tokens come in the order of their attention, the token for the rest last. As many "
-        "tokens as the attention has outliers, and one. Bugs: batches share one ratio; without outliers nothing "
-        "but the last token remains.",
-        departures="Exactly K tokens, the one for the rest among them (adaptive=True for the outliers, at least one of "
-        "them, at most K tokens), in raster order. One budget per image. Towers "
-        "without CLS are scored by received attention, a substitute that is named: prumerge[received]; their keys "
-        "carry rotary positions.",
+        "tokens as the attention has outliers, and one.",
+        bugs="Batches share one ratio; without outliers nothing but the last token remains.",
+        departures="Exactly K tokens, the one for the rest among them (adaptive=True for the outliers, at least one "
+        "of them, at most K tokens), in raster order. One budget per image. Towers without CLS are scored by "
+        "received attention, a substitute that is named: prumerge[received]; their keys carry rotary positions. With "
+        "mass attention dropped tokens go to the nearest kept one: the sums overlap and are no partition.",
         defaults="32 neighbours; the last tower layer.",
-        cost="O(HNd) for one attention row, O(KNd) over keys of full width",
+        cost="O(HNd) for one attention row, O(KNd) over keys of full width, one more pass of the projector",
         contract=Contract(sync_free=False),
     )
 

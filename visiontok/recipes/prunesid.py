@@ -89,11 +89,13 @@ class PruneSID(Attended):
         title="principal components as groups, near-duplicates suppressed in each",
         paper="arXiv 2603.09480",
         venue="ICLR 2026",
+        formula="group(i) = argmax_c |V_ic|, V = PCA(sigmoid(x)), K/4 components; suppressed in groups: cos(x_i, "
+        "x_j) > K/32·mean cos; 1 + share ∝ survivors",
         stage="prompt",
         needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
         official="Randomised PCA with K/4 components, so that results depend on the state of the random numbers; CLS "
-        "is one of the K tokens, so that K-1 visual ones, fewer than K remain; tokens come group by group. Suppression "
-        "starts at K/32 times the mean cosine, which is never reached for K >= 128.",
+        "is one of the K tokens, so that K-1 visual ones remain; tokens come group by group. Suppression starts at "
+        "K/32 times the mean cosine, which is never reached for K >= 128.",
         departures="An exact eigendecomposition: the same picture gives the same groups. Exactly K visual tokens in "
         "raster order, shared out by largest remainders. Towers without CLS: prunesid[received]. fidelity='official' "
         "has the published rounding and K-1 tokens.",

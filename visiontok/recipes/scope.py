@@ -68,6 +68,7 @@ class Scope(Attended):
         title="coverage of all tokens by attended ones (facility location)",
         paper="arXiv 2510.24214",
         venue="NeurIPS 2025",
+        formula="argmax_i a_i^α·Σ_j max(0, cos(x_i, x_j) - c_j), c_j = max(0, max_{s∈S} cos(x_s, x_j))",
         stage="prompt",
         needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
         official="Selects in the model's dtype, with the attention summed over heads and the budget split over the "

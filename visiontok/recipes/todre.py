@@ -61,11 +61,12 @@ class ToDRE(Attended):
         name="todre",
         title="from the most attended token to those least similar to all kept",
         paper="arXiv 2505.18757",
-        venue="-",
+        venue="preprint",
+        formula="first argmax a, then argmin_i Σ_{j∈S} cos(z_i, z_j)",
         stage="prompt",
         needs="features; CLS attention of the last tower layer, received attention on towers without CLS",
-        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the second "
-        "the sum of similarities (max-sum), which may keep near-duplicates.",
+        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the "
+        "second the sum of similarities (max-sum), which may keep near-duplicates.",
         departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is an exit stage. On "
         "tiled pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at "
         "the token that receives most attention, where the paper draws one: todre[received].",

@@ -86,17 +86,22 @@ class VisionZip(Attended):
         title="dominant tokens by CLS attention, the others merged into contextual tokens",
         paper="arXiv 2412.04467",
         venue="CVPR 2025",
+        formula="top-(K-C) of a; z_t = M(mean of x over t and the rest whose nearest target by key cosine is t), t "
+        "each ⌊N'/C⌋-th of the N' others",
         stage="prompt",
-        needs="CLS attention and keys of one tower layer; received attention on towers without CLS",
+        needs="features, projector inputs, the projector; CLS attention and keys of one tower layer; received "
+        "attention on towers without CLS",
         official="Merges the tower's outputs before the projector; a contextual token is its target plus the mean of "
-        "what it gathers, about twice as long as any other; the CLS token is one of the dominant tokens; budgets hold "
-        "per crop, and contextual tokens come last.",
-        departures="A contextual token is the mean of its group (fidelity='official' adds instead). On towers without "
-        "CLS projected tokens are merged, as in the Qwen ports (space='projected'). The CLS token has no place in "
-        "the prompt, so all K are patches, in raster order. One budget per image. Towers without CLS (SigLIP, Qwen) are scored by received attention, as in the Qwen "
-        "ports, and named: visionzip[received]; their keys carry rotary positions.",
-        defaults="share=10/64 as in the published 54+10, 108+20 and 162+30; the layer the features come from.",
-        cost="O(HNd) for one attention row, O(N²d) over keys of one head's width",
+        "what it gathers, about twice as long as any other; the CLS token is one of the dominant tokens; budgets "
+        "hold per crop, and contextual tokens come last.",
+        departures="A contextual token is the mean of its group (fidelity='official' adds instead). On towers "
+        "without CLS projected tokens are merged, as in the Qwen ports (space='projected'). The CLS token has no "
+        "place in the prompt, so all K are patches, in raster order. One budget per image. Towers without CLS "
+        "(SigLIP, Qwen) are scored by received attention, as in the Qwen ports, and named: visionzip[received]; "
+        "their keys carry rotary positions.",
+        defaults="share=10/64, as in the published 54+10, 108+20 and 162+30; the layer the features come from; "
+        "space='tower' with CLS, 'projected' without.",
+        cost="O(HNd) for one attention row, O(N²d) over keys of one head's width, one more pass of the projector",
         contract=Contract(order_free=False),
     )
 

@@ -56,11 +56,14 @@ class VisPruner(Attended):
         title="top-k by CLS attention, then removal of duplicates among the rest",
         paper="arXiv 2412.01818",
         venue="ICCV 2025",
+        formula="top-⌊rK⌋ of a; of the others, in its order, drop in rounds the 8 even places of largest max_{j odd} "
+        "cos(x_i, x_j)",
         stage="prompt",
-        needs="the projector's input; CLS attention of one tower layer, received attention on towers without CLS",
-        official="A fixed budget per crop. The list of tokens left over is split by alternation and reordered in every "
-        "round, so that the result is chaotic: with 576 to 64 tokens, noise of 1e-6 changes more than half of those "
-        "the second step keeps. Bug: a list of odd length raises a shape error.",
+        needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
+        official="A fixed budget per crop. The list of tokens left over is split by alternation and reordered in "
+        "every round, so that the result is chaotic: with 576 to 64 tokens, noise of 1e-6 changes more than half of "
+        "those the second step keeps.",
+        bugs="A list of odd length raises a shape error.",
         departures="Lists of odd length work: places 0, 2, 4, … are candidates. Similarities in float32, once. One "
         "budget per image. Towers without CLS are scored by received attention: vispruner[received].",
         defaults="important=0.5; the README's example uses 0.75 for 64 tokens. The layer the features come from.",

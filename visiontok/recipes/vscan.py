@@ -88,14 +88,17 @@ class VScan(Method):
         title="local and global tokens by attention of two tower layers, the others merged into them",
         paper="arXiv 2505.22654 (stage 1)",
         venue="TMLR 2026",
+        formula="K/2 best of a^shallow, at most ⌈K/2/windows⌉ per window; K/2 best of a^deep; z_j = mean of z over "
+        "the tokens nearest to j",
         stage="prompt",
-        needs="CLS or received attention of two tower layers; grid",
+        needs="features, grid; CLS attention of two tower layers, received attention on towers without CLS",
         official="CLIP: 16 windows of 6 × 6 tokens, layers 5 and -2, CLS attention; every window keeps the same "
         "number, rounded down, so that fewer than K remain. Qwen2.5-VL: windows of 4 × 4, layers 7 and 31, received "
         "attention; a window keeps at most the number rounded up. A second stage cuts inside the language model.",
         departures="Exactly K tokens: the rule of the Qwen code everywhere, and where windows are too small the deep "
-        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the second. "
-        "Tokens off the grid, such as image_newline, come last and are merged into none. One budget per image.",
+        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the "
+        "second. Tokens off the grid, such as image_newline, come last and are merged into none. One budget per "
+        "image.",
         defaults="LLaVA: window=6, shallow_layer=5 of 24, deep_layer=-2. Qwen2.5-VL: window=4, 7 and 31 of 32.",
         cost="O(HNd) for two attention rows, O(HN²d) on towers without CLS; O(NKD) to merge",
         contract=Contract(sync_free=False),

@@ -62,13 +62,15 @@ class ZooPrune(Method):
         title="sensitivity of the projector times novelty",
         paper="arXiv 2509.24837",
         venue="CVPR 2026",
+        formula="S_i = mean_u ‖M(x_i + hu) - M(x_i - hu)‖/2h; first argmax S, then argmax_i minmax(S)_i·(1 - "
+        "max_{j∈S} cos(z_i, z_j))",
         stage="prompt",
         needs="features, projector inputs, the projector itself",
-        official="No code is published. The paper pushes every token along 64 random directions of length 1 by ±0.01; "
-        "in bfloat16 most of such a step is lost to rounding.",
-        departures="The projector runs in float32. Directions come from a fixed seed and are shared by all tokens and "
-        "images. derivative='exact' is the limit of a vanishing step at one and a half times the cost of a forward "
-        "instead of two. Where a merger joins patches, a direction moves all of them.",
+        official="No code is published. The paper pushes every token along 64 random directions of length 1 by "
+        "±0.01; in bfloat16 most of such a step is lost to rounding.",
+        departures="The projector runs in float32. Directions come from a fixed seed and are shared by all tokens "
+        "and images. derivative='exact' is the limit of a vanishing step at one and a half times the cost of a "
+        "forward instead of two. Where a merger joins patches, a direction moves all of them.",
         defaults="derivative=difference, step=0.01, directions=64.",
         cost="128 projector rows per token, O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),

@@ -79,11 +79,15 @@ class Card:
         title: one line of what it does.
         paper: reference; ``"-"`` for baselines.
         venue: where it appeared.
+        formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
+            tokens, S what is kept so far, N tokens of which K stay.
         stage: ``"prompt"`` or ``"decoder"``.
         needs: what the method reads, in words.
-        official: what the published code does, its known bugs included.
+        official: what the published code does.
+        bugs: its known bugs; fixed here unless ``departures`` says otherwise.
+        trained: trained weights that the published form needs and a model does not bring along.
         departures: where this implementation differs from paper or code, and why.
-        defaults: defaults per model family.
+        defaults: defaults per model family and budget.
         cost: extra work, in O-notation.
         budget: whether the method takes ``keep``.
         stochastic: whether the outcome depends on ``seed``.
@@ -94,10 +98,13 @@ class Card:
     title: str
     paper: str
     venue: str
+    formula: str = "-"
     stage: Literal["prompt", "decoder"]
     needs: str
     official: str = "-"
-    departures: str = "-"
+    bugs: str = "none known"
+    trained: str = "none"
+    departures: str = "none"
     defaults: str = "-"
     cost: str = "-"
     budget: bool = True

@@ -46,7 +46,7 @@ class Attended(Method):
         )
 
     def needs(self) -> Needs:
-        return Needs() if self.layer is None else Needs(**{f"vision_{self._statistic}": (self.layer,)})
+        return Needs() if self.layer is None else replace(Needs(), **{f"vision_{self._statistic}": (self.layer,)})
 
     def attention(self, ctx: Context) -> Tensor:
         """(U, N) the scores."""

@@ -27,7 +27,7 @@ def importance(
     telling: float = 0.2,
     spread: float = 0.01,
     mix: float = 0.5,
-    power: float = 1.0,
+    power: float = 2.0,
     text_valid: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -104,7 +104,7 @@ class EADP(Method):
     telling: float = 0.2
     spread: float = 0.01
     mix: float = 0.5
-    power: float = 1.0
+    power: float = 2.0
 
     card: ClassVar[Card] = Card(
         name="eadp",

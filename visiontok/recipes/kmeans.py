@@ -69,8 +69,7 @@ class KMeans(Method):
         stage="prompt",
         needs="features",
         official="32 clusters of all tokens of a video; their means are taken of normalised tokens, so that lengths "
-        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows. Random first centres "
-        "without a seed.",
+        "are lost; a trained encoder of the cluster numbers, read as real numbers, follows.",
         bugs="With a fixed number of clusters the published call raises a TypeError; random first centres without a "
         "seed.",
         trained="VQToken's attention over cluster numbers and the language model tuned with it.",

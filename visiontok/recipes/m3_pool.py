@@ -56,7 +56,7 @@ class M3Pool(Method):
         "every crop is pooled alike.",
         bugs="For other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K remain, and where much "
         "is lost at the edges fewer than K remain.",
-        trained="A model trained on all scales; pooling a stock model hurts more than the paper says.",
+        trained="a model trained on all scales; pooling a stock model hurts more than the paper says.",
         departures="Any K: cells of whole bands of rows with as equally many tokens as can be, which are the "
         "published squares where these exist. The budget is split over crops and frames by their size; image_newline "
         "tokens are dropped first. A cell stands at the place of its middle token.",

@@ -45,7 +45,7 @@ class TextMonkey(Method):
         needs="features",
         official="512 tokens of all crops of a picture together, in the model's dtype; a trained cross-attention "
         "resampler then gathers what was dropped. Of duplicates the last is kept.",
-        trained="The cross-attention resampler that gathers what was dropped; published for TextMonkey alone.",
+        trained="the cross-attention resampler that gathers what was dropped; published for TextMonkey alone.",
         departures="The filter alone, without the resampler. Every image has its own budget; selects in float32.",
         defaults="The paper keeps 512 tokens of all crops, 256 per crop of 448 × 448 pixels.",
         cost="O(N²D) once, in tiles",

@@ -205,6 +205,55 @@ class TestEveryMethod:
                 assert alone is not None
                 torch.testing.assert_close(mine[u, : SIZES[u]][kept], alone[0][kept])
 
+    def test_what_is_no_number_is_never_kept(self, method: Method) -> None:
+        """The engine refuses such features; an operator called on its own ranks them last."""
+        if isinstance(method, AimMerge | KMeans | M3Pool | PruMerge | Random | Grid | VisionZip | VScan):
+            pytest.skip("merges every token into some token, or looks at none")
+
+        def spoilt(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[0, 3] = torch.nan
+            return x
+
+        ctx = context(method)
+        assert ctx.encoder_features is not None
+        read = ctx.attention._read
+        ctx = dataclasses.replace(
+            ctx,
+            features=spoilt(ctx.features),
+            encoder_features=spoilt(ctx.encoder_features),
+            attention=Attention(lambda stat, layer: spoilt(read(stat, layer))),
+        )
+        keep = keeps(method.select(ctx))
+        assert not keep[0, 3]
+        assert keep.sum(1).tolist() == list(COUNTS)
+
+    def test_what_has_no_patch_comes_last(self, method: Method) -> None:
+        """Tokens such as image_newline: off the grid, unseen by the tower. They have no say in what else is kept."""
+        needs = method.needs()
+        if isinstance(method, MMTok | ToDRE) or not any(
+            value for name, value in vars(needs).items() if "vision" in name
+        ):
+            pytest.skip("does not ask which tokens the tower saw")
+        ctx, odd = context(method), torch.arange(30) >= 28
+        assert ctx.encoder_features is not None
+        read = ctx.attention._read
+
+        def unseen(stat: str, layer: float) -> Tensor:
+            x = read(stat, layer).clone()
+            x[0, odd] = 0.0 if stat in ("keys", "cls_logits") else -1.0
+            return x
+
+        grid, encoder = ctx.grid.clone(), ctx.encoder_features.clone()
+        grid[0, odd], encoder[0, odd] = -1, 0.0
+        ctx = dataclasses.replace(ctx, grid=grid, encoder_features=encoder, attention=Attention(unseen))
+        for count in (5, 28, 29):
+            answer = method.select(dataclasses.replace(ctx, count=torch.tensor([count, 12, 1])))
+            assert keeps(answer)[0, odd].sum() == max(0, count - 28)
+            assert keeps(answer)[0].sum() == count
+        without = dataclasses.replace(ctx, valid=ctx.valid & ~(odd & (torch.arange(3) == 0)[:, None]))
+        assert torch.equal(keeps(method.select(ctx)), keeps(method.select(without)))
+
     def test_a_call_without_images(self, method: Method) -> None:
         ctx = context(method)
         none = {f.name: value[:0] for f in dataclasses.fields(ctx) if isinstance(value := getattr(ctx, f.name), Tensor)}

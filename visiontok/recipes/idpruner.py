@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -117,6 +118,7 @@ class IDPruner(Method):
             scores = norm(ctx.features)
         else:
             scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
+            scores = torch.where(scores < 0, torch.nan, scores)  # what has no patch must not stretch the scale
         features = ctx.features
         if self.background is not None:
             features = foreground(features, self.background, ctx.valid)

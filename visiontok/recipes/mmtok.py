@@ -41,7 +41,8 @@ def cover_table(
         valid: (B, N) bool.
 
     Returns:
-        (B, T + N, N) float32; rows of words and patches that do not exist are 0.
+        (B, T + N, N) float32; rows of words and patches that do not exist are 0, columns of tokens that hold NaN or
+        infinity NaN.
     """
     asked = torch.ones_like(text[..., 0], dtype=torch.bool) if text_valid is None else text_valid
     ok = torch.ones_like(features[..., 0], dtype=torch.bool) if valid is None else valid
@@ -50,10 +51,12 @@ def cover_table(
         share = similarity.masked_fill(~candidates[:, None], -torch.inf).softmax(-1)
         return torch.where(exists[..., None], share, 0.0) / exists.sum(-1).clamp_min(1)[:, None, None]
 
+    known = features.isfinite().all(-1) & encoder_features.isfinite().all(-1)
+    ok = ok & known
     seen = ok & (encoder_features != 0).any(-1)
     words = softmax(cosine(text, features) / text_temperature, asked, ok)
     patches = softmax(cosine(encoder_features) / vision_temperature, seen, seen)
-    return torch.cat([words, alpha * patches], 1)
+    return torch.cat([words, alpha * patches], 1).masked_fill(~known[:, None], torch.nan)
 
 
 def mmtok(

@@ -110,8 +110,9 @@ class PruneSID(Attended):
 
     def select(self, ctx: Context) -> Tensor:
         scores = self.attention(ctx)
-        seen = ctx.valid & (scores >= 0)  # what has no patch belongs to no group
+        features = ctx.need_encoder_features()
+        seen = ctx.valid & (scores >= 0) & features.isfinite().all(-1)  # what has no patch belongs to no group
         factor = ctx.count / 32 if ctx.has_cls else (18 * ctx.count / seen.sum(1).clamp_min(1)).clamp_min(1)
         official = ctx.fidelity == "official"
-        keep = prunesid(ctx.need_encoder_features(), scores, ctx.count, valid=seen, factor=factor, official=official)
+        keep = prunesid(features, scores, ctx.count, valid=seen, factor=factor, official=official)
         return keep if official else topk(keep.float(), ctx.count, ctx.valid)

@@ -24,7 +24,8 @@ def vispruner(
 
     Args:
         features: (N, D) or (B, N, D), outputs of the vision tower.
-        scores: (N,) or (B, N), attention.
+        scores: (N,) or (B, N), attention; negative where a token has no patch. Such tokens come last, and so do those
+            that hold NaN or infinity.
         k: tokens to keep, int or (B,) long.
         important: share of the budget that attention decides, rounded down.
         valid: (N,) or (B, N) bool.
@@ -35,8 +36,12 @@ def vispruner(
     ok = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     count = torch.minimum(torch.as_tensor(k, device=ok.device), ok.sum(-1))
     first = (count.double() * important).long()
-    seen = (rank(scores, ok) < first[..., None]) & ok
-    return seen | thinned(features, scores, count - first, ok & ~seen)
+    patch = ok & (scores >= 0) & features.isfinite().all(-1)
+    seen = patch & (rank(scores, patch) < first[..., None])
+    rest = patch & ~seen
+    keep = seen | thinned(features, scores, torch.minimum(count - first, rest.sum(-1)), rest)
+    others = ok & ~keep
+    return keep | (others & (rank(scores, others) < (count - keep.sum(-1))[..., None]))
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,9 @@ class VisPruner(Attended):
         "every round, so that the result is chaotic: with 576 to 64 tokens, noise of 1e-6 changes more than half of "
         "those the second step keeps.",
         bugs="A list of odd length raises a shape error.",
-        departures="Lists of odd length work: places 0, 2, 4, … are candidates. Similarities in float32, once. One "
-        "budget per image. Towers without CLS are scored by received attention: vispruner[received].",
+        departures="Lists of odd length work: places 0, 2, 4, … are candidates. image_newline tokens come last. "
+        "Similarities in float32, once. One budget per image. Towers without CLS are scored by received attention: "
+        "vispruner[received].",
         defaults="important=0.5; the README's example uses 0.75 for 64 tokens. The layer the features come from.",
         cost="O(N²D) once, then (N-K)/8 rounds of O(N²)",
         contract=Contract(sync_free=False),

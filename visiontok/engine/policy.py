@@ -463,10 +463,17 @@ class StagePolicy:
         return self._by_unit(call, values, missing=0.0)
 
     def _project(self, patches: int, x: torch.Tensor) -> torch.Tensor:
-        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself."""
+        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself.
+
+        Packed weights, which are no floating-point numbers, stay as they are: their layers know what to do.
+        """
         module = self.adapter.base.get_submodule(self.adapter.projector or "")
-        exact = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in module.named_parameters()}
-        dtype = next(iter(exact.values())).dtype
+        exact = {
+            n: p.to(torch.promote_types(p.dtype, torch.float32))
+            for n, p in module.named_parameters()
+            if p.is_floating_point()
+        }
+        dtype = max((p.dtype for p in exact.values()), key=lambda d: d.itemsize, default=torch.float32)
         run = functools.partial(torch.func.functional_call, module, exact)
         rows = x.to(dtype).flatten(0, -2).unflatten(-1, (patches, -1))
         with torch.autocast(x.device.type, enabled=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -46,7 +46,8 @@ class Attended(Method):
         )
 
     def needs(self) -> Needs:
-        return Needs() if self.layer is None else replace(Needs(), **{f"vision_{self._statistic}": (self.layer,)})
+        taps: dict[str, Any] = {} if self.layer is None else {f"vision_{self._statistic}": (self.layer,)}
+        return Needs(**taps)
 
     def attention(self, ctx: Context) -> Tensor:
         """(U, N) the scores."""

@@ -99,7 +99,6 @@ class Erase(Method):
                 raise ConfigError(f"{name}={values!r}: give {number} numbers in descending order")
         if self.shares is not None and not 0 < self.shares[-1] <= self.shares[0] <= 1:
             raise ConfigError(f"shares={self.shares!r}: shares lie in (0, 1]")
-
         if not 0 < self.final <= 1:
             raise ConfigError(f"final={self.final!r}: a share lies in (0, 1]")
 

@@ -73,9 +73,8 @@ def hiprune_official(
     for b, budget in enumerate(k.tolist()):
         slots = valid[b].nonzero()[:, 0]
         width = int(grid[b, slots, 2].max()) + 1
-        best = (topk(object_scores[b], n, valid[b]).nonzero() if (n := round(budget * alpha / 5)) else slots[:0]).view(
-            -1
-        )
+        number = round(budget * alpha / 5)
+        best = topk(object_scores[b], number, valid[b]).nonzero()[:, 0] if number else slots[:0]
         steps = torch.tensor([0, 1, -1, width, -width], device=slots.device)
         chosen = (best[:, None] + steps).clamp(0, len(slots) - 1).unique()
         deep = deep_scores[b].clone()

@@ -94,8 +94,8 @@ class PruneSID(Attended):
         stage="prompt",
         needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
         official="Randomised PCA with K/4 components, so that results depend on the state of the random numbers; CLS "
-        "is one of the K tokens, so that K-1 visual ones remain; tokens come group by group. Suppression starts at "
-        "K/32 times the mean cosine, which is never reached for K >= 128.",
+        "is one of the K tokens, so that K-1 visual ones, fewer than K remain; tokens come group by group. "
+        "Suppression starts at K/32 times the mean cosine, which is never reached for K >= 128.",
         departures="An exact eigendecomposition: the same picture gives the same groups. Exactly K visual tokens in "
         "raster order, shared out by largest remainders. Towers without CLS: prunesid[received]. fidelity='official' "
         "has the published rounding and K-1 tokens.",

@@ -241,6 +241,7 @@ class StagePolicy:
             present = present & ~merged
         group = nearest_kept(features.detach(), keep, present, most=max([1, *call.counts]))
         call.mass = absorb(features[..., :1].detach(), group, size, 0.0)[1]
+        joined = keep & (call.mass > size)  # a token that nobody joins keeps its value to the last bit
         if mass.beta:
             exact = torch.promote_types(states.dtype, torch.float32)
             call.bias = units.scatter(mass.beta * call.mass.to(exact).clamp_min(1).log())
@@ -248,7 +249,7 @@ class StagePolicy:
         def edit(x: torch.Tensor) -> torch.Tensor:
             if not mass.merge:
                 return x
-            return units.put(x, absorb(units.gather(x), group, size, mass.merge)[0], keep)
+            return units.put(x, absorb(units.gather(x), group, size, mass.merge)[0], joined)
 
         return edit
 

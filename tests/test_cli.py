@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -218,7 +219,21 @@ def test_every_card_can_be_printed(call: Call) -> None:
         done = call("methods", card.name)
         assert done.code == 0
         assert done.out.startswith("name")
-        assert json.loads(call("methods", card.name, "--json").out)["name"] == card.name
+        assert card.formula[:20] in done.out
+        assert json.loads(call("methods", card.name, "--json").out) == dataclasses.asdict(card)
+    assert json.loads(call("methods", "--json").out) == [dataclasses.asdict(card) for card in visiontok.methods()]
+
+
+def test_the_table_of_methods_is_written_by_a_command(call: Call, tmp_path: Path) -> None:
+    from visiontok import catalogue
+
+    file = tmp_path / "README.md"
+    file.write_text(f"{catalogue.BEGIN}\n{catalogue.END}\n")
+    assert call("methods", "--markdown", str(file)).code == 0
+    assert catalogue.table() in file.read_text()
+    done = call("methods", "divprune", "--markdown", str(file))
+    assert done.code == 2
+    assert "leave NAME and --json out" in done.err
 
 
 def test_doctor(call: Call) -> None:

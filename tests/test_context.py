@@ -3,6 +3,7 @@ in a model."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -124,6 +125,30 @@ def test_project_is_the_projector_token_by_token(name: str) -> None:
     torch.testing.assert_close(ctx.project(rows[:1]), mine[:1])
     together = ctx.project(ctx.encoder_features)
     torch.testing.assert_close(together[seen], ctx.project(rows))
+
+
+class Packed(torch.nn.Module):
+    """A linear layer in eight bits, as quantised models have it."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale, self.bias = float(linear.weight.abs().max()) / 127, linear.bias
+        packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight.dtype is torch.int8
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_packed_weights_of_the_projector_stay_packed() -> None:
+    model = copy.deepcopy(build("llava"))
+    projector = model.model.multi_modal_projector
+    projector.linear_1, projector.linear_2 = Packed(projector.linear_1), Packed(projector.linear_2)
+    ctx = read(model, batch("llava", model), projector=True)
+    assert ctx.project is not None
+    assert ctx.encoder_features is not None
+    torch.testing.assert_close(ctx.project(ctx.encoder_features), ctx.features)
 
 
 def test_the_projector_runs_in_float32_and_has_derivatives() -> None:

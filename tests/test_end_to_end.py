@@ -31,6 +31,7 @@ class Image:
         height, width: of the grid of tokens.
         tokens: (n, D) of the language model.
         patches: (n, E) at the projector's input.
+        project: what the model makes tokens of those.
         attention: tower layer → (n,): of the CLS token, or received where there is none; head mean.
         received: tower layer → (n,): mean attention received.
         joined: the same of the last layer with all heads as one; received attention stays as it is.
@@ -42,6 +43,7 @@ class Image:
     width: int
     tokens: Tensor
     patches: Tensor
+    project: Callable[[Tensor], Tensor]
     attention: dict[int, Any]
     received: dict[int, Any]
     joined: Any
@@ -78,6 +80,7 @@ def llava(model: Any, inputs: dict[str, Any]) -> list[Image]:
                 4,
                 model.model.multi_modal_projector(patches[None])[0],
                 patches,
+                model.model.multi_modal_projector,
                 {i: weights[0, 1:] for i, weights in enumerate(maps)},
                 {i: weights.mean(0)[1:] for i, weights in enumerate(maps)},
                 softmax(asked[-1], known[-1])[0, 1:].numpy(),
@@ -130,7 +133,20 @@ def qwen(model: Any, inputs: dict[str, Any]) -> list[Image]:
         scores = received.view(-1, 4).mean(1)[order].numpy()
         keys = k[part].reshape(-1, 4, *k.shape[1:]).mean(1)[order]
         patches = merged[part].reshape(-1, 4 * merged.shape[-1])[order]
-        images.append(Image(h // 2, w // 2, mine, patches, {2: scores}, {2: scores}, scores, keys, keys))
+        images.append(
+            Image(
+                h // 2,
+                w // 2,
+                mine,
+                patches,
+                lambda x: visual.merger(x.unflatten(-1, (4, -1)).flatten(0, -2)),
+                {2: scores},
+                {2: scores},
+                scores,
+                keys,
+                keys,
+            )
+        )
     return images
 
 
@@ -240,16 +256,18 @@ def test_merged_tokens_are_those_of_the_papers_rules(name: str) -> None:
         images = look(model, inputs)
 
     def zipped(im: Image) -> dict[int, Tensor]:
-        return {i: im.tokens[[i, *others]].mean(0) for i, others in visionzip(im, layer).items()}
+        if name != "llava":  # as the Qwen ports do
+            return {i: im.tokens[[i, *others]].mean(0) for i, others in visionzip(im, layer).items()}
+        return {i: im.project(im.patches[[i, *others]].mean(0)[None])[0] for i, others in visionzip(im, layer).items()}
 
     def supplemented(im: Image) -> dict[int, Tensor]:
-        n, a, order = len(im.tokens), torch.tensor(im.joined), best(im.joined, len(im.tokens))
+        n, a, order, x = len(im.tokens), torch.tensor(im.joined), best(im.joined, len(im.tokens)), im.patches
         keys = im.last_keys.flatten(1)
-        found = {order[K - 1]: sum(a[j] * im.tokens[j] for j in order[K - 1 :])}
+        found = {order[K - 1]: torch.stack([a[j] * x[j] for j in order[K - 1 :]]).sum(0)}
         for i in order[: K - 1]:
             near = sorted((j for j in range(n) if j != i), key=lambda j: -alike(keys, i, j))[:3]
-            found[i] = im.tokens[i] + sum(a[j] * im.tokens[j] for j in near)
-        return found  # type: ignore[return-value]
+            found[i] = x[i] + torch.stack([a[j] * x[j] for j in near]).sum(0)
+        return {i: im.project(value[None])[0] for i, value in found.items()}
 
     def scanned(im: Image) -> dict[int, Tensor]:
         kept = vscan(im, layer, shallow, side)

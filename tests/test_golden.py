@@ -236,7 +236,7 @@ def call_tome(
 
 
 def call_aim_merge(frames: Tensor, rounds: list[int]) -> Outputs:
-    tokens, _ = aim_merge(frames, frames.shape[1] - sum(rounds), official=True)
+    tokens, *_ = aim_merge(frames, frames.shape[1] - sum(rounds), official=True)
     # The published code returns None where there is nothing to merge; the right output is the input.
     return {"tokens": tokens, "official_returns_none": rounds == [0] and torch.equal(tokens, frames)}
 
@@ -245,7 +245,7 @@ def call_visionzip(hidden: Tensor, metric: Tensor, attn_row: Tensor, dominant: i
     cls, patches = hidden[:, :1], hidden[:, 1:]
     scores, patch_dominant = attn_row.sum(1), dominant - 1  # the CLS token is one of the dominant ones
     k = patch_dominant + contextual
-    keep, merged = visionzip(patches, metric[:, 1:], scores, k, contextual, official=True)
+    keep, merged, _ = visionzip(patches, metric[:, 1:], scores, k, contextual, official=True)
     first = F.topk(scores, patch_dominant)
     parts = [torch.stack([m[mask] for m, mask in zip(merged, which, strict=True)]) for which in (first, keep & ~first)]
     order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :patch_dominant] + 1
@@ -309,8 +309,8 @@ def call_globalcom2(
 def call_m3_pool(x: Tensor, scale: int) -> Outputs:
     side = round(x.shape[1] ** 0.5)
     grid = raster(side, side).expand(len(x), -1, -1)
-    keep, merged = m3_pool(x, grid, scale, official=True)
-    exact, mine = m3_pool(x, grid, scale)
+    keep, merged, _ = m3_pool(x, grid, scale, official=True)
+    exact, mine, _ = m3_pool(x, grid, scale)
     assert exact.sum(1).eq(scale).all()
     if int(keep[0].sum()) == scale:  # then both rules are the same
         assert torch.equal(keep, exact)

@@ -12,11 +12,13 @@ from test_engine import DEPTH, STEPS, generate, masks
 
 import visiontok
 from visiontok import Mass, Recipe
+from visiontok.api import Compression
 from visiontok.conformance.oracle import DenseMasked, greedy
 from visiontok.conformance.schedules import About, cut, inject, leave, prompt
+from visiontok.conformance.spy import spied
 from visiontok.conformance.zoo import ARCHITECTURES, BANNED, IMAGE, batch, build, visual
 from visiontok.errors import ConfigError
-from visiontok.method import Stage
+from visiontok.method import Selection, Stage
 
 pytestmark = pytest.mark.engine
 
@@ -381,6 +383,61 @@ def test_attention_taps_see_the_bias():
     assert torch.allclose(
         torch.where(seen["valid"], seen["tap"], 0.0), torch.where(seen["valid"], expected, 0.0), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("method", [c.name for c in visiontok.methods() if c.budget])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_masses_of_every_method_add_up_to_all_tokens(name, method):
+    model = build(name, dtype=torch.float32)
+    inputs = batch(name, model)
+    with visiontok.compress(model, method, keep=0.3, mass=True) as compression, torch.no_grad():
+        model(**inputs)
+    last, ledger = model.config.text_config.num_hidden_layers - 1, compression.ledger
+    owner = torch.where(ledger.visual, ledger.grid()[..., 0], -1)
+    for b in range(len(owner)):
+        for image in range(int(owner[b].max()) + 1):
+            mine = owner[b] == image
+            assert ledger.mass(last)[b][mine].sum() == mine.sum()
+            assert ledger.mass(last)[b][mine].count_nonzero() == ledger.alive(last)[b][mine].sum() < mine.sum()
+
+
+@pytest.mark.parametrize("method", ["aim_merge", "kmeans", "m3_pool", "visionzip", "vscan"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_merged_token_weighs_what_was_merged_into_it(name, method):
+    """Its value is the method's: what is in it already does not enter a second time, nor a second token."""
+    model = build(name, dtype=torch.float32)
+    inputs = batch(name, model)
+    entered, log = [], []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: entered.append(args[0]))
+    recipe = visiontok.recipe(method, keep=0.3, **({"share": 0.5} if method == "visionzip" else {}))
+    try:
+        for mass in (None, Mass()):
+            with Compression(model, spied(recipe.with_mass(mass), log)) as compression, torch.no_grad():
+                model(**inputs)
+    finally:
+        hook.remove()
+    assert torch.equal(*entered)
+    masses = compression.ledger.mass(0)[compression.ledger.visual]
+    answer, valid = log[-1].answer, log[-1].context.valid
+    sources = [[into.count(i) if kept else 0 for i, kept in enumerate(keep)]
+               for into, keep in zip(answer.into.tolist(), answer.keep.tolist(), strict=True)]  # fmt: skip
+    expected = torch.tensor(sources).masked_fill(answer.keep & (torch.tensor(sources) == 0), 1)  # alone
+    assert torch.equal(masses, expected[valid].float())
+    assert masses.max() > 1
+
+
+def test_a_token_cannot_go_into_one_that_is_dropped():
+    def astray(ctx):
+        keep = visiontok.functional.topk(-ctx.grid[..., 1].float(), ctx.count, ctx.valid)
+        return Selection(keep=keep, features=ctx.features, into=ctx.size[:, None] - 1 + torch.zeros_like(keep).long())
+
+    model = build("llava")
+    with (
+        visiontok.compress(model, astray, keep=4, mass=True),
+        torch.no_grad(),
+        pytest.raises(ConfigError, match=r"Selection\.into names a token that select\(\) did not keep"),
+    ):
+        model(**batch("llava", model))
 
 
 @pytest.mark.parametrize("kind", ["flash", "flex"])

@@ -182,7 +182,7 @@ def test_cells_are_a_partition_into_parts_of_equal_mass(height: int, width: int)
 @pytest.mark.parametrize(("side", "scale"), [(24, 9), (24, 36), (24, 144), (12, 16), (6, 36), (6, 1)])
 def test_cells_of_dividing_squares_are_average_pooling(side: int, scale: int) -> None:
     x, *_ = case(side * side)
-    keep, merged = m3_pool(x, raster(side, side), scale)
+    keep, merged, _ = m3_pool(x, raster(side, side), scale)
     pooled = torch.nn.functional.avg_pool2d(x.T.view(1, -1, side, side), side // round(scale**0.5))
     torch.testing.assert_close(merged[keep], pooled[0].flatten(1).T)
     # a cell stands in its middle
@@ -245,7 +245,7 @@ def test_clusters_equal_the_loop(rounds: int) -> None:
         assert len(groups) == 5
         home = F.clusters(x, 5, [draws], rounds=rounds)
         assert sorted(sorted(indices(home == c)) for c in home.unique()) == sorted(groups)
-        keep, merged = kmeans(x, 5, [draws], rounds=rounds)
+        keep, merged, _ = kmeans(x, 5, [draws], rounds=rounds)
         for centre in indices(keep):
             torch.testing.assert_close(merged[centre], x[home == centre].mean(0))
 
@@ -266,7 +266,7 @@ def test_clusters_of_duplicates_still_are_k() -> None:
     copies = x[torch.arange(20) % 4]
     home = F.clusters(copies, 9, [torch.rand(9, generator=torch.Generator().manual_seed(0))])
     assert len(home.unique()) == 9
-    keep, merged = kmeans(copies, 9, [torch.rand(9)])
+    keep, merged, _ = kmeans(copies, 9, [torch.rand(9)])
     torch.testing.assert_close(merged[keep], copies[keep])
 
 
@@ -288,16 +288,18 @@ def test_visionzip_equals_the_loop(k: int, contextual: int, official: bool) -> N
     for t, mine in members.items():
         together = x[[t, *mine]].mean(0)
         expected[t] = (x[t] + x[mine].mean(0) if mine else x[t]) if official else together
-    keep, merged = visionzip(x, keys, s, k, contextual, official=official)
+    keep, merged, into = visionzip(x, keys, s, k, contextual, official=official)
     assert indices(keep) == sorted(expected)
     for i, value in expected.items():
         torch.testing.assert_close(merged[i], value)
+    homes = {i: t for t, mine in members.items() for i in (t, *mine)}
+    assert into.tolist() == [homes.get(i, -1) for i in range(36)]
 
 
 def test_visionzip_does_not_merge_what_has_no_patch() -> None:
     x, keys, s = case(12)
     s[8:], keys[8:] = -1, 0
-    keep, merged = visionzip(x, keys, s, 4, 2)
+    keep, merged, _ = visionzip(x, keys, s, 4, 2)
     assert not keep[8:].any()
     x[8:] = 1e6
     torch.testing.assert_close(visionzip(x, keys, s, 4, 2)[1][keep], merged[keep])
@@ -330,6 +332,16 @@ def test_prumerge_equals_the_loop(k: int) -> None:
     whole, same = prumerge(x, keys, s, torch.ones(25, dtype=torch.bool))
     assert whole.all()
     assert torch.equal(same, x)
+
+
+def test_prumerge_leaves_what_has_no_patch_as_it_is() -> None:
+    x, keys, s = case(8)
+    s[6:], keys[6:] = -1, 0
+    centres = torch.arange(8) != 6
+    keep, merged = prumerge(x, keys, s, centres, neighbours=2)
+    assert keep.all()
+    assert torch.equal(merged[6:], x[6:])
+    assert not torch.isclose(merged[:6], x[:6]).all(-1).any()
 
 
 def test_prumerge_plus_stands_everywhere() -> None:
@@ -367,18 +379,19 @@ def test_vscan_equals_the_loop(height: int, width: int, k: int, rounded_down: bo
         local = best(shallow.numpy(), half, local)
     rest = [i for i in range(n) if i not in local]
     kept = sorted(local + best(deep.numpy(), k - (half if rounded_down else len(local)), rest))
-    keep, merged = vscan(x, shallow, deep, raster(height, width), k, window=4, rounded_down=rounded_down)
+    keep, merged, into = vscan(x, shallow, deep, raster(height, width), k, window=4, rounded_down=rounded_down)
     assert indices(keep) == kept
     members = {i: [i] for i in kept}
     for i in set(range(n)) - set(kept):
         members[max(kept, key=lambda j: cos(x[i].numpy(), x[j].numpy()))].append(i)
     for i, mine in members.items():
         torch.testing.assert_close(merged[i], x[mine].mean(0))
+        assert into[mine].eq(i).all()
 
 
 def test_vscan_fills_up_where_windows_are_too_small() -> None:
     x, _, s = case(10)
-    keep, _ = vscan(x, s, s, raster(2, 5), 9, window=4)
+    keep, *_ = vscan(x, s, s, raster(2, 5), 9, window=4)
     assert keep.sum() == 9
 
 
@@ -404,8 +417,9 @@ def test_aim_merge_equals_the_loop(n: int, k: int, official: bool) -> None:
             values = [x[s].numpy().mean(0) for s in sources]
             order = sorted(range(len(places)), key=places.__getitem__)
             values, sources, places = ([part[i] for i in order] for part in (values, sources, places))
-    tokens, place = aim_merge(x[None], k, official=official)
+    tokens, place, into = aim_merge(x[None], k, official=official)
     assert place[0].tolist() == places
+    assert into[0].tolist() == [next(p for p, s in zip(places, sources, strict=True) if i in s) for i in range(n)]
     torch.testing.assert_close(tokens[0], torch.tensor(np.array(values)), rtol=1e-6, atol=1e-6)
 
 
@@ -473,7 +487,7 @@ def test_globalcom2_equals_the_loop(rows: int, columns: int, height: int, width:
 # --------------------------------------------------------------------------------------- batches, padding, other dtypes
 
 DRAWS = [torch.rand(9, generator=torch.Generator().manual_seed(b)) for b in range(3)]
-Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, slice], tuple[Tensor, ...]]
 
 
 def only(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -506,13 +520,13 @@ def test_a_batch_with_padding_equals_its_rows(name: str, poison: float) -> None:
         n = height * breadth
         features, keys, scores = (part.float() for part in case(n, seed=b))
         x[b, :n], m[b, :n], s[b, :n], g[b, :n], ok[b, :n] = features, keys, scores, raster(height, breadth), True
-    keep, merged = CALLS[name](x, m, s, g, budgets, ok, slice(0, 3))
+    keep, merged, *_ = CALLS[name](x, m, s, g, budgets, ok, slice(0, 3))
     assert torch.equal(keep.sum(1), budgets)
     assert not (keep & ~ok).any()
     for b in range(3):
         n, row = int(ok[b].sum()), slice(b, b + 1)
         part = (t[row, :n] for t in (x, m, s, g))
-        single, alone = CALLS[name](*part, budgets[row], ok[row, :n], row)
+        single, alone, *_ = CALLS[name](*part, budgets[row], ok[row, :n], row)
         assert torch.equal(keep[b, :n], single[0])
         torch.testing.assert_close(merged[b, :n][single[0]], alone[0][single[0]])
 
@@ -521,7 +535,7 @@ def test_a_batch_with_padding_equals_its_rows(name: str, poison: float) -> None:
 def test_bfloat16_is_computed_in_float32(name: str) -> None:
     x, m, s = (t[None].bfloat16() for t in case(30))
     g, ok, k = raster(5, 6)[None], torch.ones(1, 30, dtype=torch.bool), torch.tensor([9])
-    keep, merged = CALLS[name](x, m, s, g, k, ok, slice(0, 1))
-    exact, values = CALLS[name](x.float(), m.float(), s.float(), g, k, ok, slice(0, 1))
+    keep, merged, *_ = CALLS[name](x, m, s, g, k, ok, slice(0, 1))
+    exact, values, *_ = CALLS[name](x.float(), m.float(), s.float(), g, k, ok, slice(0, 1))
     assert torch.equal(keep, exact)
     torch.testing.assert_close(merged.float(), values, rtol=1e-2, atol=1e-2)

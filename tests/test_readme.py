@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import visiontok
-from visiontok import Recipe
+from visiontok import Recipe, catalogue
 from visiontok.conformance.zoo import batch, build
+from visiontok.errors import ConfigError
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -53,7 +54,26 @@ def test_the_block_on_top(names):
     assert names["compression"].report.images[0].kept == (4,) * 4
 
 
-def test_the_listed_methods_are_the_methods():
-    table = README.read_text().split("## Methods")[1].split("##")[0]
-    listed = re.findall(r"`(\w+)(?:\[…\])?`", table.split("Known bugs")[0])
-    assert sorted(listed) == sorted(card.name for card in visiontok.methods())
+def test_the_table_of_methods_is_made_of_the_cards():
+    table = README.read_text().split(catalogue.BEGIN)[1].split(catalogue.END)[0]
+    assert table == f"\n{catalogue.table()}\n", "run `visiontok methods --markdown README.md`"
+
+
+def test_what_needs_weights_that_are_not_there_is_never_ticked():
+    for card, line in zip(visiontok.methods(), catalogue.table().splitlines()[2:], strict=True):
+        cells = dict(zip(catalogue.HEADINGS, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True))
+        assert cells["name"].startswith(f"`{card.name}")
+        assert (cells["published"] == "weights") == (card.trained != "none") == (card.trained in cells["idea"])
+        assert cells["sync"] == ("✓" if card.contract.sync_free else "")
+
+
+def test_the_table_is_written_between_its_markers(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"above\n{catalogue.BEGIN}\nstale\n{catalogue.END}\nbelow\n")
+    catalogue.write(file)
+    assert file.read_text() == f"above\n{catalogue.BEGIN}\n{catalogue.table()}\n{catalogue.END}\nbelow\n"
+    for bad in ("nothing", f"{catalogue.END}\n{catalogue.BEGIN}\n"):
+        file.write_text(bad)
+        with pytest.raises(ConfigError, match="needs one line"):
+            catalogue.write(file)
+        assert file.read_text() == bad

@@ -13,7 +13,7 @@ import visiontok
 from visiontok import Context, Method
 from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.method import Selection, Tower
+from visiontok.method import Card, Selection, Tower
 from visiontok.recipes import find
 from visiontok.recipes.aim_merge import AimMerge
 from visiontok.recipes.cdpruner import CDPruner
@@ -67,6 +67,7 @@ METHODS: list[Method] = [
     Norm(),
     VisionZip().adapt(CLIP),
     VisionZip(share=0.5).adapt(QWEN),
+    VisionZip(share=0.5, space="projected").adapt(CLIP),
     PruMerge().adapt(CLIP),
     PruMerge(neighbours=2).adapt(QWEN),
     PruMergePlus().adapt(CLIP),
@@ -204,6 +205,55 @@ class TestEveryMethod:
                 assert alone is not None
                 torch.testing.assert_close(mine[u, : SIZES[u]][kept], alone[0][kept])
 
+    def test_what_is_no_number_is_never_kept(self, method: Method) -> None:
+        """The engine refuses such features; an operator called on its own ranks them last."""
+        if isinstance(method, AimMerge | KMeans | M3Pool | PruMerge | Random | Grid | VisionZip | VScan):
+            pytest.skip("merges every token into some token, or looks at none")
+
+        def spoilt(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[0, 3] = torch.nan
+            return x
+
+        ctx = context(method)
+        assert ctx.encoder_features is not None
+        read = ctx.attention._read
+        ctx = dataclasses.replace(
+            ctx,
+            features=spoilt(ctx.features),
+            encoder_features=spoilt(ctx.encoder_features),
+            attention=Attention(lambda stat, layer: spoilt(read(stat, layer))),
+        )
+        keep = keeps(method.select(ctx))
+        assert not keep[0, 3]
+        assert keep.sum(1).tolist() == list(COUNTS)
+
+    def test_what_has_no_patch_comes_last(self, method: Method) -> None:
+        """Tokens such as image_newline: off the grid, unseen by the tower. They have no say in what else is kept."""
+        needs = method.needs()
+        if isinstance(method, MMTok | ToDRE) or not any(
+            value for name, value in vars(needs).items() if "vision" in name
+        ):
+            pytest.skip("does not ask which tokens the tower saw")
+        ctx, odd = context(method), torch.arange(30) >= 28
+        assert ctx.encoder_features is not None
+        read = ctx.attention._read
+
+        def unseen(stat: str, layer: float) -> Tensor:
+            x = read(stat, layer).clone()
+            x[0, odd] = 0.0 if stat in ("keys", "cls_logits") else -1.0
+            return x
+
+        grid, encoder = ctx.grid.clone(), ctx.encoder_features.clone()
+        grid[0, odd], encoder[0, odd] = -1, 0.0
+        ctx = dataclasses.replace(ctx, grid=grid, encoder_features=encoder, attention=Attention(unseen))
+        for count in (5, 28, 29):
+            answer = method.select(dataclasses.replace(ctx, count=torch.tensor([count, 12, 1])))
+            assert keeps(answer)[0, odd].sum() == max(0, count - 28)
+            assert keeps(answer)[0].sum() == count
+        without = dataclasses.replace(ctx, valid=ctx.valid & ~(odd & (torch.arange(3) == 0)[:, None]))
+        assert torch.equal(keeps(method.select(ctx)), keeps(method.select(without)))
+
     def test_a_call_without_images(self, method: Method) -> None:
         ctx = context(method)
         none = {f.name: value[:0] for f in dataclasses.fields(ctx) if isinstance(value := getattr(ctx, f.name), Tensor)}
@@ -223,14 +273,66 @@ class TestEveryMethod:
         assert (stage.kind == "prompt") == (method.card.stage == "prompt")
 
 
-def test_every_card_is_complete() -> None:
-    for card in visiontok.methods():
-        method = find(card.name)
-        assert method.__doc__
-        for field in ("title", "paper", "venue", "needs", "cost"):
-            assert getattr(card, field), f"{card.name}: {field}"
-        if card.venue != "baseline":
-            assert all(getattr(card, field) != "-" for field in ("paper", "official", "departures", "defaults"))
+@pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
+def test_every_card_is_complete(card: Card) -> None:
+    assert find(card.name).__doc__
+    written = {k: v for k, v in dataclasses.asdict(card).items() if isinstance(v, str)}
+    assert all(written.values())
+    assert not any(text != text.strip() or "  " in text for text in written.values())
+    missing = {field for field, text in written.items() if text == "-"}
+    assert missing <= ({"paper", "official"} if card.venue == "baseline" else set())
+
+
+# What a card's ``needs`` calls what a method declares, or reads from the context.
+WORDS = {
+    "vision_cls": "CLS attention",
+    "vision_cls_joined": "CLS attention joined to one head",
+    "vision_cls_logits": "CLS logits",
+    "vision_keys": "keys of one tower layer",
+    "vision_received": "received attention",
+    "decoder_last_row": "attention of the last prompt token",
+    "decoder_text_rows": "attention of the text rows",
+    "decoder_received": "attention received in the decoder",
+    "encoder_features": "projector inputs",
+    "projector": "the projector",
+    "pixels": "pixels",
+    "question": "question tokens",
+    "features": "features",
+    "grid": "grid",
+}
+
+
+class Watched(Context):
+    """A context that notes which of its fields are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("features", "grid"):
+            object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
+def test_what_a_card_needs_is_what_its_method_reads(card: Card) -> None:
+    told = set()
+    for tower in (CLIP, NEXT, QWEN):
+        for stage in find(card.name)().adapt(tower).stages():
+            method = stage.method
+            if method is None:
+                continue
+            needs = dataclasses.asdict(method.needs())
+            told |= {name for name, value in needs.items() if value}
+            ctx = context(method, has_cls=tower.has_cls)
+            watched = Watched(**{f.name: getattr(ctx, f.name) for f in dataclasses.fields(ctx)})
+            method.select(watched)
+            told |= watched.__dict__.get("read", set())
+    if "vision_cls_joined" in told:
+        told.add("vision_cls")  # its words begin so
+    if "projector" in told:
+        told.add("encoder_features")  # comes with it
+    named = {name for name, words in WORDS.items() if words in card.needs.replace("and keys of", "keys of")}
+    if card.name == "cdpruner":
+        named.remove("encoder_features")  # with a CLIP pair alone
+    assert named == told, card.needs
 
 
 def test_substitutes_are_named() -> None:
@@ -286,6 +388,7 @@ def test_only_what_is_read_is_asked_for() -> None:
         (DivPrune, {"background": -1}, "background=-1: at least 0 directions"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
         (VisionZip, {"share": 1.0}, "share=1.0"),
+        (VisionZip, {"space": "pixels"}, "space='pixels': use 'tower' or 'projected'"),
         (VisPruner, {"important": 1.5}, "important=1.5"),
         (VScan, {"window": 0}, "window=0"),
         (PruMerge, {"neighbours": -1}, "neighbours=-1"),

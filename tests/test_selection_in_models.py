@@ -138,7 +138,7 @@ RULES: dict[str, Callable[[Image, bool], list[int]]] = {
         image.text, image.features, image.encoder, K, 0.02 if clip else 0.01
     ),
     "eadp": lambda image, _: naive.eadp_naive(
-        image.features, image.text, image.height, K, telling=0.2, spread=0.01, mix=0.5, power=1.0
+        image.features, image.text, image.height, K, telling=0.2, spread=0.01, mix=0.5, power=2.0
     )[1],
     "dart": lambda image, _: naive.dart_naive(
         image.features, np.abs(image.features).sum(1), image.text, np.abs(image.text).sum(1), K, 4, 4

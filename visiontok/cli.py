@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -105,10 +106,18 @@ def run(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Print this method's card.")] = None,
     as_json: Json = False,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table of methods into a file, between its markers.")
+    ] = None,
 ) -> None:
     """List the methods, or print the card of one."""
-    from visiontok import recipes
+    from visiontok import catalogue, recipes
 
+    if markdown is not None:
+        if name is not None or as_json:
+            raise ConfigError(f"--markdown {markdown}: writes the table of all methods; leave NAME and --json out")
+        catalogue.write(markdown)
+        return
     if name is not None:
         card = recipes.find(name).card
         if as_json:

@@ -156,3 +156,15 @@ class Context:
         if self.encoder_features is None:
             raise ConfigError("encoder_features: declare encoder_features=True in needs() of the method")
         return self.encoder_features
+
+    def need_projector(self) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """``encoder_features`` and ``project``, which the method must have asked for in ``needs``.
+
+        Raises:
+            ConfigError: if it has not, and at a cut, where there is no projector.
+        """
+        if self.encoder_features is None or self.project is None:
+            raise ConfigError(
+                "projector: declare projector=True in needs() of the method, and use it in a prompt stage"
+            )
+        return self.encoder_features, self.project

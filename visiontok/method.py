@@ -79,11 +79,15 @@ class Card:
         title: one line of what it does.
         paper: reference; ``"-"`` for baselines.
         venue: where it appeared.
+        formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
+            tokens, S what is kept so far, N tokens of which K stay.
         stage: ``"prompt"`` or ``"decoder"``.
         needs: what the method reads, in words.
-        official: what the published code does, its known bugs included.
+        official: what the published code does.
+        bugs: its known bugs; fixed here unless ``departures`` says otherwise.
+        trained: trained weights that the published form needs and a model does not bring along.
         departures: where this implementation differs from paper or code, and why.
-        defaults: defaults per model family.
+        defaults: defaults per model family and budget.
         cost: extra work, in O-notation.
         budget: whether the method takes ``keep``.
         stochastic: whether the outcome depends on ``seed``.
@@ -94,10 +98,13 @@ class Card:
     title: str
     paper: str
     venue: str
+    formula: str = "-"
     stage: Literal["prompt", "decoder"]
     needs: str
     official: str = "-"
-    departures: str = "-"
+    bugs: str = "none known"
+    trained: str = "none"
+    departures: str = "none"
     defaults: str = "-"
     cost: str = "-"
     budget: bool = True
@@ -163,17 +170,21 @@ class Selection:
         keep: (U, N) bool, tokens that stay.
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
+        into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
+            that went nowhere. Mass attention counts such tokens there and moves them no further.
     """
 
     keep: torch.Tensor
     features: torch.Tensor | None = None
+    into: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mass:
     """Mass attention: a kept token speaks for the tokens of its image that it replaces.
 
-    Every dropped token goes to the kept one of largest cosine. A kept token that stands for n tokens, itself included,
+    Every dropped token goes to the kept one of largest cosine, or to the one that a merging method has put it into,
+    whose value then is the method's and moves no further. A kept token that stands for n tokens, itself included,
     takes over a share of their mean, and ``beta · log n`` is added to the attention logit of its key in every layer
     from there on, in prefill and decode. With ``beta=1, merge=0`` that is attention over n copies of each kept token.
 

@@ -189,7 +189,7 @@ class StagePolicy:
             if answer.features is not None:
                 embeds = call.units.put(embeds, answer.features, answer.keep)
             if stage.mass is not None:
-                embeds = self._weigh(call, stage.mass, embeds, before, alive)(embeds)
+                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into)(embeds)
         return alive, embeds
 
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -215,9 +215,16 @@ class StagePolicy:
 
     @staticmethod
     def _weigh(
-        call: Prefill, mass: Mass, states: torch.Tensor, before: torch.Tensor, alive: torch.Tensor
+        call: Prefill,
+        mass: Mass,
+        states: torch.Tensor,
+        before: torch.Tensor,
+        alive: torch.Tensor,
+        into: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Let the tokens ``alive`` (B, N) speak for those of ``before`` that have just gone.
+
+        Those that a method has already put ``into`` (U, N) a kept token count there; the others go to the nearest.
 
         The assignment is made here, on ``states`` (B, N, D); what is returned moves the values of such states, and can
         be repeated when gradient checkpointing runs the layer again.
@@ -227,8 +234,14 @@ class StagePolicy:
         present = units.gather(before[..., None])[..., 0] & units.valid
         size = present.float() if call.mass is None else call.mass * present
         features = units.gather(states)
+        if into is not None:
+            merged = present & ~keep & (into >= 0)
+            here = torch.arange(into.shape[1], device=into.device)
+            size = torch.zeros_like(size).scatter_add(1, torch.where(merged, into, here), size)
+            present = present & ~merged
         group = nearest_kept(features.detach(), keep, present, most=max([1, *call.counts]))
         call.mass = absorb(features[..., :1].detach(), group, size, 0.0)[1]
+        joined = keep & (call.mass > size)  # a token that nobody joins keeps its value to the last bit
         if mass.beta:
             exact = torch.promote_types(states.dtype, torch.float32)
             call.bias = units.scatter(mass.beta * call.mass.to(exact).clamp_min(1).log())
@@ -236,7 +249,7 @@ class StagePolicy:
         def edit(x: torch.Tensor) -> torch.Tensor:
             if not mass.merge:
                 return x
-            return units.put(x, absorb(units.gather(x), group, size, mass.merge)[0], keep)
+            return units.put(x, absorb(units.gather(x), group, size, mass.merge)[0], joined)
 
         return edit
 
@@ -282,7 +295,23 @@ class StagePolicy:
             raise ConfigError(
                 f"{name}: Selection.features has shape {tuple(features.shape)}, expected {tuple(ctx.features.shape)}"
             )
-        return Selection(keep=keep, features=features)
+        into = selection.into
+        if into is not None:
+            if into.dtype != torch.long or into.shape != ctx.valid.shape:
+                raise ConfigError(
+                    f"{name}: Selection.into is {tuple(into.shape)} {into.dtype}; it must be long, "
+                    f"{tuple(ctx.valid.shape)}"
+                )
+            into = torch.where(ctx.valid, into.to(keep.device), -1)
+            lost = (into >= 0) & ~keep.gather(1, into.clamp(0, keep.shape[1] - 1))
+            call.promises.expect(
+                ~lost.any() & (into < keep.shape[1]).all(),
+                lambda: ConfigError(
+                    f"{name}: Selection.into names a token that select() did not keep; give the places of kept tokens, "
+                    "-1 for tokens that went nowhere"
+                ),
+            )
+        return Selection(keep=keep, features=features, into=into)
 
     def _context(
         self,
@@ -435,10 +464,17 @@ class StagePolicy:
         return self._by_unit(call, values, missing=0.0)
 
     def _project(self, patches: int, x: torch.Tensor) -> torch.Tensor:
-        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself."""
+        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself.
+
+        Packed weights, which are no floating-point numbers, stay as they are: their layers know what to do.
+        """
         module = self.adapter.base.get_submodule(self.adapter.projector or "")
-        exact = {n: p.to(torch.promote_types(p.dtype, torch.float32)) for n, p in module.named_parameters()}
-        dtype = next(iter(exact.values())).dtype
+        exact = {
+            n: p.to(torch.promote_types(p.dtype, torch.float32))
+            for n, p in module.named_parameters()
+            if p.is_floating_point()
+        }
+        dtype = max((p.dtype for p in exact.values()), key=lambda d: d.itemsize, default=torch.float32)
         run = functools.partial(torch.func.functional_call, module, exact)
         rows = x.to(dtype).flatten(0, -2).unflatten(-1, (patches, -1))
         with torch.autocast(x.device.type, enabled=False):

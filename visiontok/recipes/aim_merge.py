@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def aim_merge(
     tokens: Tensor, k: int | Tensor, *, valid: Tensor | None = None, official: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge tokens at even places into their most similar one at an odd place, half of them per round, until ``k`` are
     left.
 
@@ -29,16 +29,17 @@ def aim_merge(
             by falling similarity, then the odd places. Otherwise means of all original tokens, in raster order.
 
     Returns:
-        merged tokens (B, M, D), and (B, M) long, the place of the token that each of them grew from; -1 where a row
-        has no more.
+        merged tokens (B, M, D); (B, M) long, the place of the token that each of them grew from, -1 where a row has no
+        more; and (B, N) long, that place for each token given, -1 for invalid ones.
     """
     x, (b, n, _) = tokens, tokens.shape
     ok = torch.ones(b, n, dtype=torch.bool, device=x.device) if valid is None else valid
     goal = torch.as_tensor(k, device=x.device).expand(b).clamp_min(1)
     place = torch.where(ok, torch.arange(n, device=x.device), -1)
-    size = ok.float()
+    size, at = ok.float(), place  # at: where in the list a token is by now, alone or merged
     while bool(((left := ok.sum(-1)) > goal).any()):
         group = bipartite(x, torch.minimum(left // 2, left - goal), valid=ok)
+        at = _read(group, at)
         count = int(group.max()) + 1
         x, mass = merge(x, group, count, None if official else size)
         size = mass.to(size)
@@ -53,8 +54,13 @@ def aim_merge(
         if not official:
             order = torch.where(ok, place, n).argsort(-1)
             x = x.gather(1, order[..., None].expand_as(x))
-            size, place = size.gather(1, order), place.gather(1, order)
-    return x, place
+            size, place, at = size.gather(1, order), place.gather(1, order), _read(order.argsort(-1), at)
+    return x, place, _read(place, at)
+
+
+def _read(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of table (B, M) at index (B, N); -1 where the index is."""
+    return torch.where(index < 0, -1, table.gather(1, index.clamp_min(0)))
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ class AimMerge(Method):
         title="bipartite merging of the tokens of each frame, in rounds",
         paper="arXiv 2412.03248",
         venue="ICCV 2025",
+        formula="per frame, until K remain: the r = min(⌊n/2⌋, n-K) pairs (even, odd) of largest cosine become their "
+        "mean",
         stage="prompt",
-        needs="features; the frames of the grid, where it is known",
+        needs="features, grid",
         official="A quarter of the 196 tokens of every video frame, in two rounds. A mean of merged tokens does not "
-        "count what they stand for; tokens keep the order that matching leaves. Bug: a round that merges nothing "
-        "returns nothing.",
+        "count what they stand for; tokens keep the order that matching leaves.",
+        bugs="A round that merges nothing returns nothing.",
         departures="Any K: full rounds, then what is left to do; means of original tokens, in raster order, which "
         "also decides who meets in the next round (fidelity='official' keeps both as published, but tokens stand in "
         "raster order). The budget is split over frames and crops by their size; tokens off the grid, such as "
@@ -100,15 +108,18 @@ class AimMerge(Method):
 
         within = sizes.view(units, frames)
         quota = apportion(within, torch.minimum(ctx.count, placed.sum(-1)), within).flatten()
-        merged, place = aim_merge(
+        merged, place, home = aim_merge(
             ctx.features[unit[:, None], token], quota, valid=inside, official=ctx.fidelity == "official"
         )
 
         there = (place >= 0) & (quota > 0)[:, None]
-        u, home = unit[:, None].expand_as(place)[there], token.gather(1, place.clamp_min(0))[there]
+        u, kept = unit[:, None].expand_as(place)[there], token.gather(1, place.clamp_min(0))[there]
         keep, features = torch.zeros_like(ctx.valid), ctx.features.clone()
-        keep[u, home] = True
-        features[u, home] = merged[there]
+        keep[u, kept] = True
+        features[u, kept] = merged[there]
+        gone = inside & (quota > 0)[:, None]
+        into = torch.full_like(frame, -1)
+        into[unit[:, None].expand_as(token)[gone], token[gone]] = token.gather(1, home.clamp_min(0))[gone]
         loose = ctx.valid & ~placed
         spare = rank(torch.zeros_like(frame), loose) < (ctx.count - placed.sum(-1))[:, None]
-        return Selection(keep=keep | (loose & spare), features=features)
+        return Selection(keep=keep | (loose & spare), features=features, into=into)

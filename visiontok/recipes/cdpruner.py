@@ -85,16 +85,19 @@ class CDPruner(Method):
         title="determinantal point process conditioned on the question",
         paper="arXiv 2506.10967",
         venue="NeurIPS 2025",
+        formula="greedy argmax_S det(L_S), L_ij = r_i·cos(z_i, z_j)·r_j, r = (rel - min + 10⁻⁶)/(max - min)",
         stage="prompt",
-        needs="features, the question's embeddings; with a CLIP pair projector inputs and the question's ids",
-        official="Relevance is minus the cosine of CLIP's patches and CLIP's text (in LLaVA's tower relevant patches "
-        "are those least similar), on Qwen2.5-VL plus that of the language model's embeddings; smallest and largest "
-        "are taken over a whole batch of crops. Bug: once the kernel's rank is used up, square roots of negative "
-        "numbers repeat tokens and fewer than K remain.",
+        needs="features, question tokens; with a CLIP pair projector inputs and the ids of the question tokens",
+        official="Relevance is minus the mean cosine of CLIP's patches and CLIP's text on LLaVA, where relevant "
+        "patches are those least similar, and plus that of the language model's embeddings on Qwen2.5-VL. Smallest "
+        "and largest are taken over a whole batch of crops.",
+        bugs="Once the kernel's rank is used up, square roots of negative numbers repeat tokens and fewer than K "
+        "remain.",
+        trained="CLIP's text tower, which LLaVA's checkpoints lack: give it by clip=.",
         departures="Smallest and largest per image; exactly K tokens, those that add nothing to the determinant by "
-        "relevance. Without a CLIP pair: cdpruner[embedding], the mean cosine to the question's tokens, sign plus. The "
-        "text given to CLIP is that behind the last image, words of the chat template included. fidelity='official' "
-        "brings the batch's extremes back, not the repeated tokens, which hang on rounding.",
+        "relevance. Without a CLIP pair: cdpruner[embedding], the mean cosine to the question's tokens, sign plus. "
+        "The text given to CLIP is that behind the last image, words of the chat template included. "
+        "fidelity='official' brings the batch's extremes back, not the repeated tokens, which hang on rounding.",
         defaults="clip=None: nothing is downloaded unasked.",
         cost="O(N²D + K²N); a CLIP text tower where one is given",
         contract=Contract(question_independent=False, sync_free=False),

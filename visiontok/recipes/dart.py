@@ -93,16 +93,19 @@ class Dart(Method):
         title="tokens least similar to a few pivots of image and question",
         paper="arXiv 2502.11494",
         venue="EMNLP 2025",
+        formula="P = the 4 tokens and 4 words of largest ‖·‖₁; for p in P the next (K-4)/8 free tokens of lowest "
+        "cos(z_i, p)",
         stage="prompt",
-        needs="features, the question's embeddings",
-        official="In the decoder, behind layer 2: pivots have the longest keys in the 1-norm. Every pivot chooses "
-        "⌊K/8⌋ tokens, so that another number than K remain (4 + 8·⌊K/8⌋), in the order of a CPython set, on which the "
-        "result depends.",
+        needs="features, question tokens",
+        official="In the decoder, behind layer 2: pivots have the longest keys in the 1-norm, those of the text come "
+        "from behind the image. Every pivot chooses ⌊K/8⌋ tokens, so that another number than K remain (4 + "
+        "8·⌊K/8⌋).",
+        bugs="Pivots choose in the order of a CPython set, on which the result depends.",
         departures="Before the language model, where no keys exist: the 1-norm of the embedding stands in, hence "
-        "dart[norm]. Text pivots come from the question without special tokens. Exactly K tokens; pivots choose in "
-        "descending order of their score, those of the image first. fidelity='official' brings the count back, not "
-        "the order of the set.",
-        defaults="image_pivots=4, text_pivots=4.",
+        "dart[norm]. Text pivots come from behind the last image, too, but without special tokens. Exactly K tokens; "
+        "pivots choose in descending order of their score, those of the image first. fidelity='official' brings the "
+        "count back, not the order of the set.",
+        defaults="image_pivots=4, text_pivots=4, for every family and budget.",
         cost="O(PND) for P pivots",
         contract=Contract(question_independent=False),
     )

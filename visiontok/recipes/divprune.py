@@ -58,10 +58,12 @@ class DivPrune(Method):
         title="greedy max-min diversity in cosine distance",
         paper="arXiv 2503.02175",
         venue="CVPR 2025",
+        formula="first argmax_i min_{j≠i} (1 - cos(z_i, z_j)), then argmax_i min_{j∈S} (1 - cos(z_i, z_j))",
         stage="prompt",
         needs="features",
-        official="Selects in the model's dtype, image_newline tokens included. Bug: picks are not masked, so once only "
-        "duplicates are left it picks kept tokens again and fewer than K remain.",
+        official="Selects in the model's dtype, image_newline tokens included.",
+        bugs="Picks are not masked, so once only duplicates are left it picks kept tokens again and fewer than K "
+        "remain.",
         departures="Selects in float32, and always exactly K: duplicates follow the distinct tokens, lowest index "
         "first. fidelity='official' keeps only tokens that differ from all kept before. With a background taken out "
         "(Cen-Prune, LRCP) it is divprune[centred] or divprune[residual].",

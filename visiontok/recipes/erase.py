@@ -70,15 +70,18 @@ class Erase(Method):
         name="erase",
         title="as many tokens as the pixels are complex, then two cuts by the question's attention",
         paper="arXiv 2605.09982",
-        venue="-",
+        venue="preprint",
+        formula="share p_l by the level l of median_i h_i, h_i = -Σ_g p_ig·ln p_ig over grey levels g: the top of h; "
+        "at two layers the top of mean_{text t} softmax(q_t·k/√d)_i",
         stage="prompt",
-        needs="pixels; attention of the question's rows in the layers before the cuts",
+        needs="pixels, grid; attention of the text rows in the layers before the cuts",
         official="One cut, at layer 1 for simple and 16 of 28 (21 of more than 30) for complex pictures, the deepest "
-        "of several images; one budget for all images; text rows from index 15 (Qwen3: 4). Thresholds and shares were "
-        "searched on items of the benchmarks. Bug: queries are made without the layer's input norm.",
+        "of several images; one budget for all images; text rows from index 15 (Qwen3: 4). Thresholds and shares "
+        "were searched on items of the benchmarks.",
+        bugs="Queries are made without the layer's input norm.",
         departures="Calibrated, as published. Budget and depth per image, hence two cuts. Attention of the layer "
-        "before the cut, as the model computes it; the query without norm is not brought back. Entropy is read before "
-        "the language model but behind the tower. A budget is the average over all decoder layers.",
+        "before the cut, as the model computes it; the query without norm is not brought back. Entropy is read "
+        "before the language model but behind the tower. A budget is the average over all decoder layers.",
         defaults="Without keep: the published setting, a quarter in the end. Qwen3-VL has thresholds of its own, all "
         "others those of Qwen2.5-VL. Pixels are brought back by the statistics of the family's stock processor.",
         cost="O(NP) for the histograms of P pixels, one attention row per text token",
@@ -96,7 +99,6 @@ class Erase(Method):
                 raise ConfigError(f"{name}={values!r}: give {number} numbers in descending order")
         if self.shares is not None and not 0 < self.shares[-1] <= self.shares[0] <= 1:
             raise ConfigError(f"shares={self.shares!r}: shares lie in (0, 1]")
-
         if not 0 < self.final <= 1:
             raise ConfigError(f"final={self.final!r}: a share lies in (0, 1]")
 

@@ -47,11 +47,12 @@ class FastV(Method):
         title="cut after the first decoder layers by the last token's attention",
         paper="arXiv 2403.06764",
         venue="ECCV 2024",
+        formula="top-K of mean_h softmax(q_last·k/√d)_hi, i visual, in the layer before the cut",
         stage="decoder",
         needs="attention of the last prompt token in the layer before the cut",
         official="K=2 of 32 layers, kept tokens keep their positions; batch 1, one image at a fixed place, eager "
-        "attention. The paper speaks of all queries, the code uses the last. The key-value cache port runs layer K-1 "
-        "twice.",
+        "attention. The paper speaks of all queries, the code uses the last.",
+        bugs="The port with a key-value cache runs layer K-1 twice.",
         departures="Any number of images, each with its own budget; only one attention row is computed; the layer "
         "before the cut runs once.",
         defaults="layer=2/32 of the depth; the lmms-eval port uses 3/32.",

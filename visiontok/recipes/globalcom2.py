@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import apportion, rank, rank_within, topk
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Layer, Tower
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -163,7 +164,7 @@ def _best(parts: Crops, quota: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GlobalCom2(Method):
+class GlobalCom2(Attended):
     """Budgets for the crops of a picture, and choice of their tokens, by its thumbnail.
 
     Attributes:
@@ -176,25 +177,29 @@ class GlobalCom2(Method):
     """
 
     temperature: float = 10.0
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer = -1
+    layer: Layer | None = -1
     tiled: bool | None = None
+
+    of_cls = "cls_logits"
 
     card: ClassVar[Card] = Card(
         name="globalcom2",
         title="crop budgets and token choice by the thumbnail of a tiled picture",
         paper="arXiv 2501.05179",
         venue="AAAI 2026",
+        formula="K_c ∝ n_c·(1 + softmax(g/T)_c - 1/C), g_c = sum of the thumbnail's logits over crop c; in c the "
+        "top-K_c of l2(logits) + l2(stretched thumbnail)",
         stage="prompt",
-        needs="CLS logits of one tower layer, log of received attention on towers without CLS; grid",
-        official="The last tower layer with features of the one before; the thumbnail and every crop round their share "
-        "down, what a full crop cannot take is lost, and all image_newline tokens stay, so that more than K remain. "
-        "Bugs: one picture only; kept tokens of padded crops are written back at wrong places, so that newlines stand "
+        needs="grid; CLS logits of one tower layer, log of received attention on towers without CLS",
+        official="The last tower layer with features of the one before; the thumbnail and every crop round their "
+        "share down, what a full crop cannot take is lost, and all image_newline tokens stay, so that more than K "
+        "remain.",
+        bugs="One picture only; kept tokens of padded crops are written back at wrong places, so that newlines stand "
         "between wrong tokens; thumbnail tokens come in the order of their scores. Sums of 144 logits saturate the "
         "softmax.",
         departures="Exactly K tokens per picture: shares by largest remainders, surplus to the others, image_newline "
-        "tokens last (fidelity='official' restores the published counts). Crops that the model scales down before "
-        "it tiles them are taken as tiles of the thumbnail's size. Towers without CLS use the log of received "
+        "tokens last (fidelity='official' restores the published counts). Crops that the model scales down before it "
+        "tiles them are taken as tiles of the thumbnail's size. Towers without CLS use the log of received "
         "attention, a substitute: globalcom2[received]. Models without thumbnail and crops rank all tokens by their "
         "logits, and say so: globalcom2[untiled].",
         defaults="temperature=10; the last tower layer; the paper's ratios are 0.25 and 0.1.",
@@ -203,8 +208,7 @@ class GlobalCom2(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        super().__post_init__()
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature!r}: give a positive number")
 
@@ -214,22 +218,13 @@ class GlobalCom2(Method):
         return f"globalcom2[{', '.join(odd)}]" if odd else "globalcom2"
 
     def adapt(self, tower: Tower) -> GlobalCom2:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            tiled=tower.thumbnail if self.tiled is None else self.tiled,
-        )
-
-    def needs(self) -> Needs:
-        layers = (self.layer,)
-        return Needs(vision_received=layers) if self.scorer == "received" else Needs(vision_cls_logits=layers)
+        return replace(super().adapt(tower), tiled=tower.thumbnail if self.tiled is None else self.tiled)
 
     def select(self, ctx: Context) -> Tensor:
         grid = ctx.need_grid()
+        logits = self.attention(ctx)
         if self.scorer == "received":
-            logits = ctx.attention.received(self.layer).clamp_min(1e-30).log()
-        else:
-            logits = ctx.attention.cls_logits(self.layer)
+            logits = logits.clamp_min(1e-30).log()
         if not self.tiled:
             return topk(torch.where((grid >= 0).all(-1), logits, -torch.inf), ctx.count, ctx.valid)
         if ctx.fidelity == "official":

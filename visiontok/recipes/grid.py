@@ -40,10 +40,12 @@ class Grid(Method):
         title="tokens at equal distances on the patch grid",
         paper="-",
         venue="baseline",
+        formula="row ⌊(2i+1)·H/2R⌋ for i < R ≈ √(K·H/W), in it column ⌊(2j+1)·W/2C⌋ for j < C = K/R",
         stage="prompt",
         needs="grid",
-        departures="Rows at equal distances and in them equal steps, which gives exactly K tokens for every K; tokens "
-        "that lie on no grid, such as image_newline, come last.",
+        departures="Rows at equal distances and in them equal steps, which gives exactly K tokens for every K; "
+        "tokens that lie on no grid, such as image_newline, come last.",
+        defaults="no option",
         cost="O(N log N) on the host",
         contract=Contract(sync_free=False),
     )

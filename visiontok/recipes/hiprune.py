@@ -73,9 +73,8 @@ def hiprune_official(
     for b, budget in enumerate(k.tolist()):
         slots = valid[b].nonzero()[:, 0]
         width = int(grid[b, slots, 2].max()) + 1
-        best = (topk(object_scores[b], n, valid[b]).nonzero() if (n := round(budget * alpha / 5)) else slots[:0]).view(
-            -1
-        )
+        number = round(budget * alpha / 5)
+        best = topk(object_scores[b], number, valid[b]).nonzero()[:, 0] if number else slots[:0]
         steps = torch.tensor([0, 1, -1, width, -width], device=slots.device)
         chosen = (best[:, None] + steps).clamp(0, len(slots) - 1).unique()
         deep = deep_scores[b].clone()
@@ -106,11 +105,14 @@ class HiPrune(Method):
         title="anchors, their neighbours and registers from two layers of vision attention",
         paper="arXiv 2508.00553",
         venue="ACL 2026 Findings",
+        formula="round(αK/5) best of r^middle, their 4 neighbours, then the best of r^deep; r_j = mean_h mean_i "
+        "softmax(q_i·k/√d)_hj",
         stage="prompt",
         needs="received attention of two tower layers; grid",
-        official="Object layer 9 of 24 (LLaVA) and 16 of 32 (Qwen2.5-VL), counted from 1; the budget is split over the "
-        "crops of an image. Bugs: neighbours wrap around row ends and are clamped into the corners; on Qwen the scores "
-        "are sums, so that chosen tokens can be chosen again and fewer than K remain.",
+        official="Object layer 9 of 24 (LLaVA) and 16 of 32 (Qwen2.5-VL), counted from 1; the budget is split over "
+        "the crops of an image.",
+        bugs="Neighbours wrap around row ends and are clamped into the corners; on Qwen the scores are sums, so that "
+        "chosen tokens can be chosen again and fewer than K remain.",
         departures="Neighbours follow the grid; exactly K tokens; on Qwen the attention the tower really uses, not a "
         "softmax over all patches in windowed layers. fidelity='official' brings wrap, clamp and double choice back.",
         defaults="LLaVA: object_layer=8 of 24, deep_layer=-2. Qwen2.5-VL: object_layer=15 of 32, deep_layer=-1.",

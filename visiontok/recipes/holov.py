@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..functional import apportion, quota, rank, topk
 from ..kernels import cosine
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Tower
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -113,7 +114,7 @@ def holov(
 
 
 @dataclass(frozen=True)
-class HoloV(Method):
+class HoloV(Attended):
     """Attention inside stretches, stretches by attention and variety.
 
     Attributes:
@@ -126,55 +127,40 @@ class HoloV(Method):
 
     stretches: int | None = None
     beta: float = 0.09
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
 
     card: ClassVar[Card] = Card(
         name="holov",
         title="budget over stretches of the picture by attention and variety, in each the most attended",
         paper="arXiv 2510.02912",
         venue="NeurIPS 2025",
+        formula="K_w ∝ mean_{i∈w}(a_i + β·s_w·v_i), v_i = variance of cos(z_i, z_j) over stretch w, s_w = mean "
+        "a/mean v; in w the top-K_w of a",
         stage="prompt",
         needs="features, grid; CLS attention of one tower layer, received attention on towers without CLS",
         official="16 stretches in raster order (the paper: crops) and 64 tokens fixed for LLaVA; int(1024/576·N/K) "
-        "stretches for Qwen2.5-VL. Bugs: what a full stretch cannot take is lost, so that fewer than K remain and "
-        "zeros (LLaVA) or the last token (Qwen) fill up; tokens come in order of attention; the attention of a stretch "
-        "of one token is not scaled; Qwen's scores stay in window order.",
-        departures="Exact apportionment with caps; raster order; all scores on one scale; image_newline tokens lie in "
-        "no stretch and come last. Towers without CLS: holov[received]. fidelity='official' brings the lost tokens "
-        "and the unscaled stretches back.",
+        "stretches for Qwen2.5-VL.",
+        bugs="What a full stretch cannot take is lost, so that fewer than K remain and zeros (LLaVA) or the last "
+        "token (Qwen) fill up; tokens come in order of attention; the attention of a stretch of one token is not "
+        "scaled; Qwen's scores stay in window order.",
+        departures="Exact apportionment with caps; raster order; all scores on one scale; image_newline tokens lie "
+        "in no stretch and come last. Towers without CLS: holov[received]. fidelity='official' brings the lost "
+        "tokens and the unscaled stretches back.",
         defaults="beta=0.09; the layer the features come from: -2 for CLIP towers in LLaVA.",
         cost="O(N²D) once",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stretches is not None and self.stretches < 1:
             raise ConfigError(f"stretches={self.stretches!r}: at least 1")
         if self.beta < 0:
             raise ConfigError(f"beta={self.beta!r}: a weight of at least 0")
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
-
-    @property
-    def label(self) -> str:
-        return "holov[received]" if self.scorer == "received" else "holov"
 
     def adapt(self, tower: Tower) -> HoloV:
-        return replace(
-            self,
-            stretches=self.stretches or (16 if tower.has_cls else None),
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
-
-    def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        return Needs(vision_received=layers) if self.scorer == "received" else Needs(vision_cls=layers)
+        return replace(super().adapt(tower), stretches=self.stretches or (16 if tower.has_cls else None))
 
     def select(self, ctx: Context) -> Tensor:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        attention = read(-1 if self.layer is None else self.layer)
         grid = ctx.need_grid()
         placed = ctx.valid & (grid >= 0).all(-1)
         size = grid.flatten(0, 1).amax(0) + 2 if grid.numel() else grid.new_ones(3)
@@ -186,7 +172,7 @@ class HoloV(Method):
             number = torch.full_like(ctx.count, self.stretches)
         keep = holov(
             ctx.features,
-            attention,
+            self.attention(ctx),
             rank(-code, placed),
             ctx.count,
             stretches_of=number,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -67,11 +68,15 @@ class IDPruner(Method):
         name="idpruner",
         title="maximal marginal relevance: importance against redundancy",
         paper="arXiv 2602.13315",
-        venue="-",
+        venue="preprint",
+        formula="argmax_i λ·w_i - (1-λ)·max_{j∈S} cos(z_i, z_j), the first by w alone; w = (s - min s)/(max s - min "
+        "s + 10⁻⁶)",
         stage="prompt",
-        needs="features; CLS or received attention of one tower layer unless scorer='norm'",
+        needs="features; CLS attention or received attention of one tower layer unless scorer='norm'",
         official="Scores come from the trained VisionSelector head; all images of a prompt share one pool; several "
         "picks per round on request.",
+        trained="VisionSelector's scoring head, published for Qwen2.5-VL; it cannot be loaded here, and other "
+        "scorers stand in.",
         departures="Training-free: the scorer is a substitute and is named with the method, as in idpruner[cls]. "
         "Every image has its own budget. One pick per round. With a background taken out of the features (Cen-Prune, "
         "LRCP) the label says so, as in idpruner[cls, centred].",
@@ -113,6 +118,7 @@ class IDPruner(Method):
             scores = norm(ctx.features)
         else:
             scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
+            scores = torch.where(scores < 0, torch.nan, scores)  # what has no patch must not stretch the scale
         features = ctx.features
         if self.background is not None:
             features = foreground(features, self.background, ctx.valid)

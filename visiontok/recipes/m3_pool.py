@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def m3_pool(
     features: Tensor, grid: Tensor, k: int | Tensor, *, valid: Tensor | None = None, official: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The means of ``k`` cells of the grid.
 
     Args:
@@ -28,7 +28,8 @@ def m3_pool(
         official: squares of ⌊√(N/k)⌋ tokens a side, so that the count is only about ``k`` and edges may be lost.
 
     Returns:
-        bool keep mask (N,) or (B, N), true at the middle of each cell, and features of the shape given: means there.
+        bool keep mask (N,) or (B, N), true at the middle of each cell; features of the shape given: means there; and
+        long (N,) or (B, N), the place of the middle of each token's cell, -1 for tokens in none.
 
     Raises:
         ConfigError: if ``k`` < 1.
@@ -36,7 +37,7 @@ def m3_pool(
     group = cells(grid, k, valid, whole=official)
     ones = torch.ones(group.shape, device=features.device)
     merged, size = absorb(features, group, ones, 1.0)
-    return size > 0, merged
+    return size > 0, merged, group
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class M3Pool(Method):
         title="average pooling of the patch grid to any number of cells",
         paper="arXiv 2405.17430",
         venue="ICLR 2025",
+        formula="z_c = mean of z over cell c of the grid cut into K cells",
         stage="prompt",
-        needs="features; grid",
-        official="Scales of 1, 9, 36, 144 and 576 of 24 × 24 tokens, on models that were trained on all of them; every "
-        "crop is pooled alike. Bug: for other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K "
-        "remain, and where much is lost at the edges fewer than K remain.",
-        departures="Without training, so that small scales hurt more than the paper says. Any K: cells of whole bands "
-        "of rows with as equally many tokens as can be, which are the published squares where these exist. The budget "
-        "is split over crops and frames by their size; image_newline tokens are dropped first. A cell stands at the "
-        "place of its middle token.",
+        needs="features, grid",
+        official="Scales of 1, 9, 36, 144 and 576 of 24 × 24 tokens, on models that were trained on all of them; "
+        "every crop is pooled alike.",
+        bugs="For other scales the squares have ⌊√(N/K)⌋ tokens a side, so that more than K remain, and where much "
+        "is lost at the edges fewer than K remain.",
+        trained="a model trained on all scales; pooling a stock model hurts more than the paper says.",
+        departures="Any K: cells of whole bands of rows with as equally many tokens as can be, which are the "
+        "published squares where these exist. The budget is split over crops and frames by their size; image_newline "
+        "tokens are dropped first. A cell stands at the place of its middle token.",
         defaults="The paper's scales: 1/576, 1/64, 1/16, 1/4 and all.",
         cost="O(ND), cells on the host",
         contract=Contract(sync_free=False),
@@ -64,5 +67,5 @@ class M3Pool(Method):
 
     def select(self, ctx: Context) -> Selection:
         official = ctx.fidelity == "official"
-        keep, features = m3_pool(ctx.features, ctx.need_grid(), ctx.count, valid=ctx.valid, official=official)
-        return Selection(keep=keep, features=features)
+        keep, features, into = m3_pool(ctx.features, ctx.need_grid(), ctx.count, valid=ctx.valid, official=official)
+        return Selection(keep=keep, features=features, into=into)

@@ -41,7 +41,8 @@ def cover_table(
         valid: (B, N) bool.
 
     Returns:
-        (B, T + N, N) float32; rows of words and patches that do not exist are 0.
+        (B, T + N, N) float32; rows of words and patches that do not exist are 0, columns of tokens that hold NaN or
+        infinity NaN.
     """
     asked = torch.ones_like(text[..., 0], dtype=torch.bool) if text_valid is None else text_valid
     ok = torch.ones_like(features[..., 0], dtype=torch.bool) if valid is None else valid
@@ -50,10 +51,12 @@ def cover_table(
         share = similarity.masked_fill(~candidates[:, None], -torch.inf).softmax(-1)
         return torch.where(exists[..., None], share, 0.0) / exists.sum(-1).clamp_min(1)[:, None, None]
 
+    known = features.isfinite().all(-1) & encoder_features.isfinite().all(-1)
+    ok = ok & known
     seen = ok & (encoder_features != 0).any(-1)
     words = softmax(cosine(text, features) / text_temperature, asked, ok)
     patches = softmax(cosine(encoder_features) / vision_temperature, seen, seen)
-    return torch.cat([words, alpha * patches], 1)
+    return torch.cat([words, alpha * patches], 1).masked_fill(~known[:, None], torch.nan)
 
 
 def mmtok(
@@ -111,8 +114,10 @@ class MMTok(Method):
         title="coverage of the question's words and of the patches",
         paper="arXiv 2508.18264",
         venue="ICLR 2026",
+        formula="argmax_i Σ_r max(0, T_ri - max_{j∈S} T_rj), T = [softmax(cos(q, z)/τ_t)/m; α·softmax(cos(x, "
+        "x)/τ_v)/n]",
         stage="prompt",
-        needs="features, projector inputs, the question's embeddings",
+        needs="features, projector inputs, question tokens",
         official="Batch 1; the words of the question without stop words (LLaVA), 'Question: …' (Qwen); patches that "
         "are padding can be left out.",
         departures="The question is the text behind the last image, without special tokens; stop words stay, because "
@@ -140,7 +145,7 @@ class MMTok(Method):
         return mmtok(
             text,
             ctx.features,
-            ctx.features if ctx.encoder_features is None else ctx.encoder_features,
+            ctx.need_encoder_features(),
             ctx.count,
             alpha=self.alpha,
             text_temperature=self.text_temperature or 0.02,

@@ -41,8 +41,11 @@ class Norm(Method):
         title="top-k by the length of the projected token",
         paper="-",
         venue="baseline",
+        formula="top-K of ‖z_i‖₂",
         stage="prompt",
         needs="features",
+        departures="Features behind the projector.",
+        defaults="no option",
         cost="O(ND) to score, O(N log N) to select",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..functional import neighbours as gathered
 from ..functional import rank
-from ..method import Card, Contract, Layer, Method, Needs, Selection, Tower
+from ..method import Card, Contract, Layer, Needs, Selection
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -56,7 +57,8 @@ def prumerge(
 
     Returns:
         bool keep mask (N,) or (B, N), one token more than ``centres``: the sum stands at the place of the token with
-        the most attention that is no centre. And features of the shape given, of which those of kept places are new.
+        the most attention that is no centre, unless no other token has a patch: then that one stays as it is. And
+        features of the shape given, of which those of kept places are new.
     """
     ok = torch.ones_like(centres) if valid is None else valid
     centres = centres & ok
@@ -67,11 +69,11 @@ def prumerge(
     gathering = centres & (scores >= 0) & others.any(-1, keepdim=True)
     merged = gathered(known, keys, weight, gathering, neighbours, ok)
     total = (torch.where(others, weight, 0.0)[..., None] * known).sum(-2, keepdim=True).to(features.dtype)
-    return centres | rest, torch.where(rest[..., None], total, merged)
+    return centres | rest, torch.where((rest & (scores >= 0))[..., None], total, merged)
 
 
 @dataclass(frozen=True)
-class PruMerge(Method):
+class PruMerge(Attended):
     """Outstanding tokens, merged with their neighbours, and one token for the rest.
 
     Attributes:
@@ -84,62 +86,59 @@ class PruMerge(Method):
 
     adaptive: bool = False
     neighbours: int = 32
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer = -1
+    layer: Layer | None = -1
+
+    of_cls = "cls_joined"
 
     card: ClassVar[Card] = Card(
         name="prumerge",
         title="tokens with outstanding attention gather their neighbours, one token gathers the rest",
         paper="arXiv 2403.15388",
         venue="ICCV 2025",
+        formula="z_i = M(x_i + Σ_{j∈kNN(i)} a_j·x_j) for the top-(K-1) of a, 32 neighbours by key cosine; z_rest = "
+        "M(Σ_{dropped} a_j·x_j)",
         stage="prompt",
-        needs=f"keys of one tower layer, and CLS attention of {ONE_HEAD}; received attention on towers without CLS",
+        needs="features, projector inputs, the projector; keys of one tower layer, and CLS attention joined to one "
+        "head of full width; received attention on towers without CLS",
         official="The last tower layer with features of the one before; merges before the projector and does not "
         "divide by the weights; tokens come in the order of their attention, the token for the rest last. As many "
-        "tokens as the attention has outliers, and one. Bugs: batches share one ratio; without outliers nothing "
-        "but the last token remains.",
-        departures="Exactly K tokens, the one for the rest among them (adaptive=True for the outliers, at least one of "
-        "them, at most K tokens). Merges the projector's outputs, in raster order. One budget per image. Towers "
-        "without CLS are scored by received attention, a substitute that is named: prumerge[received]; their keys "
-        "carry rotary positions.",
+        "tokens as the attention has outliers, and one.",
+        bugs="Batches share one ratio; without outliers nothing but the last token remains.",
+        departures="Exactly K tokens, the one for the rest among them (adaptive=True for the outliers, at least one "
+        "of them, at most K tokens), in raster order. One budget per image. Towers without CLS are scored by "
+        "received attention, a substitute that is named: prumerge[received]; their keys carry rotary positions. With "
+        "mass attention dropped tokens go to the nearest kept one: the sums overlap and are no partition.",
         defaults="32 neighbours; the last tower layer.",
-        cost="O(HNd) for one attention row, O(KNd) over keys of full width",
+        cost="O(HNd) for one attention row, O(KNd) over keys of full width, one more pass of the projector",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        super().__post_init__()
         if self.neighbours < 0:
             raise ConfigError(f"neighbours={self.neighbours!r}: give a number of at least 0")
         if self.adaptive:  # what attention decides, the grid does not tell
             contract = replace(self.card.contract, count_from_grid=False)
             object.__setattr__(self, "card", replace(self.card, contract=contract))
 
-    @property
-    def label(self) -> str:
-        return f"{self.card.name}[received]" if self.scorer == "received" else self.card.name
-
-    def adapt(self, tower: Tower) -> PruMerge:
-        return replace(self, scorer=self.scorer or ("cls" if tower.has_cls else "received"))
-
     def needs(self) -> Needs:
-        if self.scorer == "received":
-            return Needs(vision_received=(self.layer,), vision_keys=(self.layer,))
-        return Needs(vision_cls_joined=(self.layer,), vision_keys=(self.layer,))
+        return replace(super().needs(), vision_keys=() if self.layer is None else (self.layer,), projector=True)
 
     def select(self, ctx: Context) -> Selection:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls_joined
-        scores = read(self.layer)
-        keep, features = prumerge(
-            ctx.features,
-            ctx.attention.keys(self.layer).flatten(2),
+        scores = self.attention(ctx)
+        inputs, project = ctx.need_projector()
+        keep, merged = prumerge(
+            inputs,
+            ctx.attention.keys(-1 if self.layer is None else self.layer).flatten(2),
             scores,
             self.centres(ctx, scores),
             neighbours=self.neighbours,
             valid=ctx.valid,
         )
-        return Selection(keep=keep, features=features)
+        changed = (ctx.valid & ~keep).any(-1, keepdim=True) & (scores >= 0)
+        return Selection(
+            keep=keep, features=torch.where(changed[..., None], project(merged).to(ctx.features), ctx.features)
+        )
 
     def centres(self, ctx: Context, scores: Tensor) -> Tensor:
         """(U, N) bool: the tokens that stay; the last of a budget is the token for the rest."""

@@ -69,8 +69,10 @@ class PruMergePlus(PruMerge):
         PruMerge.card,
         name="prumerge_plus",
         title="prumerge with further tokens at equal steps",
+        formula=f"{PruMerge.card.formula}; of the centres a quarter the top of a, the others at equal steps",
         official=f"{PruMerge.card.official} Beside K outliers of N tokens every ⌊⌊N/K⌋/3⌋-th token stays, about three "
-        "for each outlier; without outliers, and with more than N/3, the step is a division by zero.",
+        "for each outlier.",
+        bugs=f"{PruMerge.card.bugs} Without outliers the step is a division by zero, with more than N/3 of them 0.",
         departures=f"{PruMerge.card.departures} A quarter of them by attention, the others at equal steps through what "
         "is left, to the end. With adaptive=True and fidelity='official' the published steps, whatever the budget.",
         defaults="outstanding=0.25; 32 neighbours; the last tower layer.",

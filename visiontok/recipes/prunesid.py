@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..functional import apportion, components, quota, rank, suppress, topk
 from ..kernels import cosine
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Needs
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -81,27 +81,21 @@ def _published(survivors: Tensor, least: Tensor, most: Tensor, count: Tensor) ->
 
 
 @dataclass(frozen=True)
-class PruneSID(Method):
-    """Semantic groups by principal components; intra-group suppression.
-
-    Attributes:
-        scorer: ``cls`` or ``received``; by default what the tower offers.
-        layer: tower layer of the scorer; by default the one the features come from.
-    """
-
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
+class PruneSID(Attended):
+    """Semantic groups by principal components; intra-group suppression."""
 
     card: ClassVar[Card] = Card(
         name="prunesid",
         title="principal components as groups, near-duplicates suppressed in each",
         paper="arXiv 2603.09480",
         venue="ICLR 2026",
+        formula="group(i) = argmax_c |V_ic|, V = PCA(sigmoid(x)), K/4 components; suppressed in groups: cos(x_i, "
+        "x_j) > K/32·mean cos; 1 + share ∝ survivors",
         stage="prompt",
         needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
         official="Randomised PCA with K/4 components, so that results depend on the state of the random numbers; CLS "
-        "is one of the K tokens, so that K-1 visual ones, fewer than K remain; tokens come group by group. Suppression "
-        "starts at K/32 times the mean cosine, which is never reached for K >= 128.",
+        "is one of the K tokens, so that K-1 visual ones, fewer than K remain; tokens come group by group. "
+        "Suppression starts at K/32 times the mean cosine, which is never reached for K >= 128.",
         departures="An exact eigendecomposition: the same picture gives the same groups. Exactly K visual tokens in "
         "raster order, shared out by largest remainders. Towers without CLS: prunesid[received]. fidelity='official' "
         "has the published rounding and K-1 tokens.",
@@ -111,33 +105,14 @@ class PruneSID(Method):
         contract=Contract(sync_free=False),
     )
 
-    def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
-
-    @property
-    def label(self) -> str:
-        return "prunesid[received]" if self.scorer == "received" else "prunesid"
-
-    def adapt(self, tower: Tower) -> PruneSID:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
-
     def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        if self.scorer == "received":
-            return Needs(vision_received=layers, encoder_features=True)
-        return Needs(vision_cls=layers, encoder_features=True)
+        return replace(super().needs(), encoder_features=True)
 
     def select(self, ctx: Context) -> Tensor:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        scores = read(-1 if self.layer is None else self.layer)
-        seen = ctx.valid & (scores >= 0)  # what has no patch belongs to no group
+        scores = self.attention(ctx)
+        features = ctx.need_encoder_features()
+        seen = ctx.valid & (scores >= 0) & features.isfinite().all(-1)  # what has no patch belongs to no group
         factor = ctx.count / 32 if ctx.has_cls else (18 * ctx.count / seen.sum(1).clamp_min(1)).clamp_min(1)
-        features = ctx.features if ctx.encoder_features is None else ctx.encoder_features
         official = ctx.fidelity == "official"
         keep = prunesid(features, scores, ctx.count, valid=seen, factor=factor, official=official)
         return keep if official else topk(keep.float(), ctx.count, ctx.valid)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, facility
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Needs
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -49,7 +50,7 @@ def scope(
 
 
 @dataclass(frozen=True)
-class Scope(Method):
+class Scope(Attended):
     """Coverage of the encoder's features, weighted by attention.
 
     Attributes:
@@ -61,14 +62,13 @@ class Scope(Method):
 
     alpha: float = 1.0
     combine: Literal["multiply", "add"] = "multiply"
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
 
     card: ClassVar[Card] = Card(
         name="scope",
         title="coverage of all tokens by attended ones (facility location)",
         paper="arXiv 2510.24214",
         venue="NeurIPS 2025",
+        formula="argmax_i a_i^α·Σ_j max(0, cos(x_i, x_j) - c_j), c_j = max(0, max_{s∈S} cos(x_s, x_j))",
         stage="prompt",
         needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
         official="Selects in the model's dtype, with the attention summed over heads and the budget split over the "
@@ -81,33 +81,22 @@ class Scope(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha < 0:
             raise ConfigError(f"alpha={self.alpha!r}: an exponent of at least 0")
         if self.combine not in ("multiply", "add"):
             raise ConfigError(f"combine={self.combine!r}: use 'multiply' or 'add'")
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
-
-    @property
-    def label(self) -> str:
-        return "scope[received]" if self.scorer == "received" else "scope"
-
-    def adapt(self, tower: Tower) -> Scope:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
 
     def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        if self.scorer == "received":
-            return Needs(vision_received=layers, encoder_features=True)
-        return Needs(vision_cls=layers, encoder_features=True)
+        return replace(super().needs(), encoder_features=True)
 
     def select(self, ctx: Context) -> Tensor:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        attention = read(-1 if self.layer is None else self.layer)
-        features = ctx.features if ctx.encoder_features is None else ctx.encoder_features
-        picks = scope(features, attention, ctx.count, alpha=self.alpha, combine=self.combine, valid=ctx.valid)
+        picks = scope(
+            ctx.need_encoder_features(),
+            self.attention(ctx),
+            ctx.count,
+            alpha=self.alpha,
+            combine=self.combine,
+            valid=ctx.valid,
+        )
         return picks.keep

@@ -65,14 +65,17 @@ class Sieve(Method):
         name="sieve",
         title="attended tokens that the text does not explain, diverse in what is left",
         paper="SIEVE, 2026 (no identifier known)",
-        venue="-",
+        venue="preprint",
+        formula="argmax_i (a_i·‖r_i‖/‖v_i‖)²·Π_{j∈S} (1 - cos²(r_i, r_j)), r = v - v·Tᵀ(T·Tᵀ + λ)⁻¹T, centred on the "
+        "text T",
         stage="decoder",
-        needs="hidden states of image and question; attention of the question's rows in the layer before the cut",
-        official="No code is published. Attention mass is summed over the 12 of 32 heads that look at the image most; "
-        "the layers of its several cuts are not stated.",
-        departures="One cut. Attention is the mean over all heads; the paper's own ablation finds the number of heads "
-        "irrelevant. Text is that behind the last image, without special tokens. Every image has its own budget.",
-        defaults="layer=0.5, energy=0.75.",
+        needs="features (hidden states), question tokens; attention of the text rows in the layer before the cut",
+        official="No code is published. Attention mass is summed over the 12 of 32 heads that look at the image "
+        "most; the layers of its several cuts are not stated.",
+        departures="One cut. Attention is the mean over all heads; the paper's own ablation finds the number of "
+        "heads irrelevant. Text is that behind the last image, without special tokens. Every image has its own "
+        "budget.",
+        defaults="layer=0.5, energy=0.75, for every family and budget.",
         cost="O(NTD + T³) once, O(ND) per pick",
         contract=Contract(question_independent=False, per_image=False, sync_free=False),
     )

@@ -39,14 +39,15 @@ class TextMonkey(Method):
         name="textmonkey",
         title="tokens that no later token resembles",
         paper="arXiv 2403.04473",
-        venue="-",
+        venue="preprint",
+        formula="top-K of -max_{j>i} cos(z_i, z_j)",
         stage="prompt",
         needs="features",
         official="512 tokens of all crops of a picture together, in the model's dtype; a trained cross-attention "
         "resampler then gathers what was dropped. Of duplicates the last is kept.",
-        departures="The filter alone: the resampler needs trained weights that are not published for other models. "
-        "Every image has its own budget; selects in float32.",
-        defaults="The paper keeps 512 of 256 per crop of 448 × 448 pixels.",
+        trained="the cross-attention resampler that gathers what was dropped; published for TextMonkey alone.",
+        departures="The filter alone, without the resampler. Every image has its own budget; selects in float32.",
+        defaults="The paper keeps 512 tokens of all crops, 256 per crop of 448 × 448 pixels.",
         cost="O(N²D) once, in tiles",
         contract=Contract(order_free=False),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, maxsum, mmr
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Layer
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -44,7 +45,7 @@ def todre(
 
 
 @dataclass(frozen=True)
-class ToDRE(Method):
+class ToDRE(Attended):
     """Diversity that starts at the most attended token.
 
     Attributes:
@@ -54,18 +55,18 @@ class ToDRE(Method):
     """
 
     objective: Literal["maxsum", "maxmin"] = "maxsum"
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer = -1
+    layer: Layer | None = -1
 
     card: ClassVar[Card] = Card(
         name="todre",
         title="from the most attended token to those least similar to all kept",
         paper="arXiv 2505.18757",
-        venue="-",
+        venue="preprint",
+        formula="first argmax a, then argmin_i Σ_{j∈S} cos(z_i, z_j)",
         stage="prompt",
         needs="features; CLS attention of the last tower layer, received attention on towers without CLS",
-        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the second "
-        "the sum of similarities (max-sum), which may keep near-duplicates.",
+        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the "
+        "second the sum of similarities (max-sum), which may keep near-duplicates.",
         departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is an exit stage. On "
         "tiled pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at "
         "the token that receives most attention, where the paper draws one: todre[received].",
@@ -75,24 +76,14 @@ class ToDRE(Method):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.objective not in ("maxsum", "maxmin"):
             raise ConfigError(f"objective={self.objective!r}: use 'maxsum' or 'maxmin'")
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
 
     @property
     def label(self) -> str:
         notes = ["received"] * (self.scorer == "received") + ["maxmin"] * (self.objective == "maxmin")
         return f"todre[{', '.join(notes)}]" if notes else "todre"
 
-    def adapt(self, tower: Tower) -> ToDRE:
-        return replace(self, scorer=self.scorer or ("cls" if tower.has_cls else "received"))
-
-    def needs(self) -> Needs:
-        received = self.scorer == "received"
-        return Needs(vision_received=(self.layer,)) if received else Needs(vision_cls=(self.layer,))
-
     def select(self, ctx: Context) -> Tensor:
-        read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        scores = read(self.layer)
-        return todre(ctx.features, scores, ctx.count, objective=self.objective, valid=ctx.valid).keep
+        return todre(ctx.features, self.attention(ctx), ctx.count, objective=self.objective, valid=ctx.valid).keep

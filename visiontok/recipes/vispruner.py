@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import rank, thinned
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Needs
+from ._attended import Attended
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -23,7 +24,8 @@ def vispruner(
 
     Args:
         features: (N, D) or (B, N, D), outputs of the vision tower.
-        scores: (N,) or (B, N), attention.
+        scores: (N,) or (B, N), attention; negative where a token has no patch. Such tokens come last, and so do those
+            that hold NaN or infinity.
         k: tokens to keep, int or (B,) long.
         important: share of the budget that attention decides, rounded down.
         valid: (N,) or (B, N) bool.
@@ -34,12 +36,16 @@ def vispruner(
     ok = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     count = torch.minimum(torch.as_tensor(k, device=ok.device), ok.sum(-1))
     first = (count.double() * important).long()
-    seen = (rank(scores, ok) < first[..., None]) & ok
-    return seen | thinned(features, scores, count - first, ok & ~seen)
+    patch = ok & (scores >= 0) & features.isfinite().all(-1)
+    seen = patch & (rank(scores, patch) < first[..., None])
+    rest = patch & ~seen
+    keep = seen | thinned(features, scores, torch.minimum(count - first, rest.sum(-1)), rest)
+    others = ok & ~keep
+    return keep | (others & (rank(scores, others) < (count - keep.sum(-1))[..., None]))
 
 
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(Attended):
     """Important tokens by attention, diverse tokens by removal of duplicates.
 
     Attributes:
@@ -49,50 +55,36 @@ class VisPruner(Method):
     """
 
     important: float = 0.5
-    scorer: Literal["cls", "received"] | None = None
-    layer: Layer | None = None
 
     card: ClassVar[Card] = Card(
         name="vispruner",
         title="top-k by CLS attention, then removal of duplicates among the rest",
         paper="arXiv 2412.01818",
         venue="ICCV 2025",
+        formula="top-⌊rK⌋ of a; of the others, in its order, drop in rounds the 8 even places of largest max_{j odd} "
+        "cos(x_i, x_j)",
         stage="prompt",
-        needs="the projector's input; CLS attention of one tower layer, received attention on towers without CLS",
-        official="A fixed budget per crop. The list of tokens left over is split by alternation and reordered in every "
-        "round, so that the result is chaotic: with 576 to 64 tokens, noise of 1e-6 changes more than half of those "
-        "the second step keeps. Bug: a list of odd length raises a shape error.",
-        departures="Lists of odd length work: places 0, 2, 4, … are candidates. Similarities in float32, once. One "
-        "budget per image. Towers without CLS are scored by received attention: vispruner[received].",
+        needs="projector inputs; CLS attention of one tower layer, received attention on towers without CLS",
+        official="A fixed budget per crop. The list of tokens left over is split by alternation and reordered in "
+        "every round, so that the result is chaotic: with 576 to 64 tokens, noise of 1e-6 changes more than half of "
+        "those the second step keeps.",
+        bugs="A list of odd length raises a shape error.",
+        departures="Lists of odd length work: places 0, 2, 4, … are candidates. image_newline tokens come last. "
+        "Similarities in float32, once. One budget per image. Towers without CLS are scored by received attention: "
+        "vispruner[received].",
         defaults="important=0.5; the README's example uses 0.75 for 64 tokens. The layer the features come from.",
         cost="O(N²D) once, then (N-K)/8 rounds of O(N²)",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, "cls", "received"):
-            raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
+        super().__post_init__()
         if not 0 <= self.important <= 1:
             raise ConfigError(f"important={self.important!r}: a share of the budget lies in [0, 1]")
 
-    @property
-    def label(self) -> str:
-        return "vispruner[received]" if self.scorer == "received" else "vispruner"
-
-    def adapt(self, tower: Tower) -> VisPruner:
-        return replace(
-            self,
-            scorer=self.scorer or ("cls" if tower.has_cls else "received"),
-            layer=tower.feature_layer if self.layer is None else self.layer,
-        )
-
     def needs(self) -> Needs:
-        layers = () if self.layer is None else (self.layer,)
-        if self.scorer == "received":
-            return Needs(vision_received=layers, encoder_features=True)
-        return Needs(vision_cls=layers, encoder_features=True)
+        return replace(super().needs(), encoder_features=True)
 
     def select(self, ctx: Context) -> Tensor:
-        layer = -1 if self.layer is None else self.layer
-        scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
-        return vispruner(ctx.need_encoder_features(), scores, ctx.count, important=self.important, valid=ctx.valid)
+        features, scores = ctx.need_encoder_features(), self.attention(ctx)
+        return vispruner(features, scores, ctx.count, important=self.important, valid=ctx.valid)

@@ -26,7 +26,7 @@ def vscan(
     window: int = 6,
     rounded_down: bool = False,
     valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Half of the budget by windows of a shallow layer, the other half by a deep one; dropped tokens are merged.
 
     Args:
@@ -41,8 +41,8 @@ def vscan(
         valid: (N,) or (B, N) bool.
 
     Returns:
-        bool keep mask (N,) or (B, N), and features of the shape given: each kept token is the mean of those that it
-        resembles most and its own.
+        bool keep mask (N,) or (B, N); features of the shape given, each kept token the mean of those that resemble it
+        most and its own; and long (N,) or (B, N), the place of the kept token each went to, -1 for none.
     """
     ok = torch.ones_like(deep, dtype=torch.bool) if valid is None else valid
     count = torch.minimum(torch.as_tensor(k, device=ok.device), ok.sum(-1))
@@ -63,7 +63,7 @@ def vscan(
     keep = local | (others & (rank(deep, others) < room[..., None]))
     group = nearest_kept(features, keep, placed | keep)
     merged, _ = absorb(features, group, torch.ones_like(deep), 1.0)
-    return keep, merged
+    return keep, merged, group
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,17 @@ class VScan(Method):
         title="local and global tokens by attention of two tower layers, the others merged into them",
         paper="arXiv 2505.22654 (stage 1)",
         venue="TMLR 2026",
+        formula="K/2 best of a^shallow, at most ⌈K/2/windows⌉ per window; K/2 best of a^deep; z_j = mean of z over "
+        "the tokens nearest to j",
         stage="prompt",
-        needs="CLS or received attention of two tower layers; grid",
+        needs="features, grid; CLS attention of two tower layers, received attention on towers without CLS",
         official="CLIP: 16 windows of 6 × 6 tokens, layers 5 and -2, CLS attention; every window keeps the same "
         "number, rounded down, so that fewer than K remain. Qwen2.5-VL: windows of 4 × 4, layers 7 and 31, received "
         "attention; a window keeps at most the number rounded up. A second stage cuts inside the language model.",
         departures="Exactly K tokens: the rule of the Qwen code everywhere, and where windows are too small the deep "
-        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the second. "
-        "Tokens off the grid, such as image_newline, come last and are merged into none. One budget per image.",
+        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the "
+        "second. Tokens off the grid, such as image_newline, come last and are merged into none. One budget per "
+        "image.",
         defaults="LLaVA: window=6, shallow_layer=5 of 24, deep_layer=-2. Qwen2.5-VL: window=4, 7 and 31 of 32.",
         cost="O(HNd) for two attention rows, O(HN²d) on towers without CLS; O(NKD) to merge",
         contract=Contract(sync_free=False),
@@ -124,7 +127,7 @@ class VScan(Method):
 
     def select(self, ctx: Context) -> Selection:
         read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
-        keep, features = vscan(
+        keep, features, into = vscan(
             ctx.features,
             read(5 / 24 if self.shallow_layer is None else self.shallow_layer),
             read(-1 if self.deep_layer is None else self.deep_layer),
@@ -134,4 +137,4 @@ class VScan(Method):
             rounded_down=ctx.fidelity == "official" and self.scorer != "received",
             valid=ctx.valid,
         )
-        return Selection(keep=keep, features=features)
+        return Selection(keep=keep, features=features, into=into)

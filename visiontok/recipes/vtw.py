@@ -23,12 +23,13 @@ class VTW(Method):
         title="withdraw all visual tokens from a decoder layer on",
         paper="arXiv 2405.05803",
         venue="AAAI 2025",
+        formula="no visual token in layers l >= layer",
         stage="decoder",
         needs="nothing",
         official="Layer 15 of 32 for LLaVA-1.5-7B, found by comparing the last token's distribution with and without "
         "the withdrawal; kept text keeps its positions.",
-        departures="The layer is a fraction of the depth; calibrate it per model, text-rich images need it late (26 of "
-        "32 on TextVQA).",
+        departures="The layer is a fraction of the depth; calibrate it per model, text-rich images need it late (26 "
+        "of 32 on TextVQA).",
         defaults="layer=0.5.",
         cost="none",
         budget=False,

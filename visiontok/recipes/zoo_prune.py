@@ -62,13 +62,15 @@ class ZooPrune(Method):
         title="sensitivity of the projector times novelty",
         paper="arXiv 2509.24837",
         venue="CVPR 2026",
+        formula="S_i = mean_u ‖M(x_i + hu) - M(x_i - hu)‖/2h; first argmax S, then argmax_i minmax(S)_i·(1 - "
+        "max_{j∈S} cos(z_i, z_j))",
         stage="prompt",
         needs="features, projector inputs, the projector itself",
-        official="No code is published. The paper pushes every token along 64 random directions of length 1 by ±0.01; "
-        "in bfloat16 most of such a step is lost to rounding.",
-        departures="The projector runs in float32. Directions come from a fixed seed and are shared by all tokens and "
-        "images. derivative='exact' is the limit of a vanishing step at one and a half times the cost of a forward "
-        "instead of two. Where a merger joins patches, a direction moves all of them.",
+        official="No code is published. The paper pushes every token along 64 random directions of length 1 by "
+        "±0.01; in bfloat16 most of such a step is lost to rounding.",
+        departures="The projector runs in float32. Directions come from a fixed seed and are shared by all tokens "
+        "and images. derivative='exact' is the limit of a vanishing step at one and a half times the cost of a "
+        "forward instead of two. Where a merger joins patches, a direction moves all of them.",
         defaults="derivative=difference, step=0.01, directions=64.",
         cost="128 projector rows per token, O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
@@ -86,12 +88,10 @@ class ZooPrune(Method):
         return Needs(projector=True)
 
     def select(self, ctx: Context) -> Tensor:
-        if ctx.encoder_features is None or ctx.project is None:
-            raise ConfigError("zoo_prune: the context has no projector; it is a method for prompt stages")
-        inputs = ctx.encoder_features
+        inputs, project = ctx.need_projector()
         drawn = torch.randn(self.directions, inputs.shape[-1], generator=torch.Generator().manual_seed(self.seed))
         directions = torch.nn.functional.normalize(drawn, dim=-1).to(inputs.device)
         step = None if self.derivative == "exact" else self.step
-        scores = sensitivity(ctx.project, inputs, directions, step=step)
+        scores = sensitivity(project, inputs, directions, step=step)
         scores = torch.where((inputs != 0).any(-1), scores, torch.nan)  # what has no patch has no sensitivity
         return zoo_prune(ctx.features, scores, ctx.count, valid=ctx.valid).keep

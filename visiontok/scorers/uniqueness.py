@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels import nearest_later
@@ -18,10 +19,11 @@ def uniqueness(features: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: (N,) or (B, N) bool; other tokens are nobody's likeness.
 
     Returns:
-        (N,) or (B, N) float32.
+        (N,) or (B, N) float32; NaN where a token holds NaN or infinity.
 
     Reference:
         TextMonkey, arXiv 2403.04473, token filter.
     """
     x = rows(features, 2, "features")
-    return unrow(-nearest_later(x, mask(valid, x)), features, 2)
+    scores = -nearest_later(x, mask(valid, x))
+    return unrow(torch.where(x.isfinite().all(-1), scores, torch.nan), features, 2)

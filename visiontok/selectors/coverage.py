@@ -12,7 +12,8 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     """Greedily keep the token i of largest Σ_r weight_r · max(0, table_ri - best_r), best_r over kept tokens, from 0.
 
     Args:
-        table: (R, N) or (B, R, N), how well token i covers row r; negative counts as 0.
+        table: (R, N) or (B, R, N), how well token i covers row r; negative counts as 0. Tokens with NaN in their column
+            come last.
         k: tokens to keep, int or (B,) long.
         weight: (R,) or (B, R), importance of the rows; 1 by default.
         valid: (N,) or (B, N) bool; other tokens are not kept.
@@ -30,4 +31,4 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     ok = mask(valid, t.mT)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     state = Coverage(t, None if weight is None else rows(weight, 1, "weight").float(), None, None)
-    return unrow_picks(greedy(state, counts, most, ok), table, 2)
+    return unrow_picks(greedy(state, counts, most, ok, ~t.isnan().any(1)), table, 2)

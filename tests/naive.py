@@ -49,6 +49,16 @@ def split(weights: list[float], total: int, caps: list[int]) -> list[int]:
     return share
 
 
+def divprune_naive(z: Array, k: int) -> list[int]:
+    others = range(len(z))
+    return greedy(len(z), k, lambda i, chosen: 1 - max(cos(z[i], z[j]) for j in chosen or others if j != i))
+
+
+def idpruner_naive(z: Array, s: Array, k: int) -> list[int]:
+    s = (s - s.min()) / (s.max() - s.min() + 1e-6)
+    return greedy(len(z), k, lambda i, chosen: s[i] - max((cos(z[i], z[j]) for j in chosen), default=-s[i]))
+
+
 def todre_naive(z: Array, a: Array, k: int, objective: str = "maxsum") -> list[int]:
     fold = sum if objective == "maxsum" else max
     return greedy(len(z), k, lambda i, chosen: -fold(cos(z[i], z[j]) for j in chosen) if chosen else a[i])

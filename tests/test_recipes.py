@@ -65,6 +65,10 @@ METHODS: list[Method] = [
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
     Norm(),
+    Norm(features="merger_in"),
+    DivPrune(features="merger_in", background=1),
+    IDPruner(features="merger_in").adapt(CLIP),
+    ToDRE(features="merger_in").adapt(QWEN),
     VisionZip().adapt(CLIP),
     VisionZip(share=0.5).adapt(QWEN),
     PruMerge().adapt(CLIP),
@@ -241,6 +245,11 @@ def test_substitutes_are_named() -> None:
     assert [DivPrune(background=r).label for r in (None, 0, 3)] == [
         "divprune", "divprune[centred]", "divprune[residual]",
     ]  # fmt: skip
+    for cls in (Norm, DivPrune):
+        assert cls(features="merger_in").label == f"{cls.card.name}[merger_in]"
+    both = {"background": 0, "features": "merger_in"}
+    assert IDPruner(**both).adapt(CLIP).label == "idpruner[cls, centred, merger_in]"
+    assert ToDRE(features="merger_in").adapt(QWEN).label == "todre[received, merger_in]"
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
     assert VScan().adapt(QWEN).label == "vscan"  # its Qwen code uses received attention itself
@@ -275,6 +284,9 @@ def test_defaults_follow_the_tower() -> None:
 def test_only_what_is_read_is_asked_for() -> None:
     assert IDPruner(scorer="norm").needs() == DivPrune().needs()
     assert IDPruner().adapt(QWEN).needs().vision_cls == ()
+    for cls in (Norm, DivPrune, IDPruner, ToDRE):
+        wants = [cls(features=space).needs().encoder_features for space in ("projected", "merger_in")]
+        assert wants == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +295,7 @@ def test_only_what_is_read_is_asked_for() -> None:
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
         (IDPruner, {"background": -1}, "background=-1"),
+        *((cls, {"features": "raw"}, "features='raw': use 'projected'") for cls in (Norm, DivPrune, IDPruner, ToDRE)),
         (DivPrune, {"background": -1}, "background=-1: at least 0 directions"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
         (VisionZip, {"share": 1.0}, "share=1.0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .budget import Budget
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 Layer = int | float
 StageKind = Literal["prompt", "cut", "inject", "exit", "skip"]
+
+
+def labelled(name: str, *notes: str) -> str:
+    """``name[note, note]``, without the notes that are empty; they join those that ``name`` already has."""
+    said = ", ".join(note for note in notes if note)
+    if not said:
+        return name
+    return f"{name[:-1]}, {said}]" if name.endswith("]") else f"{name}[{said}]"
 
 
 def resolve_layer(layer: Layer, depth: int, *, name: str, lowest: int = 0) -> int:
@@ -263,10 +271,7 @@ class Stage:
         """Its method as results name it, or its kind."""
         if self.method is None:
             return self.kind
-        name = self.method.label
-        if self.mass is None:
-            return name
-        return f"{name[:-1]}, {self.mass}]" if name.endswith("]") else f"{name}[{self.mass}]"
+        return labelled(self.method.label, "" if self.mass is None else str(self.mass))
 
 
 @dataclass(frozen=True)
@@ -316,3 +321,38 @@ class Method:
                 remedy = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
                 raise ConfigError(f"{name}={value!r}: {cls.card.name} has no such option; {remedy}")
         return cls(**options)
+
+
+@dataclass(frozen=True)
+class VectorMethod(Method):
+    """Base of methods that see a token as a vector and nothing else, so that it may come from before the projector.
+
+    Attributes:
+        features: ``projected``, what the language model reads; or ``merger_in``, what the projector reads, the patches
+            of a token one behind the other. The choice alone changes, not what is kept of a token. Tokens without a
+            patch (newlines of tiled pictures) come last then.
+
+    Reference:
+        Rank-Before-Merge (2026, a draft): a patch merger hides the lengths that text on a picture has before it.
+    """
+
+    features: Literal["projected", "merger_in"] = field(default="projected", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.features not in ("projected", "merger_in"):
+            raise ConfigError(f"features={self.features!r}: use 'projected' or 'merger_in'")
+
+    @property
+    def space(self) -> str:
+        """The note of a label: where the vectors come from, empty by default."""
+        return "" if self.features == "projected" else self.features
+
+    def needs(self) -> Needs:
+        return Needs(encoder_features=self.features == "merger_in")
+
+    def vectors(self, ctx: Context) -> torch.Tensor:
+        """(U, N, ·) float; NaN where a token has no patch before the projector."""
+        if self.features == "projected":
+            return ctx.features
+        inputs = ctx.need_encoder_features()
+        return inputs.masked_fill(~inputs.any(-1, keepdim=True), math.nan)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, foreground, minmax, mmr, norm
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Layer, Needs, Tower, VectorMethod, labelled
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -46,7 +46,7 @@ def idpruner(
 
 
 @dataclass(frozen=True)
-class IDPruner(Method):
+class IDPruner(VectorMethod):
     """MMR over a scorer of your choice.
 
     Attributes:
@@ -69,18 +69,20 @@ class IDPruner(Method):
         paper="arXiv 2602.13315",
         venue="-",
         stage="prompt",
-        needs="features; CLS or received attention of one tower layer unless scorer='norm'",
+        needs="features, projector inputs with features='merger_in'; CLS or received attention of one tower layer "
+        "unless scorer='norm'",
         official="Scores come from the trained VisionSelector head; all images of a prompt share one pool; several "
         "picks per round on request.",
         departures="Training-free: the scorer is a substitute and is named with the method, as in idpruner[cls]. "
         "Every image has its own budget. One pick per round. With a background taken out of the features (Cen-Prune, "
-        "LRCP) the label says so, as in idpruner[cls, centred].",
+        "LRCP), or with the features before the merger, the label says so, as in idpruner[cls, centred, merger_in].",
         defaults="scorer=cls for CLIP towers, received for towers without CLS; the layer the features come from.",
         cost="O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scorer is not None and self.scorer not in SCORERS:
             raise ConfigError(f"scorer={self.scorer!r}: use one of {', '.join(SCORERS)}")
         if not 0 <= self.balance <= 1:
@@ -90,8 +92,8 @@ class IDPruner(Method):
 
     @property
     def label(self) -> str:
-        space = "" if self.background is None else ", residual" if self.background else ", centred"
-        return f"idpruner[{self.scorer or 'attention'}{space}]"
+        background = "" if self.background is None else "residual" if self.background else "centred"
+        return labelled("idpruner", self.scorer or "attention", background, self.space)
 
     def adapt(self, tower: Tower) -> IDPruner:
         return replace(
@@ -102,18 +104,18 @@ class IDPruner(Method):
 
     def needs(self) -> Needs:
         layers = () if self.layer is None else (self.layer,)
-        return Needs(
+        return replace(
+            super().needs(),
             vision_cls=layers if self.scorer == "cls" else (),
             vision_received=layers if self.scorer == "received" else (),
         )
 
     def select(self, ctx: Context) -> Tensor:
-        layer = -1 if self.layer is None else self.layer
+        layer, features = -1 if self.layer is None else self.layer, self.vectors(ctx)
         if self.scorer == "norm":
-            scores = norm(ctx.features)
+            scores = norm(features)
         else:
             scores = ctx.attention.received(layer) if self.scorer == "received" else ctx.attention.cls(layer)
-        features = ctx.features
         if self.background is not None:
             features = foreground(features, self.background, ctx.valid)
         return idpruner(features, scores, ctx.count, balance=self.balance, valid=ctx.valid).keep

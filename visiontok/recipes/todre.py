@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, maxsum, mmr
-from ..method import Card, Contract, Layer, Method, Needs, Tower
+from ..method import Card, Contract, Layer, Needs, Tower, VectorMethod, labelled
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -44,7 +44,7 @@ def todre(
 
 
 @dataclass(frozen=True)
-class ToDRE(Method):
+class ToDRE(VectorMethod):
     """Diversity that starts at the most attended token.
 
     Attributes:
@@ -63,18 +63,21 @@ class ToDRE(Method):
         paper="arXiv 2505.18757",
         venue="-",
         stage="prompt",
-        needs="features; CLS attention of the last tower layer, received attention on towers without CLS",
+        needs="features, projector inputs with features='merger_in'; CLS attention of the last tower layer, received "
+        "attention on towers without CLS",
         official="No code is published. The first version of the paper writes a greedy k-center (max-min), the second "
         "the sum of similarities (max-sum), which may keep near-duplicates.",
         departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is an exit stage. On "
         "tiled pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at "
-        "the token that receives most attention, where the paper draws one: todre[received].",
+        "the token that receives most attention, where the paper draws one: todre[received]. todre[merger_in] "
+        "compares the patches of a token, one behind the other, before the merger.",
         defaults="objective=maxsum, layer=-1; the paper keeps 10 % or 25 % of LLaVA-NeXT's tokens.",
         cost="O(ND) per pick for maxsum, without a Gram matrix; O(N²D) once and O(N) per pick for maxmin",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.objective not in ("maxsum", "maxmin"):
             raise ConfigError(f"objective={self.objective!r}: use 'maxsum' or 'maxmin'")
         if self.scorer not in (None, "cls", "received"):
@@ -82,17 +85,19 @@ class ToDRE(Method):
 
     @property
     def label(self) -> str:
-        notes = ["received"] * (self.scorer == "received") + ["maxmin"] * (self.objective == "maxmin")
-        return f"todre[{', '.join(notes)}]" if notes else "todre"
+        scorer = "received" if self.scorer == "received" else ""
+        return labelled("todre", scorer, "maxmin" if self.objective == "maxmin" else "", self.space)
 
     def adapt(self, tower: Tower) -> ToDRE:
         return replace(self, scorer=self.scorer or ("cls" if tower.has_cls else "received"))
 
     def needs(self) -> Needs:
-        received = self.scorer == "received"
-        return Needs(vision_received=(self.layer,)) if received else Needs(vision_cls=(self.layer,))
+        layers = (self.layer,)
+        if self.scorer == "received":
+            return replace(super().needs(), vision_received=layers)
+        return replace(super().needs(), vision_cls=layers)
 
     def select(self, ctx: Context) -> Tensor:
         read = ctx.attention.received if self.scorer == "received" else ctx.attention.cls
         scores = read(self.layer)
-        return todre(ctx.features, scores, ctx.count, objective=self.objective, valid=ctx.valid).keep
+        return todre(self.vectors(ctx), scores, ctx.count, objective=self.objective, valid=ctx.valid).keep

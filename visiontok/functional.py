@@ -24,6 +24,7 @@ from .scorers.sensitivity import sensitivity
 from .scorers.uniqueness import uniqueness
 from .selectors.anchors import anchors
 from .selectors.components import components
+from .selectors.coordinates import coordinates
 from .selectors.coverage import coverage
 from .selectors.discount import discount
 from .selectors.dpp import dpp
@@ -55,6 +56,7 @@ __all__ = [
     "centred",
     "clusters",
     "components",
+    "coordinates",
     "coverage",
     "discount",
     "dpp",

@@ -237,6 +237,11 @@ class Stage:
         method: who selects, for ``prompt`` and ``cut``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for ``prompt`` and ``cut``.
         mass: whether kept tokens speak for the dropped ones, for ``prompt`` and ``cut``.
+        reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
+            cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
+            arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
+            half of the tokens and reserves a tenth of all for either, which is 0.2. What is kept then depends on where
+            in the prompt the image stands, too.
     """
 
     kind: StageKind
@@ -245,6 +250,7 @@ class Stage:
     until: Layer | None = None
     keep: Budget | None = None
     mass: Mass | None = None
+    reserve: float = 0.0
 
     def __post_init__(self) -> None:
         selects = self.kind in ("prompt", "cut")
@@ -265,13 +271,18 @@ class Stage:
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
         if self.mass is not None and not selects:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
+        if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
+            raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
+        if self.reserve and not selects:
+            raise ConfigError(f"reserve={self.reserve}: a {self.kind} stage has no budget to reserve a share of")
 
     @property
     def label(self) -> str:
         """Its method as results name it, or its kind."""
         if self.method is None:
             return self.kind
-        return labelled(self.method.label, "" if self.mass is None else str(self.mass))
+        mass = "" if self.mass is None else str(self.mass)
+        return labelled(self.method.label, f"reserve={self.reserve:g}" if self.reserve else "", mass)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,14 @@ def test_variants(variant: str, architecture: str) -> None:
     assert_conforms(recipe, stage.method.card, architecture)
 
 
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["divprune", "visionzip", "fastv"])
+def test_with_coordinate_tokens_reserved(method: str, architecture: str) -> None:
+    """A choice, a merging, and a cut in the decoder."""
+    recipe = visiontok.recipe(method).with_reserve(0.3)
+    assert_conforms(recipe, recipe.stages[0].method.card, architecture)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("architecture", [*DEFAULT, "internvl"])
 @pytest.mark.parametrize("card", [card for card in visiontok.methods() if card.budget], ids=lambda card: card.name)
 def test_the_published_behaviour_keeps_its_budget(card: Card, architecture: str) -> None:

@@ -386,12 +386,21 @@ class Attachment:
     def _positions(
         given: torch.Tensor | None, mask_2d: torch.Tensor | None, x: torch.Tensor, past: int
     ) -> torch.Tensor:
-        """The positions that the caller gave for ``x`` (B, N, D), or those that ``generate()`` would."""
-        if given is not None:
+        """The positions of ``x`` (B, N, D) that the model was given, or those that ``generate()`` would give.
+
+        A forward may number the padding in front of a row, too; it is taken out, so that a row alone has the same.
+        """
+        batch, length = x.shape[:2]
+        if given is None and mask_2d is not None:
+            return (mask_2d.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+        if given is None:
+            return (torch.arange(length, device=x.device) + past)[None]
+        if given.ndim == 3 or mask_2d is None:
             return given
-        if mask_2d is not None:
-            return (mask_2d.long().cumsum(1) - 1).clamp_min(0)[:, -x.shape[1] :]
-        return (torch.arange(x.shape[1], device=x.device) + past)[None]
+        given = given.reshape(-1, length).expand(batch, length)
+        ahead = (mask_2d[:, -length:].cumsum(1) == 0).sum(1, keepdim=True)
+        numbered = given.gather(1, ahead.clamp_max(length - 1)) - given[:, :1] == ahead
+        return given - ahead * numbered
 
     def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
         """Give the family's own per-token keywords the tokens of ``layout``."""

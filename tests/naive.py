@@ -205,6 +205,21 @@ def prunesid_naive(x: Array, attention: Array, k: int, factor: float, *, officia
     return sorted(i for g in groups for i in (picked[g] + fallen.get(g, []))[: share[g]])
 
 
+def agile_naive(
+    x: Array, a: Array, k: int, *, rate: float = 0.01, typical: float = 92.0, most: float = 0.5
+) -> list[int]:
+    values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    share = values[values > 0] / values.sum()
+    step = rate * math.exp(-float((share * np.log(share)).sum())) / typical
+    order = sorted(range(len(x)), key=lambda i: (-a[i], i))
+    kept: list[int] = []
+    while len(kept) < k:
+        rest = [i for i in order if i not in kept]
+        clear = [i for i in rest if all(1 - cos(x[i], x[j]) >= min(most, t * step) for t, j in enumerate(kept, 1))]
+        kept.append((clear or rest)[0])
+    return kept
+
+
 def sieve_naive(v: Array, t: Array, a: Array, k: int) -> list[int]:
     v, t = v - t.mean(0), t - t.mean(0)
     gram = t @ t.T

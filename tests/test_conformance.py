@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "zoo_prune, exact": ("zoo_prune", {"derivative": "exact", "directions": 8}),
     "scope, sum": ("scope", {"combine": "add", "alpha": 0.5, "scorer": "received"}),
     "holov, two stretches": ("holov", {"stretches": 2, "scorer": "received"}),
+    "agile, quickly": ("agile", {"rate": 0.6}),
     "fastv, late": ("fastv", {"layer": 3}),
     "visionzip, mostly contextual": ("visionzip", {"share": 0.7, "scorer": "received", "layer": 0}),
     "prumerge, adaptive": ("prumerge", {"adaptive": True}),

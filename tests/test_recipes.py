@@ -15,6 +15,7 @@ from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Selection, Tower
 from visiontok.recipes import find
+from visiontok.recipes.agile import Agile
 from visiontok.recipes.aim_merge import AimMerge
 from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
@@ -100,6 +101,8 @@ METHODS: list[Method] = [
     HoloV(beta=1.0).adapt(QWEN),
     PruneSID().adapt(CLIP),
     PruneSID().adapt(QWEN),
+    Agile().adapt(CLIP),
+    Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
     Sieve(),
 ]
@@ -259,7 +262,7 @@ def test_substitutes_are_named() -> None:
     assert GlobalCom2().adapt(NEXT).label == "globalcom2"
     assert GlobalCom2().adapt(CLIP).label == "globalcom2[untiled]"
     assert GlobalCom2().adapt(QWEN).label == "globalcom2[received, untiled]"
-    for cls in (ToDRE, Scope, HoloV, PruneSID):
+    for cls in (ToDRE, Scope, HoloV, PruneSID, Agile):
         name = cls.card.name
         assert (cls().adapt(CLIP).label, cls().adapt(QWEN).label) == (name, f"{name}[received]")
     assert ToDRE(objective="maxmin").adapt(QWEN).label == "todre[received, maxmin]"
@@ -323,6 +326,10 @@ def test_only_what_is_read_is_asked_for() -> None:
         (HoloV, {"stretches": 0}, "stretches=0: at least 1"),
         (HoloV, {"beta": -1.0}, "beta=-1.0"),
         (PruneSID, {"scorer": "norm"}, "scorer='norm'"),
+        (Agile, {"rate": -0.1}, "rate=-0.1: must be at least 0"),
+        (Agile, {"typical": 0}, "typical=0: must be positive"),
+        (Agile, {"most": 2.1}, "most=2.1: cosine distances"),
+        (Agile, {"scorer": "norm"}, "scorer='norm'"),
         (Erase, {"part": "last"}, "part='last'"),
         (Erase, {"thresholds": [1, 2, 3]}, r"thresholds=\[1, 2, 3\]: give 3 numbers in descending order"),
         (Erase, {"shares": (0.9, 0.5, 0.4)}, "shares=.*: give 4 numbers"),

@@ -21,6 +21,7 @@ from .scorers.minmax import minmax
 from .scorers.norm import norm
 from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
+from .scorers.spectrum import effective_rank
 from .scorers.uniqueness import uniqueness
 from .selectors.anchors import anchors
 from .selectors.components import components
@@ -40,6 +41,7 @@ from .selectors.suppress import suppress
 from .selectors.thinned import thinned
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
+from .selectors.widening import widening
 from .selectors.within import rank_within
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "coverage",
     "discount",
     "dpp",
+    "effective_rank",
     "facility",
     "foreground",
     "layer_average",
@@ -86,4 +89,5 @@ __all__ = [
     "uniform",
     "uniqueness",
     "unmerge",
+    "widening",
 ]

@@ -37,6 +37,7 @@ LAYERS = {
     "visiontok.report": "report",
     "visiontok.images": "images",
     "visiontok.clip": "clip",
+    "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.run": "run",
@@ -61,7 +62,7 @@ MAY_IMPORT = {
     "operators": OPERATORS,
     "values": OPERATORS | {"values"},
     "method": METHOD,
-    "recipes": METHOD | {"recipe", "recipes", "clip"},
+    "recipes": METHOD | {"recipe", "recipes", "clip", "weights"},
     "recipe": METHOD | {"recipe", "recipes"},
     "adapters.base": {"errors", "values", "adapters.base", "torchvision"},
     "adapters": {"errors", "values", "adapters.base", "adapters", "torchvision"},
@@ -70,6 +71,7 @@ MAY_IMPORT = {
     "report": ENGINE | {"report"},
     "images": {"errors"},
     "clip": {"errors", "torchvision"},
+    "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
     "run": API | {"package", "overlay", "run", "demo"},
@@ -94,6 +96,7 @@ MAY_USE = {
     "engine": {"torch", "transformers"},
     "images": {"PIL"},
     "clip": {"torch", "open_clip", "transformers"},
+    "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
 }
 

@@ -17,6 +17,7 @@ from .mergers.neighbours import neighbours
 from .scorers.attention import attention_columns, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
+from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
 from .scorers.residual import centred, foreground, residual
@@ -66,6 +67,7 @@ __all__ = [
     "facility",
     "foreground",
     "layer_average",
+    "learned",
     "least_similar",
     "maxmin",
     "maxsum",

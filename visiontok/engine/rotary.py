@@ -41,7 +41,11 @@ def rotary_tables(text: Any, positions: torch.Tensor, batch: int) -> tuple[torch
         kinds = text.config.layer_types
         options["layer_type"] = "full_attention" if "full_attention" in kinds else kinds[0]
     like = torch.empty(0, device=positions.device)  # tells device and dtype
-    tables = [rotary(like, axis.expand(batch, -1), **options) for axis in axes]
+    tables = []
+    for axis in axes:
+        # a model with several axes is given the same one for each; some versions answer with a table for each
+        at = axis.expand(len(axes), batch, -1) if positions.ndim == 3 else axis.expand(batch, -1)
+        tables.append([x[0] if x.ndim == 4 else x for x in rotary(like, at, **options)])
     shape = (batch, axes.shape[-1])
     if any(len(table) != 2 or any(x.shape[:-1] != shape for x in table) for table in tables):
         raise UnsupportedError(

@@ -128,6 +128,25 @@ class Discount:
         self.score = self.score * torch.where(alike > 1 - SAME, 0.0, 1 - alike)
 
 
+class Widening:
+    """gain_i = score_i, plus N while no pick stands too close: the t-th clears the cosine distance t·step around it."""
+
+    def __init__(self, features: Tensor, scores: Tensor, step: Tensor, most: float) -> None:
+        """features (B, N, D); scores (B, N) in 1 ... N; step (B,); most, the largest distance."""
+        self.unit, self.score, self.step, self.most = unit(features), scores, step[:, None], most
+        self.stands, self.picks = torch.ones_like(scores, dtype=torch.bool), 0
+
+    def gain(self) -> Tensor:
+        return self.score + self.score.shape[1] * self.stands
+
+    def add(self, pick: Tensor) -> None:
+        self.picks += 1
+        with torch.autocast(self.unit.device.type, enabled=False):
+            distance = 1 - (self.unit @ _rows(self.unit, pick)[..., None])[..., 0]
+        radius = (self.picks * self.step).clamp_max(self.most)
+        self.stands = self.stands & (torch.where(distance < SAME, 0.0, distance) >= radius)
+
+
 class Coverage:
     """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - max_{j in S} table_rj) + bonus_i, the maximum starting at 0.
 

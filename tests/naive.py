@@ -49,6 +49,16 @@ def split(weights: list[float], total: int, caps: list[int]) -> list[int]:
     return share
 
 
+def divprune_naive(z: Array, k: int) -> list[int]:
+    others = range(len(z))
+    return greedy(len(z), k, lambda i, chosen: 1 - max(cos(z[i], z[j]) for j in chosen or others if j != i))
+
+
+def idpruner_naive(z: Array, s: Array, k: int) -> list[int]:
+    s = (s - s.min()) / (s.max() - s.min() + 1e-6)
+    return greedy(len(z), k, lambda i, chosen: s[i] - max((cos(z[i], z[j]) for j in chosen), default=-s[i]))
+
+
 def todre_naive(z: Array, a: Array, k: int, objective: str = "maxsum") -> list[int]:
     fold = sum if objective == "maxsum" else max
     return greedy(len(z), k, lambda i, chosen: -fold(cos(z[i], z[j]) for j in chosen) if chosen else a[i])
@@ -193,6 +203,21 @@ def prunesid_naive(x: Array, attention: Array, k: int, factor: float, *, officia
         parts = split([len(picked[g]) for g in groups], rest, [cap[g] - 1 for g in groups])
         share = {g: 1 + part for g, part in zip(groups, parts, strict=True)}
     return sorted(i for g in groups for i in (picked[g] + fallen.get(g, []))[: share[g]])
+
+
+def agile_naive(
+    x: Array, a: Array, k: int, *, rate: float = 0.01, typical: float = 92.0, most: float = 0.5
+) -> list[int]:
+    values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    share = values[values > 0] / values.sum()
+    step = rate * math.exp(-float((share * np.log(share)).sum())) / typical
+    order = sorted(range(len(x)), key=lambda i: (-a[i], i))
+    kept: list[int] = []
+    while len(kept) < k:
+        rest = [i for i in order if i not in kept]
+        clear = [i for i in rest if all(1 - cos(x[i], x[j]) >= min(most, t * step) for t, j in enumerate(kept, 1))]
+        kept.append((clear or rest)[0])
+    return kept
 
 
 def sieve_naive(v: Array, t: Array, a: Array, k: int) -> list[int]:

@@ -382,7 +382,7 @@ def test_a_copy_of_an_attached_model_can_be_detached(llava, name, way):
         (
             "idpruner",
             {"keep": 4, "balanse": 1},
-            "balanse=1: idpruner has no such option; it takes background, balance, layer, scorer",
+            "balanse=1: idpruner has no such option; it takes background, balance, features, layer, scorer",
         ),
         ("vtw", {"keep": 4}, "no budget"),
         ("fastv", {"keep": 4, "layer": 4}, "layer=4: this model has 4 layers"),

@@ -22,11 +22,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "idpruner[norm]": ("idpruner", {"scorer": "norm", "balance": 0.3}),
     "divprune[centred]": ("divprune", {"background": 0}),
     "divprune[residual]": ("divprune", {"background": 2}),
+    "norm[merger_in]": ("norm", {"features": "merger_in"}),
+    "divprune[merger_in]": ("divprune", {"features": "merger_in"}),
+    "idpruner[norm, merger_in]": ("idpruner", {"scorer": "norm", "features": "merger_in"}),
+    "todre[merger_in]": ("todre", {"features": "merger_in"}),
     "hiprune, all anchors": ("hiprune", {"alpha": 1.0}),
     "todre, max-min": ("todre", {"objective": "maxmin", "scorer": "received"}),
     "zoo_prune, exact": ("zoo_prune", {"derivative": "exact", "directions": 8}),
     "scope, sum": ("scope", {"combine": "add", "alpha": 0.5, "scorer": "received"}),
     "holov, two stretches": ("holov", {"stretches": 2, "scorer": "received"}),
+    "agile, quickly": ("agile", {"rate": 0.6}),
     "fastv, late": ("fastv", {"layer": 3}),
     "visionzip, mostly contextual": ("visionzip", {"share": 0.7, "scorer": "received", "layer": 0}),
     "prumerge, adaptive": ("prumerge", {"adaptive": True}),
@@ -80,6 +85,14 @@ def test_variants(variant: str, architecture: str) -> None:
     [stage] = recipe.stages
     assert stage.method is not None
     assert_conforms(recipe, stage.method.card, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["divprune", "visionzip", "fastv"])
+def test_with_coordinate_tokens_reserved(method: str, architecture: str) -> None:
+    """A choice, a merging, and a cut in the decoder."""
+    recipe = visiontok.recipe(method).with_reserve(0.3)
+    assert_conforms(recipe, recipe.stages[0].method.card, architecture)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("architecture", [*DEFAULT, "internvl"])

@@ -38,6 +38,7 @@ LAYERS = {
     "visiontok.images": "images",
     "visiontok.clip": "clip",
     "visiontok.catalogue": "catalogue",
+    "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.run": "run",
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "operators": OPERATORS,
     "values": OPERATORS | {"values"},
     "method": METHOD,
-    "recipes": METHOD | {"recipe", "recipes", "clip"},
+    "recipes": METHOD | {"recipe", "recipes", "clip", "weights"},
     "recipe": METHOD | {"recipe", "recipes"},
     "adapters.base": {"errors", "values", "adapters.base", "torchvision"},
     "adapters": {"errors", "values", "adapters.base", "adapters", "torchvision"},
@@ -72,6 +73,7 @@ MAY_IMPORT = {
     "images": {"errors"},
     "clip": {"errors", "torchvision"},
     "catalogue": {"errors", "method", "recipes"},
+    "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
     "run": API | {"package", "overlay", "run", "demo"},
@@ -96,6 +98,7 @@ MAY_USE = {
     "engine": {"torch", "transformers"},
     "images": {"PIL"},
     "clip": {"torch", "open_clip", "transformers"},
+    "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
 }
 

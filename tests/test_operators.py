@@ -72,6 +72,12 @@ def gain_discount(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
     return float(s[i]) * math.prod(1 - float(cosines(x)[i, j]) ** 2 for j in chosen)
 
 
+def gain_widening(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
+    place = sum((float(s[j]), -j) <= (float(s[i]), -i) for j in range(len(x)))
+    stands = all(1 - float(cosines(x)[i, j]) >= min(0.2 * t, 0.9) for t, j in enumerate(chosen, 1))
+    return place + len(x) * stands
+
+
 GREEDY: dict[str, tuple[Callable[..., kernels.Picks], Gain]] = {
     "maxmin": (lambda x, s, k, valid=None: F.maxmin(x, k, valid), gain_maxmin),
     "mmr": (lambda x, s, k, valid=None: F.mmr(x, s, k, balance=0.3, valid=valid), gain_mmr),
@@ -79,6 +85,7 @@ GREEDY: dict[str, tuple[Callable[..., kernels.Picks], Gain]] = {
     "maxsum": (lambda x, s, k, valid=None: F.maxsum(x, s, k, valid), gain_maxsum),
     "facility": (lambda x, s, k, valid=None: F.facility(x, k, scale=s, weight=s, valid=valid), gain_facility),
     "dpp": (lambda x, s, k, valid=None: F.dpp(x, s, k, valid), gain_dpp),
+    "widening": (lambda x, s, k, valid=None: F.widening(x, s, k, 0.2, most=0.9, valid=valid), gain_widening),
     "discount": (lambda x, s, k, valid=None: F.discount(x, s, k, valid), gain_discount),
 }
 every_selector = pytest.mark.parametrize("name", GREEDY)

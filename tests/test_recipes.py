@@ -15,6 +15,7 @@ from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Card, Selection, Tower
 from visiontok.recipes import find
+from visiontok.recipes.agile import Agile
 from visiontok.recipes.aim_merge import AimMerge
 from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
@@ -65,6 +66,10 @@ METHODS: list[Method] = [
     HiPrune().adapt(CLIP),
     HiPrune(object_layer=15, deep_layer=-1, alpha=0.5),
     Norm(),
+    Norm(features="merger_in"),
+    DivPrune(features="merger_in", background=1),
+    IDPruner(features="merger_in").adapt(CLIP),
+    ToDRE(features="merger_in").adapt(QWEN),
     VisionZip().adapt(CLIP),
     VisionZip(share=0.5).adapt(QWEN),
     VisionZip(share=0.5, space="projected").adapt(CLIP),
@@ -97,6 +102,8 @@ METHODS: list[Method] = [
     HoloV(beta=1.0).adapt(QWEN),
     PruneSID().adapt(CLIP),
     PruneSID().adapt(QWEN),
+    Agile().adapt(CLIP),
+    Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
     Sieve(),
 ]
@@ -343,6 +350,11 @@ def test_substitutes_are_named() -> None:
     assert [DivPrune(background=r).label for r in (None, 0, 3)] == [
         "divprune", "divprune[centred]", "divprune[residual]",
     ]  # fmt: skip
+    for cls in (Norm, DivPrune):
+        assert cls(features="merger_in").label == f"{cls.card.name}[merger_in]"
+    both = {"background": 0, "features": "merger_in"}
+    assert IDPruner(**both).adapt(CLIP).label == "idpruner[cls, centred, merger_in]"
+    assert ToDRE(features="merger_in").adapt(QWEN).label == "todre[received, merger_in]"
     assert ClsTopK().adapt(CLIP).label == "cls_topk"
     assert ClsTopK().adapt(QWEN).label == "cls_topk[received]"
     assert VScan().adapt(QWEN).label == "vscan"  # its Qwen code uses received attention itself
@@ -352,7 +364,7 @@ def test_substitutes_are_named() -> None:
     assert GlobalCom2().adapt(NEXT).label == "globalcom2"
     assert GlobalCom2().adapt(CLIP).label == "globalcom2[untiled]"
     assert GlobalCom2().adapt(QWEN).label == "globalcom2[received, untiled]"
-    for cls in (ToDRE, Scope, HoloV, PruneSID):
+    for cls in (ToDRE, Scope, HoloV, PruneSID, Agile):
         name = cls.card.name
         assert (cls().adapt(CLIP).label, cls().adapt(QWEN).label) == (name, f"{name}[received]")
     assert ToDRE(objective="maxmin").adapt(QWEN).label == "todre[received, maxmin]"
@@ -377,6 +389,9 @@ def test_defaults_follow_the_tower() -> None:
 def test_only_what_is_read_is_asked_for() -> None:
     assert IDPruner(scorer="norm").needs() == DivPrune().needs()
     assert IDPruner().adapt(QWEN).needs().vision_cls == ()
+    for cls in (Norm, DivPrune, IDPruner, ToDRE):
+        wants = [cls(features=space).needs().encoder_features for space in ("projected", "merger_in")]
+        assert wants == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -385,6 +400,7 @@ def test_only_what_is_read_is_asked_for() -> None:
         (IDPruner, {"scorer": "best"}, "scorer='best': use one of cls, received, norm"),
         (IDPruner, {"balance": 2}, "balance=2"),
         (IDPruner, {"background": -1}, "background=-1"),
+        *((cls, {"features": "raw"}, "features='raw': use 'projected'") for cls in (Norm, DivPrune, IDPruner, ToDRE)),
         (DivPrune, {"background": -1}, "background=-1: at least 0 directions"),
         (HiPrune, {"alpha": -0.1}, "alpha=-0.1"),
         (VisionZip, {"share": 1.0}, "share=1.0"),
@@ -413,6 +429,10 @@ def test_only_what_is_read_is_asked_for() -> None:
         (HoloV, {"stretches": 0}, "stretches=0: at least 1"),
         (HoloV, {"beta": -1.0}, "beta=-1.0"),
         (PruneSID, {"scorer": "norm"}, "scorer='norm'"),
+        (Agile, {"rate": -0.1}, "rate=-0.1: must be at least 0"),
+        (Agile, {"typical": 0}, "typical=0: must be positive"),
+        (Agile, {"most": 2.1}, "most=2.1: cosine distances"),
+        (Agile, {"scorer": "norm"}, "scorer='norm'"),
         (Erase, {"part": "last"}, "part='last'"),
         (Erase, {"thresholds": [1, 2, 3]}, r"thresholds=\[1, 2, 3\]: give 3 numbers in descending order"),
         (Erase, {"shares": (0.9, 0.5, 0.4)}, "shares=.*: give 4 numbers"),

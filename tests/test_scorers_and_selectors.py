@@ -245,6 +245,28 @@ def test_quota_equals_the_loop() -> None:
     assert torch.equal(F.quota(scores[0], group[0], counts[0]), F.quota(scores, group, counts, valid)[0])
 
 
+# ------------------------------------------------------------------------------------------------------- effective rank
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 4)])
+def test_effective_rank_is_the_entropy_of_the_singular_values(shape: tuple[int, int]) -> None:
+    x = normal(*shape)
+    values = np.linalg.svd(x.numpy().astype(np.float64), compute_uv=False)
+    share = values / values.sum()
+    expected = math.exp(-(share * np.log(share)).sum())
+    assert float(F.effective_rank(x)) == pytest.approx(expected, rel=1e-5)
+    padded = torch.cat([x, torch.full((3, shape[1]), 7.0), torch.full((1, shape[1]), torch.nan)])
+    valid = torch.arange(len(padded)) < len(x)
+    valid[-1] = True  # NaN does not count either
+    assert float(F.effective_rank(padded[None], valid[None])[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_effective_rank_of_the_extremes() -> None:
+    assert float(F.effective_rank(torch.eye(5))) == pytest.approx(5)
+    assert float(F.effective_rank(torch.ones(7, 3))) == pytest.approx(1, abs=1e-5)
+    assert float(F.effective_rank(torch.zeros(7, 3))) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- suppress
 
 

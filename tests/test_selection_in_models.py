@@ -146,23 +146,51 @@ RULES: dict[str, Callable[[Image, bool], list[int]]] = {
     "holov": lambda image, clip: naive.holov_naive(
         image.features, image.deep, K, 16 if clip else max(1, 1024 * len(image.deep) // (576 * K)), official=False
     ),
+    "agile": lambda image, _: naive.agile_naive(image.encoder, image.deep, K, rate=0.6),
     "prunesid": lambda image, clip: naive.prunesid_naive(
         image.encoder, image.deep, K, K / 32 if clip else max(18 * K / len(image.deep), 1), official=False
     ),
 }
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"agile": {"rate": 0.6}}  # few tokens: the radius must grow quickly
+
+# Methods whose vectors may come from before the merger: rules of these vectors and of the image.
+VECTOR_RULES: dict[str, tuple[dict[str, Any], Callable[[Array, Image], list[int]]]] = {
+    "norm": ({}, lambda z, image: list(np.argsort(-np.linalg.norm(z, axis=1))[:K])),
+    "divprune": ({}, lambda z, image: naive.divprune_naive(z, K)),
+    "idpruner": ({"scorer": "norm"}, lambda z, image: naive.idpruner_naive(z, np.linalg.norm(z, axis=1), K)),
+    "todre": ({}, lambda z, image: naive.todre_naive(z, image.last, K)),
+}
+
+
+def kept_of(model: Any, inputs: dict[str, Any], method: str, **options: Any) -> list[list[int]]:
+    """The tokens that each image of a batch keeps."""
+    with visiontok.compress(model, method, keep=K, **options) as compression, torch.no_grad():
+        model(**inputs)
+        alive, units = compression.ledger.alive(0), compression.ledger.units
+    assert alive[visual(inputs)].sum() == 4 * K
+    places = zip(units.row, units.slots, units.valid, strict=True)
+    return [alive[row][slots][valid].nonzero()[:, 0].tolist() for row, slots, valid in places]
+
+
 @pytest.mark.parametrize("method", RULES)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_kept_tokens_are_those_of_the_published_rule(name: str, method: str) -> None:
     model, inputs, pictures = images(name)
-    with visiontok.compress(model, method, keep=K) as compression, torch.no_grad():
-        model(**inputs)
-        alive, units = compression.ledger.alive(0), compression.ledger.units
-    for u, image in enumerate(pictures):
-        kept = alive[units.row[u]][units.slots[u]][: len(image.features)].nonzero()[:, 0].tolist()
-        assert kept == sorted(RULES[method](image, name == "llava")), f"image {u}"
-    assert alive[visual(inputs)].sum() == 4 * K
+    assert kept_of(model, inputs, method, **OPTIONS.get(method, {})) == [
+        sorted(RULES[method](image, name == "llava")) for image in pictures
+    ]
+
+
+@pytest.mark.parametrize("method", VECTOR_RULES)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_vectors_may_come_from_before_the_merger(name: str, method: str) -> None:
+    model, inputs, pictures = images(name)
+    options, rule = VECTOR_RULES[method]
+    before = kept_of(model, inputs, method, features="merger_in", **options)
+    assert before == [sorted(rule(image.encoder, image)) for image in pictures]
+    assert before != kept_of(model, inputs, method, **options) == [sorted(rule(i.features, i)) for i in pictures]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -195,8 +223,9 @@ def test_what_has_no_patch_is_kept_last() -> None:
         model(**inputs)
     patches = (reader.seen["ctx"].grid[0] >= 0).all(-1)
     assert not patches.all()
-    for method in ("zoo_prune", "scope", "holov", "prunesid"):
-        with visiontok.compress(model, method, keep=int(patches.sum())) as compression, torch.no_grad():
+    spaces = [(method, {"features": "merger_in"}) for method in VECTOR_RULES]
+    for method, options in [(m, {}) for m in ("zoo_prune", "scope", "holov", "prunesid", "agile")] + spaces:
+        with visiontok.compress(model, method, keep=int(patches.sum()), **options) as compression, torch.no_grad():
             model(**inputs)
             alive = compression.ledger.alive(0)[visual(inputs)]
         assert torch.equal(alive, patches), method

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from naive import (
+    agile_naive,
     cos,
     cover_table_naive,
     dart_naive,
@@ -23,6 +24,7 @@ from naive import (
 )
 from torch import Tensor
 
+from visiontok.recipes.agile import agile
 from visiontok.recipes.cdpruner import cdpruner, text_relevance
 from visiontok.recipes.dart import dart
 from visiontok.recipes.eadp import eadp, importance
@@ -224,3 +226,21 @@ def test_erase_levels() -> None:
     valid = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     assert median(entropy, valid).tolist() == pytest.approx([2.0, 1.5, 0.25, 0.0])
     assert level(entropy, valid, (1.9, 1.5, 0.2)).tolist() == [0, 2, 2, 3]  # at a threshold: the simpler level
+
+
+@SEEDS
+@pytest.mark.parametrize(("rate", "most"), [(0.0, 0.5), (1.0, 0.4), (2.0, 2.0), (9.0, 0.7)])
+def test_agile(seed: int, rate: float, most: float) -> None:
+    x, attention = draw(20, 9, seed=seed), draw(20, seed=seed, positive=True)
+    options = {"rate": rate, "most": most, "typical": 60.0}
+    assert agile(x, attention, 8, **options).order.tolist() == agile_naive(*numbers(x, attention), 8, **options)
+
+
+def test_agile_is_attention_on_a_plain_picture_and_diversity_on_a_rich_one() -> None:
+    """The same nine attended look-alikes among nine others; the rest of the picture is plain, or rich."""
+    alike, others, attention = draw(1, 30) + 0.3 * draw(9, 30, seed=1), draw(9, 30, seed=2), torch.linspace(1, 0, 58)
+    plain, rich = (torch.cat([alike, others, rest]) for rest in (draw(1, 30).expand(40, -1), draw(40, 30, seed=3)))
+    options = {"rate": 0.025, "typical": 20.0, "most": 0.6}
+    kept = [int(agile(x, attention, 9, **options).keep[:9].sum()) for x in (plain, rich)]
+    assert kept[0] > kept[1]
+    assert agile(rich, attention, 9, rate=0.0).keep[:9].all()

@@ -259,6 +259,7 @@ def compress(
     *,
     keep: Budget | int | float | str | None = None,
     mass: Mass | bool | None = None,
+    reserve: float | None = None,
     seed: int | None = None,
     fidelity: Literal["fixed", "official"] | None = None,
     **options: Any,
@@ -275,6 +276,8 @@ def compress(
             average over all decoder layers.
         mass: True or a :class:`~visiontok.Mass`: kept tokens speak for those they replace, at every selection of the
             recipe; False takes that away; the recipe's own by default.
+        reserve: share of the budget for tokens that serve the model as coordinates, at every selection of the recipe;
+            see :class:`~visiontok.Stage`. The recipe's own by default.
         seed: of stochastic methods; the recipe's own by default.
         fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
         **options: options of the method; only with a name.
@@ -286,7 +289,7 @@ def compress(
         ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
-    return Compression(model, _settled(recipe, keep, mass, seed, fidelity, options))
+    return Compression(model, _settled(recipe, keep, mass, reserve, seed, fidelity, options))
 
 
 def compress_inputs(
@@ -295,6 +298,7 @@ def compress_inputs(
     recipe: str | Path | Recipe | Method | Callable[[Context], torch.Tensor | Selection],
     *,
     keep: Budget | int | float | str | None = None,
+    reserve: float | None = None,
     seed: int | None = None,
     fidelity: Literal["fixed", "official"] | None = None,
     **options: Any,
@@ -308,6 +312,7 @@ def compress_inputs(
         inputs: what its processor returned, with pixels.
         recipe: as for :func:`compress`; prompt stages only, without a bias of mass attention.
         keep: as for :func:`compress`.
+        reserve: as for :func:`compress`.
         seed: of stochastic methods; the recipe's own by default.
         fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
         **options: options of the method; only with a name.
@@ -320,7 +325,7 @@ def compress_inputs(
         ConfigError: for an unknown recipe, option or budget, incomplete inputs, or a model already compressed.
         UnsupportedError: for a stage inside the language model, or a model that cannot be given shorter inputs.
     """
-    made = _settled(recipe, keep, None, seed, fidelity, options)
+    made = _settled(recipe, keep, None, reserve, seed, fidelity, options)
     if not _is_before(made):
         acts = next((f"its {s.kind} stage" for s in made.stages if s.kind != "prompt"), "its mass attention")
         raise UnsupportedError(
@@ -360,6 +365,7 @@ def _settled(
     recipe: Any,
     keep: Any,
     mass: Mass | bool | None,
+    reserve: float | None,
     seed: int | None,
     fidelity: Literal["fixed", "official"] | None,
     options: dict[str, Any],
@@ -374,6 +380,8 @@ def _settled(
     made = replace(made, **changes)
     if keep is not None:
         made = made.with_keep(Budget.parse(keep))
+    if reserve is not None:
+        made = made.with_reserve(reserve)
     return made if mass is None else made.with_mass(Mass.parse(mass))
 
 

@@ -17,13 +17,16 @@ from .mergers.neighbours import neighbours
 from .scorers.attention import attention_columns, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
+from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
 from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
+from .scorers.spectrum import effective_rank
 from .scorers.uniqueness import uniqueness
 from .selectors.anchors import anchors
 from .selectors.components import components
+from .selectors.coordinates import coordinates
 from .selectors.coverage import coverage
 from .selectors.discount import discount
 from .selectors.dpp import dpp
@@ -39,6 +42,7 @@ from .selectors.suppress import suppress
 from .selectors.thinned import thinned
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
+from .selectors.widening import widening
 from .selectors.within import rank_within
 
 __all__ = [
@@ -55,12 +59,15 @@ __all__ = [
     "centred",
     "clusters",
     "components",
+    "coordinates",
     "coverage",
     "discount",
     "dpp",
+    "effective_rank",
     "facility",
     "foreground",
     "layer_average",
+    "learned",
     "least_similar",
     "maxmin",
     "maxsum",
@@ -84,4 +91,5 @@ __all__ = [
     "uniform",
     "uniqueness",
     "unmerge",
+    "widening",
 ]

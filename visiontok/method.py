@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .budget import Budget
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 Layer = int | float
 StageKind = Literal["prompt", "cut", "inject", "exit", "skip"]
+
+
+def labelled(name: str, *notes: str) -> str:
+    """``name[note, note]``, without the notes that are empty; they join those that ``name`` already has."""
+    said = ", ".join(note for note in notes if note)
+    if not said:
+        return name
+    return f"{name[:-1]}, {said}]" if name.endswith("]") else f"{name}[{said}]"
 
 
 def resolve_layer(layer: Layer, depth: int, *, name: str, lowest: int = 0) -> int:
@@ -240,6 +248,11 @@ class Stage:
         method: who selects, for ``prompt`` and ``cut``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for ``prompt`` and ``cut``.
         mass: whether kept tokens speak for the dropped ones, for ``prompt`` and ``cut``.
+        reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
+            cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
+            arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
+            half of the tokens and reserves a tenth of all for either, which is 0.2. What is kept then depends on where
+            in the prompt the image stands, too.
     """
 
     kind: StageKind
@@ -248,6 +261,7 @@ class Stage:
     until: Layer | None = None
     keep: Budget | None = None
     mass: Mass | None = None
+    reserve: float = 0.0
 
     def __post_init__(self) -> None:
         selects = self.kind in ("prompt", "cut")
@@ -268,16 +282,18 @@ class Stage:
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
         if self.mass is not None and not selects:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
+        if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
+            raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
+        if self.reserve and not selects:
+            raise ConfigError(f"reserve={self.reserve}: a {self.kind} stage has no budget to reserve a share of")
 
     @property
     def label(self) -> str:
         """Its method as results name it, or its kind."""
         if self.method is None:
             return self.kind
-        name = self.method.label
-        if self.mass is None:
-            return name
-        return f"{name[:-1]}, {self.mass}]" if name.endswith("]") else f"{name}[{self.mass}]"
+        mass = "" if self.mass is None else str(self.mass)
+        return labelled(self.method.label, f"reserve={self.reserve:g}" if self.reserve else "", mass)
 
 
 @dataclass(frozen=True)
@@ -327,3 +343,38 @@ class Method:
                 remedy = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
                 raise ConfigError(f"{name}={value!r}: {cls.card.name} has no such option; {remedy}")
         return cls(**options)
+
+
+@dataclass(frozen=True)
+class VectorMethod(Method):
+    """Base of methods that see a token as a vector and nothing else, so that it may come from before the projector.
+
+    Attributes:
+        features: ``projected``, what the language model reads; or ``merger_in``, what the projector reads, the patches
+            of a token one behind the other. The choice alone changes, not what is kept of a token. Tokens without a
+            patch (newlines of tiled pictures) come last then.
+
+    Reference:
+        Rank-Before-Merge (2026, a draft): a patch merger hides the lengths that text on a picture has before it.
+    """
+
+    features: Literal["projected", "merger_in"] = field(default="projected", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.features not in ("projected", "merger_in"):
+            raise ConfigError(f"features={self.features!r}: use 'projected' or 'merger_in'")
+
+    @property
+    def space(self) -> str:
+        """The note of a label: where the vectors come from, empty by default."""
+        return "" if self.features == "projected" else self.features
+
+    def needs(self) -> Needs:
+        return Needs(encoder_features=self.features == "merger_in")
+
+    def vectors(self, ctx: Context) -> torch.Tensor:
+        """(U, N, ·) float; NaN where a token has no patch before the projector."""
+        if self.features == "projected":
+            return ctx.features
+        inputs = ctx.need_encoder_features()
+        return inputs.masked_fill(~inputs.any(-1, keepdim=True), math.nan)

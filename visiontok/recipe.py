@@ -15,7 +15,7 @@ from .method import Mass, Method, Stage
 
 Fidelity = Literal["fixed", "official"]
 _FIELDS = {"name", "stages", "average", "seed", "fidelity"}
-_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass"}
+_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass", "reserve"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,16 @@ class Recipe:
             raise ConfigError(f"mass={mass}: {self.label} keeps no token that could speak for others")
         return replace(self, stages=tuple(s if s.method is None else replace(s, mass=mass) for s in self.stages))
 
+    def with_reserve(self, reserve: float) -> Recipe:
+        """The recipe with this share of every budget reserved for coordinate tokens, twice; see :class:`Stage`.
+
+        Raises:
+            ConfigError: if the recipe selects nothing, or for a share outside [0, 1/2).
+        """
+        if reserve and not any(s.method is not None for s in self.stages):
+            raise ConfigError(f"reserve={reserve}: {self.label} has no budget to reserve a share of")
+        return replace(self, stages=tuple(s if s.method is None else replace(s, reserve=reserve) for s in self.stages))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; methods by registered name.
 
@@ -122,6 +132,8 @@ class Recipe:
                 entry["keep"] = stage.keep.to_json()
             if stage.mass is not None:
                 entry["mass"] = asdict(stage.mass)
+            if stage.reserve:
+                entry["reserve"] = stage.reserve
             stages.append(entry)
         out: dict[str, Any] = {"stages": stages}
         if self.average is not None:
@@ -163,6 +175,7 @@ class Recipe:
                     method=method,
                     keep=keep,
                     mass=Mass.parse(entry.get("mass")),
+                    reserve=entry.get("reserve", 0.0),
                 )
             )
         return cls(

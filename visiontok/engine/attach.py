@@ -288,6 +288,7 @@ class Attachment:
         x, mask_2d, attended = kwargs["inputs_embeds"], self._mask_2d(kwargs, handover), handover["attended"]
         if attended is None:
             attended = torch.ones(x.shape[:2], dtype=torch.bool)
+        past = 0 if cache is None else cache.get_seq_length()  # before the layers fill it
         records = take_records(handover["encoded"])
         trace.chunk = self._is_chunk(handover["encoded"], records)
         if trace.chunk and self.policy.selects:
@@ -302,6 +303,7 @@ class Attachment:
             ids_host=handover["ids_host"],
             embeds=x,
             attended=attended,
+            positions=functools.partial(self._positions, kwargs.get("position_ids"), mask_2d, x, past),
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
@@ -379,6 +381,26 @@ class Attachment:
                 layer.note_prefill(
                     length, call.width, call.entry_valid, None, call.batch, embeds.device, call.history, call.tail
                 )
+
+    @staticmethod
+    def _positions(
+        given: torch.Tensor | None, mask_2d: torch.Tensor | None, x: torch.Tensor, past: int
+    ) -> torch.Tensor:
+        """The positions of ``x`` (B, N, D) that the model was given, or those that ``generate()`` would give.
+
+        A forward may number the padding in front of a row, too; it is taken out, so that a row alone has the same.
+        """
+        batch, length = x.shape[:2]
+        if given is None and mask_2d is not None:
+            return (mask_2d.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+        if given is None:
+            return (torch.arange(length, device=x.device) + past)[None]
+        if given.ndim == 3 or mask_2d is None:
+            return given
+        given = given.reshape(-1, length).expand(batch, length)
+        ahead = (mask_2d[:, -length:].cumsum(1) == 0).sum(1, keepdim=True)
+        numbered = given.gather(1, ahead.clamp_max(length - 1)) - given[:, :1] == ahead
+        return given - ahead * numbered
 
     def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
         """Give the family's own per-token keywords the tokens of ``layout``."""

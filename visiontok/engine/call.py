@@ -46,6 +46,8 @@ class Prefill:
         embeds: (B, N, D) inputs of the language model before any pruning.
         counts: visual tokens of each unit that are alive, on the host.
         kept: (B, N) bool, visual positions that are alive.
+        positions: makes the positions that the language model gives to the whole prompt, (…, B, N) long; None where
+            visual tokens have none.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
@@ -84,6 +86,7 @@ class Prefill:
         self.visual, self.attended = upload(visual, embeds.device), upload(attended, embeds.device)
         self.kept = self.visual
         self.counts: list[int] = units.sizes
+        self.positions: Callable[[], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.promises: Promises = trace.promises

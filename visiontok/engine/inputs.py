@@ -287,6 +287,7 @@ def shorten(
             raise ConfigError(f"{error}; give input_ids and pixels of one processor call")
         embeds[places] = features.to(embeds)
     attended = torch.ones_like(visual) if mask is None else mask.bool()
+    positions = _positions(model, adapter, inputs, ids)
     depth = len(getattr(adapter.base, adapter.text).layers)
     trace = Trace(depth)
     trace.clock.mark("prefill")
@@ -300,12 +301,13 @@ def shorten(
         ids_host=ids.cpu(),
         embeds=embeds,
         attended=attended.cpu(),
+        positions=lambda: positions,
     )
     trace.promises.settle(wait=True)
     drops = list(call.counts) != call.units.sizes
     keep = torch.where(visual, call.kept, attended) if drops else torch.ones_like(visual)
     layout = Layout(keep, keep.sum(1).tolist())
-    prompt, types = _along(model, adapter, inputs, ids, attended, layout)
+    prompt, types = _along(model, adapter, inputs, ids, attended, positions, layout)
     data = prompt.inputs() | types
     if by_features:
         data[_FEATURES] = {m: _left(o, embeds, masks[m], call.kept) for m, o in outputs.items()}
@@ -400,15 +402,25 @@ def _left(output: Any, embeds: torch.Tensor, places: torch.Tensor, kept: torch.T
     return type(output)(**fields)
 
 
+def _positions(model: Any, adapter: Adapter, inputs: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """(…, B, N) positions of the whole prompt, as ``generate()`` numbers it."""
+    if inputs.get("position_ids") is not None:
+        return inputs["position_ids"]
+    with _unchanged(adapter.base, "rope_deltas"):
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return model._prepare_position_ids_for_generation(ids, rest)
+
+
 def _along(
-    model: Any, adapter: Adapter, inputs: Mapping[str, Any], ids: torch.Tensor, attended: torch.Tensor, layout: Layout
+    model: Any,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    ids: torch.Tensor,
+    attended: torch.Tensor,
+    positions: torch.Tensor,
+    layout: Layout,
 ) -> tuple[Prompt, dict[str, torch.Tensor]]:
     """What runs along the prompt, without the dropped positions: the prompt, and token types by name."""
-    positions = inputs.get("position_ids")
-    if positions is None:
-        with _unchanged(adapter.base, "rope_deltas"):
-            rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-            positions = model._prepare_position_ids_for_generation(ids, rest)
     types = {name: inputs[name] for name in _TYPES if inputs.get(name) is not None}
     rows = [layout.gather(x) for x in (ids, attended.long(), *types.values())]
     positions = layout.gather(positions, positions.ndim - 1)

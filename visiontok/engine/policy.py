@@ -6,6 +6,7 @@ import bisect
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,11 +18,12 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, attention_columns, attention_logits, attention_rows, nearest_kept
+from ..functional import absorb, attention_columns, attention_logits, attention_rows, coordinates, nearest_kept
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
 from .probe import Tap, attention_modules
+from .rotary import rotary_tables
 from .vision import current_record
 
 if TYPE_CHECKING:
@@ -269,13 +271,15 @@ class StagePolicy:
         if budgeted and all(n >= known for n, known in zip(counts, most, strict=True)):
             return None
         ctx = self._context(call, stage, layer, states, valid, counts)
+        reserved = self._reserved(call, stage, ctx)
+        whole, ctx = ctx, replace(ctx, valid=ctx.valid & ~reserved, count=ctx.count - reserved.sum(1))
         answer = stage.method.select(ctx)  # type: ignore[union-attr]
         selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
         keep, name = selection.keep, stage.label
         if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != ctx.valid.shape:
             found = f"{tuple(keep.shape)} {keep.dtype}" if torch.is_tensor(keep) else type(keep).__name__
             raise ConfigError(f"{name}: select() returned {found}; it must return a bool mask {tuple(ctx.valid.shape)}")
-        keep = keep.to(ctx.valid.device) & ctx.valid
+        keep = keep.to(ctx.valid.device) & ctx.valid | reserved
         wanted = [min(n, known) for n, known in zip(counts, call.counts, strict=True)]
         fixed = budgeted and self.fidelity == "fixed" and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
         found_counts = counted(keep, wanted if fixed else None)
@@ -311,7 +315,23 @@ class StagePolicy:
                     "-1 for tokens that went nowhere"
                 ),
             )
+        if features is not None and stage.reserve:  # what is reserved was no part of any merging
+            features = torch.where(reserved[..., None], whole.features, features)
         return Selection(keep=keep, features=features, into=into)
+
+    def _reserved(self, call: Prefill, stage: Stage, ctx: Context) -> torch.Tensor:
+        """(U, N) bool: the coordinate tokens that stay whatever the method says, less than its budget."""
+        if not stage.reserve:
+            return torch.zeros_like(ctx.valid)
+        if call.positions is None:
+            raise UnsupportedError(
+                f"{self._model}: its visual tokens have no positions in the prompt, so there are no coordinate tokens "
+                "to reserve; leave reserve out"
+            )
+        text = getattr(self.adapter.base, self.adapter.text)
+        cos, sin = rotary_tables(text, call.positions(), call.batch)
+        k = (ctx.count.double() * stage.reserve).long()
+        return coordinates(call.units.gather(cos), call.units.gather(sin), k, ctx.valid)
 
     def _context(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ def run_prompt_stages(
     ids_host: torch.Tensor | None,
     embeds: torch.Tensor,
     attended: torch.Tensor,
+    positions: Callable[[], torch.Tensor],
 ) -> tuple[Prefill, torch.Tensor | None, torch.Tensor]:
     """Ask the methods before the language model.
 
@@ -43,6 +44,7 @@ def run_prompt_stages(
         ids: (B, N) token ids, or None if the caller gave embeddings; ``ids_host`` are the same on the host.
         embeds: (B, N, D) inputs of the language model.
         attended: (B, N) bool on the host, positions that are not padding.
+        positions: makes the positions of the prompt in the language model, (…, B, N) long.
 
     Returns:
         the call with its books, the (B, N) keep mask over visual positions (None: all), and the embeddings, merged or
@@ -51,6 +53,7 @@ def run_prompt_stages(
     visual = functools.reduce(torch.logical_or, masks.values())
     units = _units(adapter, masks, records)
     call = Prefill(policy, trace, units, records, visual, attended, ids, ids_host, embeds)
+    call.positions = positions
     trace.ledger = TokenLedger(call.visual, call.attended, call.units, trace.depth)
     trace.encoders = [record.clock for record in records]
     config: Any = adapter.base.config

@@ -12,7 +12,7 @@ from ..method import Card, Method
 _BUILT_IN = (
     "random", "grid", "norm", "cls_topk", "divprune", "idpruner", "hiprune", "todre", "visionzip", "prumerge",
     "prumerge_plus", "vispruner", "vscan", "zoo_prune", "scope", "cdpruner", "mmtok", "eadp", "dart", "holov",
-    "globalcom2", "prunesid", "aim_merge", "m3_pool", "textmonkey", "kmeans", "erase", "sieve", "fastv", "vtw",
+    "globalcom2", "prunesid", "agile", "aim_merge", "m3_pool", "textmonkey", "kmeans", "erase", "sieve", "fastv", "vtw",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, foreground, maxmin
-from ..method import Card, Contract, Method
+from ..method import Card, Contract, VectorMethod, labelled
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -43,7 +43,7 @@ def divprune(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None, 
 
 
 @dataclass(frozen=True)
-class DivPrune(Method):
+class DivPrune(VectorMethod):
     """Greedy max-min diversity; no attention, no question.
 
     Attributes:
@@ -60,28 +60,31 @@ class DivPrune(Method):
         venue="CVPR 2025",
         formula="first argmax_i min_{j≠i} (1 - cos(z_i, z_j)), then argmax_i min_{j∈S} (1 - cos(z_i, z_j))",
         stage="prompt",
-        needs="features",
+        needs="features; projector inputs with features='merger_in'",
         official="Selects in the model's dtype, image_newline tokens included.",
         bugs="Picks are not masked, so once only duplicates are left it picks kept tokens again and fewer than K "
         "remain.",
         departures="Selects in float32, and always exactly K: duplicates follow the distinct tokens, lowest index "
         "first. fidelity='official' keeps only tokens that differ from all kept before. With a background taken out "
-        "(Cen-Prune, LRCP) it is divprune[centred] or divprune[residual].",
+        "(Cen-Prune, LRCP) it is divprune[centred] or divprune[residual]; divprune[merger_in] compares the patches of "
+        "a token, one behind the other, before the merger.",
         defaults="The paper's ratio is 0.098 for LLaVA-1.5 and -NeXT, 0.1 for video.",
         cost="O(N²D) once, O(N) per pick",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.background is not None and self.background < 0:
             raise ConfigError(f"background={self.background!r}: at least 0 directions, or None")
 
     @property
     def label(self) -> str:
-        return "divprune" if self.background is None else f"divprune[{'residual' if self.background else 'centred'}]"
+        background = "" if self.background is None else "residual" if self.background else "centred"
+        return labelled("divprune", background, self.space)
 
     def select(self, ctx: Context) -> Tensor:
-        features = ctx.features
+        features = self.vectors(ctx)
         if self.background is not None:
             features = foreground(features, self.background, ctx.valid)
         return divprune(features, ctx.count, valid=ctx.valid, official=ctx.fidelity == "official").keep

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional import norm as length
 from ..functional import topk
-from ..method import Card, Method
+from ..method import Card, VectorMethod, labelled
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -19,7 +19,7 @@ def norm(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> T
     """The ``k`` tokens of largest Euclidean length.
 
     Args:
-        features: (N, D) or (B, N, D), in the language model's input space.
+        features: (N, D) or (B, N, D), of any space.
         k: tokens to keep, int or (B,) long.
         valid: (N,) or (B, N) bool.
 
@@ -33,7 +33,7 @@ def norm(features: Tensor, k: int | Tensor, *, valid: Tensor | None = None) -> T
 
 
 @dataclass(frozen=True)
-class Norm(Method):
+class Norm(VectorMethod):
     """Top-k by length: the near-free stand-in for the projector's sensitivity."""
 
     card: ClassVar[Card] = Card(
@@ -43,11 +43,18 @@ class Norm(Method):
         venue="baseline",
         formula="top-K of ‖z_i‖₂",
         stage="prompt",
-        needs="features",
-        departures="Features behind the projector.",
-        defaults="no option",
+        needs="features; projector inputs with features='merger_in'",
+        official="Rank-Before-Merge (a draft of 2026, unreviewed) takes the length before the patch merger; on "
+        "Qwen3-VL that of an earlier block, which the first DeepStack merger reads.",
+        departures="norm[merger_in] measures the patches of a token one behind the other, as the last merger reads "
+        "them, on Qwen3-VL too.",
+        defaults="features='projected'",
         cost="O(ND) to score, O(N log N) to select",
     )
 
+    @property
+    def label(self) -> str:
+        return labelled("norm", self.space)
+
     def select(self, ctx: Context) -> Tensor:
-        return norm(ctx.features, ctx.count, valid=ctx.valid)
+        return norm(self.vectors(ctx), ctx.count, valid=ctx.valid)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, maxsum, mmr
-from ..method import Card, Contract, Layer
+from ..method import Card, Contract, Layer, Needs, VectorMethod, labelled
 from ._attended import Attended
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def todre(
 
 
 @dataclass(frozen=True)
-class ToDRE(Attended):
+class ToDRE(Attended, VectorMethod):
     """Diversity that starts at the most attended token.
 
     Attributes:
@@ -64,26 +64,33 @@ class ToDRE(Attended):
         venue="preprint",
         formula="first argmax a, then argmin_i Σ_{j∈S} cos(z_i, z_j)",
         stage="prompt",
-        needs="features; CLS attention of the last tower layer, received attention on towers without CLS",
+        needs="features, projector inputs with features='merger_in'; CLS attention of the last tower layer, received "
+        "attention on towers without CLS",
         official="No code is published. The first version of the paper writes a greedy k-center (max-min), the "
         "second the sum of similarities (max-sum), which may keep near-duplicates.",
         departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is an exit stage. On "
         "tiled pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at "
-        "the token that receives most attention, where the paper draws one: todre[received].",
+        "the token that receives most attention, where the paper draws one: todre[received]. todre[merger_in] "
+        "compares the patches of a token, one behind the other, before the merger.",
         defaults="objective=maxsum, layer=-1; the paper keeps 10 % or 25 % of LLaVA-NeXT's tokens.",
         cost="O(ND) per pick for maxsum, without a Gram matrix; O(N²D) once and O(N) per pick for maxmin",
         contract=Contract(sync_free=False),
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Attended.__post_init__(self)
+        VectorMethod.__post_init__(self)
         if self.objective not in ("maxsum", "maxmin"):
             raise ConfigError(f"objective={self.objective!r}: use 'maxsum' or 'maxmin'")
 
     @property
     def label(self) -> str:
-        notes = ["received"] * (self.scorer == "received") + ["maxmin"] * (self.objective == "maxmin")
-        return f"todre[{', '.join(notes)}]" if notes else "todre"
+        scorer = "received" if self.scorer == "received" else ""
+        return labelled("todre", scorer, "maxmin" if self.objective == "maxmin" else "", self.space)
+
+    def needs(self) -> Needs:
+        return replace(super().needs(), encoder_features=VectorMethod.needs(self).encoder_features)
 
     def select(self, ctx: Context) -> Tensor:
-        return todre(ctx.features, self.attention(ctx), ctx.count, objective=self.objective, valid=ctx.valid).keep
+        scores = self.attention(ctx)
+        return todre(self.vectors(ctx), scores, ctx.count, objective=self.objective, valid=ctx.valid).keep

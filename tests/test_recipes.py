@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +14,7 @@ import visiontok
 from visiontok import Context, Method
 from visiontok.context import Attention
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.method import Card, Selection, Tower
+from visiontok.method import Card, Selection, Tower, VectorMethod
 from visiontok.recipes import find
 from visiontok.recipes.agile import Agile
 from visiontok.recipes.aim_merge import AimMerge
@@ -320,9 +321,10 @@ class Watched(Context):
 
 @pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
 def test_what_a_card_needs_is_what_its_method_reads(card: Card) -> None:
-    told = set()
-    for tower in (CLIP, NEXT, QWEN):
-        for stage in find(card.name)().adapt(tower).stages():
+    told, cls = set(), find(card.name)
+    variants = [cls(), cls(features="merger_in")] if issubclass(cls, VectorMethod) else [cls()]
+    for tower, variant in itertools.product((CLIP, NEXT, QWEN), variants):
+        for stage in variant.adapt(tower).stages():
             method = stage.method
             if method is None:
                 continue

@@ -75,8 +75,8 @@ class IDPruner(VectorMethod):
         formula="argmax_i λ·w_i - (1-λ)·max_{j∈S} cos(z_i, z_j), the first by w alone; w = (s - min s)/(max s - min "
         "s + 10⁻⁶)",
         stage="prompt",
-        needs="features, projector inputs with features='merger_in'; CLS or received attention of one tower layer "
-        "unless scorer='norm'; with scorer_weights a trained head",
+        needs="features, projector inputs with features='merger_in'; CLS attention or received attention of one tower "
+        "layer, neither with scorer='norm' or scorer_weights",
         official="Scores come from the trained VisionSelector head; all images of a prompt share one pool; several "
         "picks per round on request.",
         trained="VisionSelector's scoring head, published for Qwen2.5-VL; name it by scorer_weights=, other scorers "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Determinant, Picks, cosine, greedy
+from ..kernels import Determinant, Picks, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -32,5 +32,5 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     x, r = rows(features, 2, "features"), rows(relevance, 1, "relevance").float().clamp_min(0)
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    usable = x.isfinite().all(-1) & ~r.isnan()
-    return unrow_picks(greedy(Determinant(cosine(x), r), counts, most, ok, usable), features, 2)
+    similarity, known = cosines(x)
+    return unrow_picks(greedy(Determinant(similarity, r, most), counts, most, ok, known & ~r.isnan()), features, 2)

@@ -6,6 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -200,16 +201,28 @@ class Coverage:
 
     def __init__(self, table: Tensor, weight: Tensor | None, scale: Tensor | None, bonus: Tensor | None) -> None:
         """table (B, R, N), how well candidate i covers row r; weight (B, R); scale and bonus (B, N)."""
-        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min(0)
-        self.weight = None if weight is None else weight.double()[..., None]
-        self.scale, self.bonus = scale, bonus
+        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min_(0)
         self.best = self.table.new_zeros(self.table.shape[:2])
-        self.total = self._sum(self.table, self.weight)
+        self.weight = torch.ones_like(self.best) if weight is None else weight
+        self.scale, self.bonus = scale, bonus
+        self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
-    @staticmethod
-    def _sum(rows: Tensor, weight: Tensor | None) -> Tensor:
-        return rows.sum(1, dtype=torch.float64) if weight is None else (rows.double() * weight).sum(1)
+    def _between(self, low: Tensor, high: Tensor) -> Tensor:
+        """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
+        total = self.table.new_zeros(self.table.shape[0], 1, self.table.shape[2], dtype=torch.float64)
+        parts: Sequence[Tensor] = (torch.arange(low.shape[1], device=low.device),)
+        if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
+            parts = (high > low).any(0).nonzero()[:, 0].split(64)  # what the cache holds
+        for rows in parts:
+            least, most, weight = (x.index_select(1, rows) for x in (low, high, self.weight))
+            inside = self.table.index_select(1, rows)
+            torch.maximum(inside, least[..., None], out=inside)
+            torch.minimum(inside, most[..., None], out=inside)
+            with torch.autocast(low.device.type, enabled=False):
+                weight = weight[:, None].double()
+                total += weight @ inside.double() - weight @ least[..., None].double()
+        return total[:, 0]
 
     def gain(self) -> Tensor:
         gain = torch.where(self.total > self.noise, self.total, 0.0)
@@ -219,14 +232,7 @@ class Coverage:
 
     def add(self, pick: Tensor) -> None:
         best = torch.maximum(self.best, _rows(self.table.mT, pick))
-        changed: Tensor | slice = slice(None)
-        if best.device.type == "cpu":  # elsewhere the question which rows changed would stop the host
-            changed = (best > self.best).any(0).nonzero()[:, 0]
-        old, new = self.best[:, changed, None], best[:, changed, None]
-        weight = None if self.weight is None else self.weight[:, changed]
-        # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old
-        lost = torch.clamp(self.table[:, changed], old, new)
-        self.total = self.total - (self._sum(lost, weight) - self._sum(old, weight))
+        self.total = self.total - self._between(self.best, best)
         self.best = best
 
 
@@ -237,28 +243,26 @@ class Determinant:
     all others, ranked by relevance, and leave the factor as it is.
     """
 
-    def __init__(self, similarity: Tensor, relevance: Tensor, most: int) -> None:
-        """similarity (B, N, N) with unit diagonal; relevance r (B, N), non-negative; at most ``most`` picks."""
-        self.similarity, self.relevance = similarity, torch.nan_to_num(relevance.float(), nan=0.0)
-        self.variance = self.relevance.square()
+    def __init__(self, kernel: Tensor, relevance: Tensor, most: int) -> None:
+        """kernel L (B, N, N) with diagonal r²; relevance r (B, N), non-negative; at most ``most`` picks."""
+        self.kernel, self.variance = kernel, relevance.square()
         self.floor = 1e-5 * self.variance
-        self.factor = similarity.new_empty(len(relevance), most, relevance.shape[1])
+        self.behind = relevance - relevance.amax(-1, keepdim=True) - 1
+        self.factor = kernel.new_empty(len(relevance), most, relevance.shape[1])
         self.picks = 0  # rows of the factor that are filled
 
     def gain(self) -> Tensor:
-        behind = self.relevance - self.relevance.amax(-1, keepdim=True) - 1
-        return torch.where(self.variance > self.floor, self.variance, behind)
+        self.left = torch.where(self.variance > self.floor, self.variance, self.behind)
+        return self.left
 
     def add(self, pick: Tensor) -> None:
-        at = pick[:, None]
-        row = _rows(self.similarity, pick) * self.relevance * self.relevance.gather(1, at)
         factor = self.factor[:, : self.picks]
-        known = (_rows(factor.mT, pick)[:, None] @ factor)[:, 0]
-        variance, floor = self.variance.gather(1, at), self.floor.gather(1, at)
-        column = torch.where(variance > floor, (row - known) / variance.clamp_min(1e-30).sqrt(), 0.0)
+        column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
+        left = self.left.gather(1, pick[:, None])
+        column = column[:, 0] / torch.where(left > 0, left, torch.inf).sqrt()
         self.factor[:, self.picks] = column
         self.picks += 1
-        self.variance = self.variance - column.square()
+        self.variance = self.variance.addcmul(column, column, value=-1)
 
 
 class Seeding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..kernels import Coverage, Picks, cosines, greedy
@@ -43,6 +42,6 @@ def facility(
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     similarity, usable = cosines(x)
-    table = torch.where((ok & usable)[..., None], similarity, 0.0)  # (B, represented, candidate)
+    table = similarity.mul_((ok & usable)[..., None])  # (B, represented, candidate)
     factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
     return unrow_picks(greedy(Coverage(table, *factors), counts, most, ok, usable), features, 2)

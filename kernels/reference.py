@@ -203,25 +203,26 @@ class Coverage:
         """table (B, R, N), how well candidate i covers row r; weight (B, R); scale and bonus (B, N)."""
         self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min_(0)
         self.best = self.table.new_zeros(self.table.shape[:2])
-        self.weight = torch.ones_like(self.best) if weight is None else weight
+        self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
         self.scale, self.bonus = scale, bonus
         self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        total = self.table.new_zeros(self.table.shape[0], 1, self.table.shape[2], dtype=torch.float64)
+        differ = high > low
         parts: Sequence[Tensor] = (torch.arange(low.shape[1], device=low.device),)
         if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
-            parts = (high > low).any(0).nonzero()[:, 0].split(64)  # what the cache holds
-        for rows in parts:
-            least, most, weight = (x.index_select(1, rows) for x in (low, high, self.weight))
-            inside = self.table.index_select(1, rows)
-            torch.maximum(inside, least[..., None], out=inside)
-            torch.minimum(inside, most[..., None], out=inside)
-            with torch.autocast(low.device.type, enabled=False):
-                weight = weight[:, None].double()
-                total += weight @ inside.double() - weight @ least[..., None].double()
+            parts = differ.any(0).nonzero()[:, 0].split(32)  # what the cache holds
+        with torch.autocast(low.device.type, enabled=False):
+            total = (
+                -(torch.where(differ, low, 0.0) * self.weight).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
+            )
+            for rows in parts:
+                inside = self.table.index_select(1, rows)
+                torch.maximum(inside, low.index_select(1, rows)[..., None], out=inside)
+                torch.minimum(inside, high.index_select(1, rows)[..., None], out=inside)
+                total = torch.baddbmm(total, self.weight.index_select(1, rows)[:, None], inside.double())
         return total[:, 0]
 
     def gain(self) -> Tensor:

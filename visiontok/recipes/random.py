@@ -51,7 +51,7 @@ class Random(Method):
         departures="The draw depends on the seed and the image's place in its own prompt, never on its batch.",
         cost="O(N log N)",
         stochastic=True,
-        contract=Contract(sync_free=False),
+        contract=Contract(question_independent=False, sync_free=False),  # draws are seeded by the prompt
     )
 
     def select(self, ctx: Context) -> Tensor:

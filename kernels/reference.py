@@ -210,14 +210,15 @@ class Coverage:
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        differ = high > low
-        parts: Sequence[Tensor] = (torch.arange(low.shape[1], device=low.device),)
+        differ = (high > low).any(0)
+        parts: Sequence[Tensor] = (torch.arange(len(differ), device=low.device),)
         if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
-            parts = differ.any(0).nonzero()[:, 0].split(32)  # what the cache holds
+            parts = differ.nonzero()[:, 0].split(32)  # what the cache holds
+        else:
+            differ = torch.ones_like(differ)
         with torch.autocast(low.device.type, enabled=False):
-            total = (
-                -(torch.where(differ, low, 0.0) * self.weight).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
-            )
+            below = (torch.where(differ, low, 0.0) * self.weight).sum(1)
+            total = -below[:, None, None].expand(-1, 1, self.table.shape[2])
             for rows in parts:
                 inside = self.table.index_select(1, rows)
                 torch.maximum(inside, low.index_select(1, rows)[..., None], out=inside)

@@ -85,15 +85,16 @@ def test_sync_free_selection_reads_nothing_back(card: Card, architecture: str) -
     assert torch.equal(answer.keep.inner, question.answer.keep)  # type: ignore[attr-defined]
 
 
-@every_architecture
-@cards(lambda card: not card.contract.sync_free)
-def test_who_does_not_claim_it_does_read_something_back(card: Card, architecture: str) -> None:
-    """A card that promises less than it could is wrong too."""
-    question = asked(card.name, architecture)
+@cards(lambda card: not card.contract.sync_free and card.contract.count_from_grid)
+def test_who_does_not_claim_it_does_read_something_back(card: Card) -> None:
+    """A card that promises less than it could is wrong too. Counts that the grid does not tell are read by the engine;
+    some methods only ask something of pictures in tiles."""
+    question = asked(card.name, "llava_next")
     found: list[str] = []
     try:
         found = reads(question.method, question.context)[0]
     except RuntimeError as error:  # an operation between host and device, on a real device an error or a copy
+        assert "meets device tensors" in str(error)
         found = [str(error)]
     assert found
 

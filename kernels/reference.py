@@ -6,7 +6,6 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -210,20 +209,16 @@ class Coverage:
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        differ = (high > low).any(0)
-        parts: Sequence[Tensor] = (torch.arange(len(differ), device=low.device),)
+        rows, step = torch.arange(low.shape[1], device=low.device), max(1, low.shape[1])
         if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
-            parts = differ.nonzero()[:, 0].split(32)  # what the cache holds
-        else:
-            differ = torch.ones_like(differ)
+            rows, step = (high > low).any(0).nonzero()[:, 0], 32  # as many as the cache holds
         with torch.autocast(low.device.type, enabled=False):
-            below = (torch.where(differ, low, 0.0) * self.weight).sum(1)
-            total = -below[:, None, None].expand(-1, 1, self.table.shape[2])
-            for rows in parts:
-                inside = self.table.index_select(1, rows)
-                torch.maximum(inside, low.index_select(1, rows)[..., None], out=inside)
-                torch.minimum(inside, high.index_select(1, rows)[..., None], out=inside)
-                total = torch.baddbmm(total, self.weight.index_select(1, rows)[:, None], inside.double())
+            total = -(low * self.weight).index_select(1, rows).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
+            for part in rows.split(step):
+                inside = self.table.index_select(1, part)
+                torch.maximum(inside, low.index_select(1, part)[..., None], out=inside)
+                torch.minimum(inside, high.index_select(1, part)[..., None], out=inside)
+                total = torch.baddbmm(total, self.weight.index_select(1, part)[:, None], inside.double())
         return total[:, 0]
 
     def gain(self) -> Tensor:

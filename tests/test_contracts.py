@@ -94,7 +94,8 @@ def test_who_does_not_claim_it_does_read_something_back(card: Card) -> None:
     try:
         found = reads(question.method, question.context)[0]
     except RuntimeError as error:  # an operation between host and device, on a real device an error or a copy
-        assert "meets device tensors" in str(error)
+        if "meets device tensors" not in str(error):
+            raise
         found = [str(error)]
     assert found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import OnDevice, Watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -227,6 +228,17 @@ def test_no_temporary_is_larger_than_a_matrix(name: str, k: int) -> None:
     with Largest() as largest:
         GREEDY[name][0](x, s, k)
     assert largest.elements <= 2 * 60 * 60
+
+
+@pytest.mark.parametrize("k", [2, 20])
+@every_selector
+def test_no_pick_waits_for_a_device(name: str, k: int) -> None:
+    """With a budget that the host knows nothing is read back, and the way without reading picks the same."""
+    x, s = random_case(60, d=40, batch=2)
+    with Watch() as watch:
+        order = GREEDY[name][0](OnDevice(x), OnDevice(s), k).order
+        assert watch.reads == []
+    assert torch.equal(order.inner, GREEDY[name][0](x, s, k).order)  # type: ignore[attr-defined]
 
 
 def test_the_largest_tensor_is_seen() -> None:

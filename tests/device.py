@@ -61,7 +61,7 @@ class OnDevice(torch.Tensor):
 
 
 class _Bypasses(TorchFunctionMode):
-    """``torch.tensor(..., device=...)`` and ``tolist`` bypass dispatch."""
+    """``torch.tensor(..., device=...)``, ``new_tensor`` and ``tolist`` bypass dispatch."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -72,6 +72,8 @@ class _Bypasses(TorchFunctionMode):
         if func is torch.Tensor.tolist and isinstance(args[0], OnDevice):
             self.watch.note("tolist")
             return args[0].inner.tolist()
+        if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
+            return OnDevice(args[0].inner.new_tensor(*args[1:], **kwargs))
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
             return OnDevice(func(*args, **kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)

@@ -75,7 +75,7 @@ def cosines(x: Tensor) -> tuple[Tensor, Tensor]:
         known = square.isfinite()
         inverse = torch.where(known, square.sqrt().clamp_min(1e-8).reciprocal(), 0.0)
         table.mul_(-inverse[:, :, None]).mul_(inverse[:, None]).nan_to_num_(nan=0.0)
-        torch.nn.functional.threshold_(table, SAME - 1, -1.0).neg_()  # the one pass that snaps to 1 snaps from above
+        torch.threshold_(table, SAME - 1, -1.0).neg_()  # the one pass that snaps to 1 snaps from above
         empty = (~known | (square == 0)).float()
         return table.baddbmm_(empty[..., None], empty[:, None]), known
 
@@ -146,18 +146,19 @@ class Rows:
 
     def __init__(self, features: Tensor, most: int) -> None:
         """features (B, N, D); ``most`` rows will be asked for."""
-        self.unit = self.table = None
-        if 16 * most < features.shape[1]:
-            self.unit, self.finite = unit(features), finite(features)
+        self.whole = 16 * most >= features.shape[1]
+        if self.whole:
+            self.matrix, self.finite = cosines(features)
         else:
-            self.table, self.finite = cosines(features)
+            self.matrix, self.finite = unit(features), finite(features)
 
     def row(self, pick: Tensor) -> Tensor:
         """(B, N) cosines of all to candidate ``pick`` (B,)."""
-        if self.unit is None:
-            return _rows(self.table, pick)
-        with torch.autocast(self.unit.device.type, enabled=False):
-            return (self.unit @ _rows(self.unit, pick)[..., None])[..., 0]
+        chosen = _rows(self.matrix, pick)
+        if self.whole:
+            return chosen
+        with torch.autocast(chosen.device.type, enabled=False):
+            return (self.matrix @ chosen[..., None])[..., 0]
 
 
 class RunningSum:

@@ -37,8 +37,13 @@ class Picks(NamedTuple):
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length 1 in float32; rows that hold NaN or infinity become 0."""
     x = x.detach().float()  # similarities choose, they are not differentiated
-    finite = x.isfinite().all(-1, keepdim=True)
-    return torch.nn.functional.normalize(torch.where(finite, x, 0.0), dim=-1, eps=1e-8)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # of an infinite or NaN one the row is
+    return (x / length.clamp_min(1e-8)).masked_fill_(~length.isfinite(), 0.0)
+
+
+def finite(x: Tensor) -> Tensor:
+    """(B, N) bool: rows of x (B, N, D) without NaN and infinity."""
+    return x.amax(-1).isfinite() & x.amin(-1).isfinite()  # both ends are NaN if any value is
 
 
 def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -46,16 +51,48 @@ def cosine(x: Tensor, y: Tensor | None = None) -> Tensor:
 
     Duplicates have cosine exactly 1, and so have two zero rows: neither has anything the other lacks.
     """
-    a = unit(x)
-    return _cosine(a, a if y is None else unit(y))
+    return cosines(x)[0] if y is None else _cosine(unit(x), unit(y))
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """:func:`cosine` of rows that :func:`unit` has made."""
     with torch.autocast(a.device.type, enabled=False):  # 16-bit products would create thousands of ties
         similarity = a @ b.mT
-    empty = ~a.any(-1)[..., :, None] & ~b.any(-1)[..., None, :]
-    return torch.where((similarity > 1 - SAME) | empty, 1.0, similarity)
+    empty = [torch.linalg.vector_norm(x, dim=-1) == 0 for x in (a, b)]
+    alike = (similarity > 1 - SAME).logical_or_(empty[0][..., :, None] & empty[1][..., None, :])
+    return similarity.masked_fill_(alike, 1.0)
+
+
+def cosines(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`cosine` of the rows of x (B, N, D) with each other, (B, N, N), and which rows are finite, (B, N) bool.
+
+    Rows are scaled after the product, so that nothing but the product reads them; a row whose square overflows float32
+    does not count as finite.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        table = _gram(x.detach().float())
+        square = table.diagonal(dim1=1, dim2=2).clone()
+        known = square.isfinite()
+        inverse = torch.where(known, square.sqrt().clamp_min(1e-8).reciprocal(), 0.0)
+        table.mul_(-inverse[:, :, None]).mul_(inverse[:, None]).nan_to_num_(nan=0.0)
+        torch.threshold_(table, SAME - 1, -1.0).neg_()  # the one pass that snaps to 1 snaps from above
+        empty = (~known | (square == 0)).float()
+        return table.baddbmm_(empty[..., None], empty[:, None]), known
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x · xᵀ for x (B, N, D); on a CPU in blocks of rows on and above the diagonal, half of the work."""
+    n = x.shape[1]
+    step = max(192, min(n // 4, 512)) if x.device.type == "cpu" else n
+    if step >= n:
+        return x @ x.mT
+    out = x.new_empty(len(x), n, n)
+    for begin in range(0, n, step):
+        rows, rest = slice(begin, begin + step), slice(begin + step, n)
+        part = x[:, rows] @ x[:, begin:].mT
+        out[:, rows, begin:] = part
+        out[:, rest, rows] = part[..., step:].mT
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------- greedy
@@ -97,34 +134,61 @@ class RunningMax:
         self.nearest = row if self.nearest is None else torch.maximum(self.nearest, row)
 
 
-class RunningSum:
-    """gain_i = -Σ_{j in S} cos_ij, as one product with the running sum of the chosen unit vectors; no Gram matrix."""
+class Rows:
+    """Rows of the cosine matrix, one after the other.
 
-    def __init__(self, features: Tensor, start: Tensor) -> None:
-        """features (B, N, D); start (B, N), the gain of the first pick."""
-        self.unit, self.start = unit(features), start
+    A product with one vector waits for memory, so that about N/16 of them take as long as the matrix: for more picks
+    it is computed at once.
+
+    Attributes:
+        finite: (B, N) bool, tokens whose features are.
+    """
+
+    def __init__(self, features: Tensor, most: int) -> None:
+        """features (B, N, D); ``most`` rows will be asked for."""
+        self.whole = 16 * most >= features.shape[1]
+        if self.whole:
+            self.matrix, self.finite = cosines(features)
+        else:
+            self.matrix, self.finite = unit(features), finite(features)
+
+    def row(self, pick: Tensor) -> Tensor:
+        """(B, N) cosines of all to candidate ``pick`` (B,)."""
+        chosen = _rows(self.matrix, pick)
+        if self.whole:
+            return chosen
+        with torch.autocast(chosen.device.type, enabled=False):
+            return (self.matrix @ chosen[..., None])[..., 0]
+
+
+class RunningSum:
+    """gain_i = -Σ_{j in S} cos_ij."""
+
+    def __init__(self, rows: Rows, start: Tensor) -> None:
+        """start (B, N), the gain of the first pick."""
+        self.rows, self.start = rows, start
         self.sum: Tensor | None = None
 
     def gain(self) -> Tensor:
-        return self.start if self.sum is None else -(self.unit @ self.sum[..., None])[..., 0]
+        return self.start if self.sum is None else -self.sum
 
     def add(self, pick: Tensor) -> None:
-        row = _rows(self.unit, pick)
+        row = self.rows.row(pick).double()
         self.sum = row if self.sum is None else self.sum + row
 
 
 class Discount:
-    """gain_i = score_i · Π_{j in S} (1 - cos²_ij), one product with the last chosen unit vector per pick."""
+    """gain_i = score_i · Π_{j in S} (1 - cos²_ij)."""
 
-    def __init__(self, features: Tensor, scores: Tensor) -> None:
-        """features (B, N, D); scores (B, N)."""
-        self.unit, self.score = unit(features), scores
+    def __init__(self, rows: Rows, scores: Tensor) -> None:
+        """scores (B, N)."""
+        self.rows, self.score = rows, scores
 
     def gain(self) -> Tensor:
         return self.score
 
     def add(self, pick: Tensor) -> None:
-        alike = (self.unit @ _rows(self.unit, pick)[..., None])[..., 0].square()
+        alike = self.rows.row(pick).square()
         self.score = self.score * torch.where(alike > 1 - SAME, 0.0, 1 - alike)
 
 
@@ -156,16 +220,26 @@ class Coverage:
 
     def __init__(self, table: Tensor, weight: Tensor | None, scale: Tensor | None, bonus: Tensor | None) -> None:
         """table (B, R, N), how well candidate i covers row r; weight (B, R); scale and bonus (B, N)."""
-        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min(0)
-        self.weight = None if weight is None else weight.double()[..., None]
-        self.scale, self.bonus = scale, bonus
+        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min_(0)
         self.best = self.table.new_zeros(self.table.shape[:2])
-        self.total = self._sum(self.table, self.weight)
+        self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
+        self.scale, self.bonus = scale, bonus
+        self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
-    @staticmethod
-    def _sum(rows: Tensor, weight: Tensor | None) -> Tensor:
-        return rows.sum(1, dtype=torch.float64) if weight is None else (rows.double() * weight).sum(1)
+    def _between(self, low: Tensor, high: Tensor) -> Tensor:
+        """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
+        rows, step = torch.arange(low.shape[1], device=low.device), max(1, low.shape[1])
+        if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
+            rows, step = (high > low).any(0).nonzero()[:, 0], 32  # as many as the cache holds
+        with torch.autocast(low.device.type, enabled=False):
+            total = -(low * self.weight).index_select(1, rows).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
+            for part in rows.split(step):
+                inside = self.table.index_select(1, part)
+                torch.maximum(inside, low.index_select(1, part)[..., None], out=inside)
+                torch.minimum(inside, high.index_select(1, part)[..., None], out=inside)
+                total = torch.baddbmm(total, self.weight.index_select(1, part)[:, None], inside.double())
+        return total[:, 0]
 
     def gain(self) -> Tensor:
         gain = torch.where(self.total > self.noise, self.total, 0.0)
@@ -175,13 +249,7 @@ class Coverage:
 
     def add(self, pick: Tensor) -> None:
         best = torch.maximum(self.best, _rows(self.table.mT, pick))
-        changed: Tensor | slice = slice(None)
-        if best.device.type == "cpu":  # elsewhere the question which rows changed would stop the host
-            changed = (best > self.best).any(0).nonzero()[:, 0]
-        old, new = self.best[:, changed, None], best[:, changed, None]
-        # max(0, x - old) - max(0, x - new) = clamp(x, old, new) - old; float64, so that what is lost adds up
-        lost = torch.minimum(torch.maximum(self.table[:, changed], old), new).double() - old
-        self.total = self.total - self._sum(lost, None if self.weight is None else self.weight[:, changed])
+        self.total = self.total - self._between(self.best, best)
         self.best = best
 
 
@@ -192,25 +260,26 @@ class Determinant:
     all others, ranked by relevance, and leave the factor as it is.
     """
 
-    def __init__(self, similarity: Tensor, relevance: Tensor) -> None:
-        """similarity (B, N, N) with unit diagonal; relevance r (B, N), non-negative."""
-        self.similarity, self.relevance = similarity, torch.nan_to_num(relevance.float(), nan=0.0)
-        self.variance = self.relevance.square()
+    def __init__(self, kernel: Tensor, relevance: Tensor, most: int) -> None:
+        """kernel L (B, N, N) with diagonal r²; relevance r (B, N), non-negative; at most ``most`` picks."""
+        self.kernel, self.variance = kernel, relevance.square()
         self.floor = 1e-5 * self.variance
-        self.factor = similarity.new_zeros(*relevance.shape, 0)  # (B, N, picks)
+        self.behind = relevance - relevance.amax(-1, keepdim=True) - 1
+        self.factor = kernel.new_empty(len(relevance), most, relevance.shape[1])
+        self.picks = 0  # rows of the factor that are filled
 
     def gain(self) -> Tensor:
-        behind = self.relevance - self.relevance.amax(-1, keepdim=True) - 1
-        return torch.where(self.variance > self.floor, self.variance, behind)
+        self.left = torch.where(self.variance > self.floor, self.variance, self.behind)
+        return self.left
 
     def add(self, pick: Tensor) -> None:
-        at = pick[:, None]
-        row = _rows(self.similarity, pick) * self.relevance * self.relevance.gather(1, at)
-        known = (self.factor @ _rows(self.factor, pick)[..., None])[..., 0]
-        variance, floor = self.variance.gather(1, at), self.floor.gather(1, at)
-        column = torch.where(variance > floor, (row - known) / variance.clamp_min(1e-30).sqrt(), 0.0)
-        self.factor = torch.cat([self.factor, column[..., None]], -1)
-        self.variance = self.variance - column.square()
+        factor = self.factor[:, : self.picks]
+        column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
+        left = self.left.gather(1, pick[:, None])
+        column = column[:, 0] / torch.where(left > 0, left, torch.inf).sqrt()
+        self.factor[:, self.picks] = column
+        self.picks += 1
+        self.variance = self.variance.addcmul(column, column, value=-1)
 
 
 class Seeding:
@@ -222,15 +291,12 @@ class Seeding:
 
     def __init__(self, similarity: Tensor, valid: Tensor, chance: Tensor) -> None:
         """similarity (B, N, N); valid (B, N), what may be drawn; chance (B, K) in [0, 1), one number per pick."""
-        self.similarity, self.chance = similarity, iter(chance.double().unbind(1))
+        self.similarity, self.chances = similarity, iter(chance.double().unbind(1))
         self.weight = 2 * valid.double()  # the largest distance there is, of all alike
 
     def gain(self) -> Tensor:
-        chance = next(self.chance, None)
-        if chance is None:
-            return torch.zeros_like(self.weight)  # nobody asks behind the last pick
         reach = self.weight.cumsum(-1)
-        return (reach > chance[:, None] * reach[:, -1:]).float() - 1
+        return (reach > next(self.chances)[:, None] * reach[:, -1:]).float() - 1
 
     def add(self, pick: Tensor) -> None:
         distance = (1 - _rows(self.similarity, pick)).double().clamp_min(0)
@@ -252,24 +318,23 @@ def greedy(
         per_round: picks made on the same gains; 1 is the exact greedy selection.
     """
     rows, n = valid.shape
-    index = torch.arange(n, device=valid.device)
-    free = valid.clone()
     order = torch.full((rows, most), -1, dtype=torch.long, device=valid.device)
     gains = torch.full((rows, most), -torch.inf, device=valid.device)
-    gain = state.gain()
+    # No gain counts for more than this: what may not be picked lies below what comes last, which lies below all else.
+    last = torch.finfo(torch.float32).min
+    bound = torch.where(valid, torch.inf, -torch.inf)
+    if usable is not None:
+        bound.masked_fill_(valid & ~usable, last)
     for step in range(most):
-        gain = torch.where(gain.isnan() | ~free, -torch.inf, gain)
-        if usable is not None:
-            gain = torch.where(usable, gain, -torch.inf)
-        best = gain.amax(-1, keepdim=True)
-        pick = torch.where((gain == best) & free, index, n).amin(-1).clamp_max(n - 1)
-        active = step < k
-        order[:, step] = torch.where(active, pick, -1)
-        gains[:, step] = torch.where(active, best[:, 0].float(), -torch.inf)
-        free.scatter_(1, pick[:, None], False)
+        if step % per_round == 0:
+            gain = state.gain().nan_to_num(nan=last, posinf=torch.inf, neginf=last)
+        best, pick = torch.minimum(gain, bound).max(-1)  # of equal ones the first
+        order[:, step], gains[:, step] = pick, best
+        bound.scatter_(1, pick[:, None], -torch.inf)
         state.add(pick)
-        if (step + 1) % per_round == 0:
-            gain = state.gain()
+    active = torch.arange(most, device=valid.device) < k[:, None]
+    order.masked_fill_(~active, -1)
+    gains.masked_fill_(~active | (gains <= last), -torch.inf)
     keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
     keep.scatter_(1, torch.where(order < 0, n, order), True)
     return Picks(keep[:, :n], order, gains)

@@ -21,7 +21,20 @@ _SHAPED_BY_VALUES = {
     torch.ops.aten.masked_select.default,
     torch.ops.aten.repeat_interleave.Tensor,
     torch.ops.aten.equal.default,
+    torch.ops.aten.allclose.default,
     torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_consecutive.default,
+    torch.ops.aten.bincount.default,
+    # solvers ask whether they succeeded
+    torch.ops.aten._linalg_eigh.default,
+    torch.ops.aten._linalg_svd.default,
+    torch.ops.aten.linalg_inv_ex.default,
+}
+_INDEXED = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
 }
 
 
@@ -48,7 +61,7 @@ class OnDevice(torch.Tensor):
 
 
 class _Bypasses(TorchFunctionMode):
-    """``torch.tensor(..., device=...)`` and ``tolist`` bypass dispatch."""
+    """``torch.tensor(..., device=...)``, ``new_tensor`` and ``tolist`` bypass dispatch."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -59,6 +72,8 @@ class _Bypasses(TorchFunctionMode):
         if func is torch.Tensor.tolist and isinstance(args[0], OnDevice):
             self.watch.note("tolist")
             return args[0].inner.tolist()
+        if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
+            return OnDevice(args[0].inner.new_tensor(*args[1:], **kwargs))
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
             return OnDevice(func(*args, **kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
@@ -100,7 +115,9 @@ class Watch(TorchDispatchMode):
             strangers = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim]
             if strangers:
                 raise RuntimeError(f"{func}: a host tensor {tuple(strangers[0].shape)} meets device tensors")
-        indices = args[1] if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) else ()
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], OnDevice):
+            self.note("copy to the host")
+        indices = args[1] if func in _INDEXED else ()
         by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
         if leaves or by_mask or func in _SHAPED_BY_VALUES:
             self.note(str(func))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 TINY = ["--layers", "2", "--hidden", "32", "--heads", "2", "--tower-layers", "3", "--tower-hidden", "32"]
 TINY += ["--image-size", "56", "--text", "6", "--keep", "4", "--runs", "2"]
@@ -21,7 +22,7 @@ def scripts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
         yield
-    for name in ("prefill", "overhead", "batches"):
+    for name in ("prefill", "overhead", "batches", "selection"):
         sys.modules.pop(name, None)
 
 
@@ -38,6 +39,11 @@ def overhead() -> ModuleType:
 @pytest.fixture(scope="module")
 def batches() -> ModuleType:
     return importlib.import_module("batches")
+
+
+@pytest.fixture(scope="module")
+def selection() -> ModuleType:
+    return importlib.import_module("selection")
 
 
 def test_every_case_runs_at_the_length_it_names(prefill: ModuleType, tmp_path: Path) -> None:
@@ -165,3 +171,46 @@ def test_negatives_are_named(batches: ModuleType) -> None:
         "1 row, prompt: decode is slower than stock (1.20 ×)",
         "1 row, prompt: decode costs 1.15 × stock at the kept length",
     ]
+
+
+def test_operators_pick_what_the_literal_loops_pick(selection: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    assert selection.main(["--tokens", "63", "--width", "48", "--runs", "1", "--json", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [part["kind"] for part in result["parts"]] == ["clustered", "uniform"]
+    for part in result["parts"]:
+        for row in part["cases"].values():
+            assert (row["best"], row["picks"]) == (7, 7)
+            assert row["missed"] == 0
+    assert all(name in selection.table(result) for name in selection.CASES)
+
+
+@pytest.mark.parametrize("kind", ["clustered", "uniform"])
+def test_the_literal_loops_themselves_pick_the_same(selection: ModuleType, kind: str) -> None:
+    data = selection.make(kind, 45, 30)
+    for name, case in selection.CASES.items():
+        exact = data.double()
+        assert selection.loop(case.literal(exact, selection.cosine(exact.x)), 9) == case.run(data, 9).tolist(), name
+
+
+def test_agreement_counts_what_was_not_the_best(selection: ModuleType) -> None:
+    gains = torch.tensor([1.0, 4.0, 3.0, 2.0])
+    found = selection.agreement(lambda chosen: gains.clone(), [1, 3, 2])
+    assert found == {"picks": 3, "best": 2, "missed": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [({}, 0), ({"missed": 1e-5}, 1), ({"to_gram": 1.3}, 1), ({"to_gram": 1.2, "faster": 14.0}, 1)],
+)
+def test_selection_check_fails_where_a_bar_is_missed(
+    selection: ModuleType, monkeypatch: pytest.MonkeyPatch, changed: dict[str, float], code: int
+) -> None:
+    row = {"seconds": 1.0, "to_gram": 0.9, "literal": 20.0, "faster": 20.0, "picks": 9, "best": 9, "missed": 0.0}
+
+    def measured(kind, n, width, runs):
+        cases = {name: row | changed if "SCOPE" in name or name == "maxmin" else row for name in selection.CASES}
+        return {"kind": kind, "n": n, "k": n // 9, "gram": 1.0, "cases": cases}
+
+    monkeypatch.setattr(selection, "measure", measured)
+    assert selection.main(["--check", "--tokens", "2880"]) == code

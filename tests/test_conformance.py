@@ -51,7 +51,7 @@ def inapplicable(card: Card) -> set[str]:
     if not card.budget:
         excused |= {"identity", "budget", "K = 1"}
     if card.stochastic:
-        excused |= {"permutation", "question"}
+        excused |= {"permutation"}
     named = {"image alone": claims.per_image, "question": claims.question_independent, "count": claims.count_from_grid}
     return excused | {check for check, claimed in (named | {"permutation": claims.order_free}).items() if not claimed}
 

@@ -6,12 +6,16 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
+from device import OnDevice, Watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import visiontok.functional as F
 from visiontok import kernels
@@ -119,9 +123,10 @@ def test_exact_count_order_and_mask_agree(name: str) -> None:
 
 @every_selector
 def test_shorter_budgets_are_prefixes(name: str) -> None:
-    x, s = random_case(30)
-    order = GREEDY[name][0](x, s, 20).order
-    assert torch.equal(GREEDY[name][0](x, s, 8).order, order[:8])
+    x, s = random_case(60)
+    order = GREEDY[name][0](x, s, 30).order
+    for k in (3, 12):  # a few picks make do without the whole matrix
+        assert torch.equal(GREEDY[name][0](x, s, k).order, order[:k])
 
 
 @every_selector
@@ -205,6 +210,68 @@ def test_bad_budgets_are_refused_with_a_remedy(name: str) -> None:
     for k in (0, -3, torch.tensor([2, 0])):
         with pytest.raises(ConfigError, match=r"k=.*at least one token"):
             GREEDY[name][0](x, s, k)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any new tensor has; views are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if torch.is_tensor(t):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("k", [2, 20])
+@every_selector
+def test_no_temporary_is_larger_than_a_matrix(name: str, k: int) -> None:
+    """No (B, N, N, D), no (B, K, N, D): the largest is the features or a table of N × N."""
+    x, s = random_case(60, d=40, batch=2)
+    with Largest() as largest:
+        GREEDY[name][0](x, s, k)
+    assert largest.elements <= 2 * 60 * 60
+
+
+@pytest.mark.parametrize("k", [2, 20])
+@every_selector
+def test_no_pick_waits_for_a_device(name: str, k: int) -> None:
+    """With a budget that the host knows nothing is read back, and the way without reading picks the same."""
+    x, s = random_case(60, d=40, batch=2)
+    with Watch() as watch:
+        order = GREEDY[name][0](OnDevice(x), OnDevice(s), k).order
+        assert watch.reads == []
+    assert torch.equal(order.inner, GREEDY[name][0](x, s, k).order)  # type: ignore[attr-defined]
+
+
+def test_the_largest_tensor_is_seen() -> None:
+    x, _ = random_case(10, d=4, batch=2)
+    with Largest() as largest:
+        (x[:, :, None] - x[:, None]).norm(dim=-1)
+    assert largest.elements == 2 * 10 * 10 * 4
+
+
+def test_cosines_of_more_rows_than_a_block() -> None:
+    """The matrix is made in blocks of 192 rows and mirrored."""
+    x, _ = random_case(450, d=24, batch=2)
+    x[0, 440], x[1, 3] = 3 * x[0, 7], 0.0  # duplicates in different blocks; a row without direction
+    x[0, 100, 5], x[1, 300, 1], x[1, 301, 2] = torch.nan, torch.inf, -torch.inf
+    table, known = kernels.cosines(x)
+    assert (~known).nonzero().tolist() == [[0, 100], [1, 300], [1, 301]]
+    for b in range(2):
+        there = known[b] & x[b].nan_to_num().any(-1)
+        expected = cosines(x[b].nan_to_num(posinf=0, neginf=0))
+        torch.testing.assert_close(table[b][there][:, there].double(), expected[there][:, there], rtol=0, atol=1e-6)
+        assert torch.equal(table[b].diagonal(), torch.ones(450))
+        none = ~there
+        assert (table[b][none][:, none] == 1).all()
+        assert (table[b][none][:, there] == 0).all()
+    assert table[0, 440, 7] == table[0, 7, 440] == 1
+    torch.testing.assert_close(kernels.cosine(x, x), table, rtol=0, atol=1e-6)
 
 
 def test_a_wrong_number_of_dimensions_is_refused() -> None:

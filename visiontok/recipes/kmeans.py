@@ -80,7 +80,7 @@ class KMeans(Method):
         defaults="10 rounds; the paper keeps 32 tokens of a video.",
         cost="O(NKD) per round",
         stochastic=True,
-        contract=Contract(sync_free=False),
+        contract=Contract(question_independent=False, sync_free=False),  # draws are seeded by the prompt
     )
 
     def __post_init__(self) -> None:

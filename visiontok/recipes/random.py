@@ -53,7 +53,7 @@ class Random(Method):
         defaults="seed=0, of compress(); no other option",
         cost="O(N log N)",
         stochastic=True,
-        contract=Contract(sync_free=False),
+        contract=Contract(question_independent=False, sync_free=False),  # draws are seeded by the prompt
     )
 
     def select(self, ctx: Context) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import finite
 from ..kernels.batching import mask, rows, unrow
 
 
@@ -22,7 +23,7 @@ def centred(features: Tensor, valid: Tensor | None = None) -> Tensor:
         Cen-Prune, arXiv 2608.30263.
     """
     x = rows(features, 2, "features").float()
-    counts = (mask(valid, x) & x.isfinite().all(-1))[..., None]
+    counts = (mask(valid, x) & finite(x))[..., None]
     mean = torch.where(counts, x, 0.0).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1)
     return unrow(x - mean, features, 2)
 
@@ -42,7 +43,7 @@ def foreground(features: Tensor, rank: int, valid: Tensor | None = None) -> Tens
         LRCP, arXiv 2605.15621, residual to the low-rank background.
     """
     x = centred(rows(features, 2, "features"), valid).double()
-    counts = (mask(valid, x) & x.isfinite().all(-1))[..., None]
+    counts = (mask(valid, x) & finite(x))[..., None]
     known = torch.where(counts, x, 0.0)
     with torch.autocast(x.device.type, enabled=False):
         if known.shape[1] <= known.shape[2]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import finite
 from ..kernels.batching import mask, rows, unrow
 
 
@@ -26,7 +27,7 @@ def components(features: Tensor, count: int | Tensor, valid: Tensor | None = Non
         PruneSID, arXiv 2603.09480, principal semantic components analysis.
     """
     x = rows(features, 2, "features").double()
-    ok = mask(valid, x) & x.isfinite().all(-1)
+    ok = mask(valid, x) & finite(x)
     x = torch.sigmoid(torch.where(ok[..., None], x, 0.0))
     x = torch.where(ok[..., None], x - x.mean(-1, keepdim=True), 0.0)
     n, d = x.shape[1:]

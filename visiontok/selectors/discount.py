@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Discount, Picks, greedy
+from ..kernels import Discount, Picks, Rows, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -29,4 +29,5 @@ def discount(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | 
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    return unrow_picks(greedy(Discount(x, s), counts, most, ok, x.isfinite().all(-1)), features, 2)
+    table = Rows(x, most)
+    return unrow_picks(greedy(Discount(table, s), counts, most, ok, table.finite), features, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Determinant, Picks, cosine, greedy
+from ..kernels import Determinant, Picks, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -29,8 +29,10 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     Reference:
         Chen, Zhang and Zhou, NeurIPS 2018, fast greedy MAP; CDPruner, arXiv 2506.10967.
     """
-    x, r = rows(features, 2, "features"), rows(relevance, 1, "relevance").float().clamp_min(0)
+    x, r = rows(features, 2, "features"), rows(relevance, 1, "relevance").float()
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    usable = x.isfinite().all(-1) & ~r.isnan()
-    return unrow_picks(greedy(Determinant(cosine(x), r), counts, most, ok, usable), features, 2)
+    similarity, known = cosines(x)
+    usable, r = known & ~r.isnan(), r.nan_to_num(nan=0.0).clamp_min(0)
+    kernel = similarity.mul_(r[:, None]).mul_(r[..., None])
+    return unrow_picks(greedy(Determinant(kernel, r, most), counts, most, ok, usable), features, 2)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..kernels import Coverage, Picks, cosine, greedy
+from ..kernels import Coverage, Picks, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -42,7 +41,7 @@ def facility(
     x = rows(features, 2, "features")
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    usable = x.isfinite().all(-1)
-    table = torch.where((ok & usable)[..., None], cosine(x), 0.0)  # (B, represented, candidate)
+    similarity, usable = cosines(x)
+    table = similarity.mul_((ok & usable)[..., None])  # (B, represented, candidate)
     factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
     return unrow_picks(greedy(Coverage(table, *factors), counts, most, ok, usable), features, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosine, greedy
+from ..kernels import Picks, RunningMax, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -31,9 +31,10 @@ def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Pi
     x = rows(features, 2, "features")
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    similarity = cosine(x)
-    others = ok[:, None, :] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    start = 1 - torch.where(others, similarity, -1.0).amax(-1)
+    similarity, usable = cosines(x)
+    similarity.diagonal(dim1=1, dim2=2).fill_(-1.0)  # nobody is its own neighbour
+    others = torch.where(ok, 0.0, -torch.inf)[:, None]
+    start = 1 - (similarity + others).amax(-1).clamp_min(-1.0)
     one = similarity.new_ones(1)
-    picks = greedy(RunningMax(similarity, one, one, start), counts, most, ok, usable=x.isfinite().all(-1))
+    picks = greedy(RunningMax(similarity, one, one, start), counts, most, ok, usable)
     return unrow_picks(picks, features, 2)

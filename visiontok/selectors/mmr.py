@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosine, greedy
+from ..kernels import Picks, RunningMax, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -40,5 +40,6 @@ def mmr(
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     slope = s.new_full((1,), 1 - balance)
-    state = RunningMax(cosine(x), balance * s, slope, start=s)
-    return unrow_picks(greedy(state, counts, most, ok, x.isfinite().all(-1), per_round), features, 2)
+    similarity, usable = cosines(x)
+    state = RunningMax(similarity, balance * s, slope, start=s)
+    return unrow_picks(greedy(state, counts, most, ok, usable, per_round), features, 2)

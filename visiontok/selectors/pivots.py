@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import cosine
+from ..kernels import cosine, finite
 from ..kernels.batching import mask, rows, unrow
 from .topk import rank
 
@@ -29,7 +29,7 @@ def least_similar(features: Tensor, pivots: Tensor, share: Tensor, keep: Tensor,
     x = rows(features, 2, "features")
     ok, kept, counts = mask(valid, x), rows(keep, 1, "keep"), rows(share, 1, "share")
     similarity = cosine(rows(pivots, 2, "pivots"), x)  # (B, P, N)
-    similarity = torch.where(x.isfinite().all(-1)[:, None], similarity, torch.nan)  # NaN ranks last
+    similarity = torch.where(finite(x)[:, None], similarity, torch.nan)  # NaN ranks last
     for p in range(similarity.shape[1]):
         free = ok & ~kept
         kept = kept | ((rank(-similarity[:, p], free) < counts[:, p : p + 1]) & free)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosine, greedy
+from ..kernels import Picks, RunningMax, cosines, greedy
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -29,5 +29,6 @@ def product(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | N
     x, s = rows(features, 2, "features"), rows(scores, 1, "scores").float()
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    state = RunningMax(cosine(x), offset=s, slope=s, start=s)
-    return unrow_picks(greedy(state, counts, most, ok, x.isfinite().all(-1)), features, 2)
+    similarity, usable = cosines(x)
+    state = RunningMax(similarity, offset=s, slope=s, start=s)
+    return unrow_picks(greedy(state, counts, most, ok, usable), features, 2)

@@ -93,7 +93,8 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether the number of kept tokens is fixed by the budget, not only bounded."""
-        return self.recipe.fidelity == "fixed" and all(contract(m).count_from_grid for m in self.selecting)
+        fixed = all(contract(m).count_from_grid and m.card.stage != "pixel" for m in self.selecting)
+        return self.recipe.fidelity == "fixed" and fixed
 
     @functools.cached_property
     def plain(self) -> Run:
@@ -136,7 +137,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("prompt", "cut")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()

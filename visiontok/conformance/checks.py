@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..api import Callback, Compression
+from ..api import Callback, Compression, base_model
 from ..budget import Budget
 from ..errors import ConfigError
 from ..ledger import TokenLedger
 from ..recipe import Recipe
 from ..report import Report
 from . import zoo
-from .oracle import DenseMasked, greedy
+from .oracle import DenseMasked, encodings, greedy
 from .spy import Asked, alone, ask, contract, keeps, padded, permuted, spied, take, without_ties
 
 if TYPE_CHECKING:
@@ -389,8 +390,10 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
+    pixels = any(stage.kind == "pixel" for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
-        out = generate(model, inputs, banned)
+        with encodings(base_model(model)) if pixels else nullcontext() as features:
+            out = generate(model, inputs, banned)
         ledger = compression.ledger
     alive = [ledger.alive(layer) for layer in range(ledger.depth)]
     stored = [layer.keys.shape[-2] - STEPS + 1 for layer in out.past_key_values.layers]
@@ -399,7 +402,8 @@ def against_oracle(
     text = inputs["attention_mask"].bool() & ~ledger.visual
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
-    sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
+    with encodings(base_model(model), features) if pixels else nullcontext():
+        sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
         raise Failed(

@@ -343,7 +343,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage="prompt" if layer is None else "decoder",
+            stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
             layer=layer,
             features=features,
             valid=valid,

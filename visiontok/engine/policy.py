@@ -474,11 +474,10 @@ class StagePolicy:
             made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
         return None if made.sum(1).tolist() == units.sizes else made
 
-    def _grouped(self, record: Encoded, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Per item the (n, m, C) values of the tower's patches at the tokens they become."""
-        if record.smaller is None:
-            return self.adapter.group(record, patches)
-        return record.smaller.place(self.adapter.group(record.smaller, patches))
+    @staticmethod
+    def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Per item (n, …) values of its tokens, which ``read`` takes from what the tower was really given."""
+        return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
 
     # ---- taps
 
@@ -500,7 +499,8 @@ class StagePolicy:
             calls = record.attention.get((stat, index))
             if calls is None:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
-            groups = self._grouped(record, [c.reshape(*c.shape[:2], -1) for c in calls])
+            patches = [c.reshape(*c.shape[:2], -1) for c in calls]
+            groups = self._placed(record, functools.partial(self.adapter.group, patches=patches))
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
         found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
         return found if stat == "keys" else found[..., 0]
@@ -511,13 +511,14 @@ class StagePolicy:
             x = record.encoder_features
             if x is None:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
-            values.append(self._grouped(record, [x if x.ndim == 3 else x[None]]))
+            patches = [x if x.ndim == 3 else x[None]]
+            values.append(self._placed(record, functools.partial(self.adapter.group, patches=patches)))
         return self._by_unit(call, values, missing=0.0)
 
     def _pixels(self, call: Prefill) -> torch.Tensor:
         mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
         values = [
-            [x.float() * std.to(x.device) + mean.to(x.device) for x in self.adapter.pixels(record)]
+            [x.float() * std.to(x.device) + mean.to(x.device) for x in self._placed(record, self.adapter.pixels)]
             for record in call.records
         ]
         return self._by_unit(call, values, missing=0.0)

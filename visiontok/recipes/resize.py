@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def resize(shape: tuple[int, int], k: int) -> tuple[int, int]:
-    """The largest grid of at most ``k`` tokens in nearly the proportions of ``shape``.
+    """The grid of at most ``k`` tokens that loses the least of a picture, in nearly its proportions.
 
-    In exact proportion, ``k`` tokens are √(k · rows / columns) rows of √(k · columns / rows). Both are rounded down, or
-    one of them up where that fits; of two such grids the less distorted one is taken, then the wider one. A picture too
-    narrow for that keeps one row (or column) of ``k``.
+    In exact proportion, ``k`` tokens would be √(k · rows / columns) rows of √(k · columns / rows). No side gets more
+    than that, rounded up; among such grids, that whose coarser side is the finest, then that of most tokens, then the
+    wider one.
 
     Args:
         shape: rows and columns of tokens.
@@ -38,15 +37,14 @@ def resize(shape: tuple[int, int], k: int) -> tuple[int, int]:
     rows, columns = shape
     if k >= rows * columns:
         return shape
-    h, w = math.isqrt(k * rows // columns), math.isqrt(k * columns // rows)
-    if not h or not w:
-        return (min(k, rows), 1) if h else (1, min(k, columns))
+    tallest, widest = _root(k * rows, columns), _root(k * columns, rows)
+    sizes = [(h, min(k // h, widest)) for h in range(1, min(tallest, k) + 1)]
+    return max(sizes, key=lambda size: (min(size[0] * columns, size[1] * rows), size[0] * size[1], size[1]))
 
-    def rank(size: tuple[int, int]) -> tuple[int, Fraction, int]:
-        across, down = size[1] * rows, size[0] * columns
-        return size[0] * size[1], Fraction(min(across, down), max(across, down)), size[1]
 
-    return max((size for size in ((h, w), (h + 1, w), (h, w + 1)) if size[0] * size[1] <= k), key=rank)
+def _root(a: int, b: int) -> int:
+    """√(a / b), rounded up."""
+    return math.isqrt(-(-a // b) - 1) + 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Resize(Method):
         needs="pixels; a vision tower that takes smaller pictures",
         official="Papers resize the picture in front of the processor.",
         departures="The processor's pixels are resized by antialiased bicubic interpolation, which commutes with their "
-        "normalisation and neither rounds nor clips. At most K tokens: the largest grid in nearly the proportions of "
+        "normalisation and neither rounds nor clips. At most K tokens: the finest grid in nearly the proportions of "
         "the picture; one that has no more than K is left alone. Each token stands at the original token nearest the "
         "middle of the cell that it covers, and positions are those of the whole picture. Frames of a video stay as "
         "many as they are. Refused where the processor cuts tiles or the model pools to a fixed number of tokens.",

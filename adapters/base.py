@@ -161,6 +161,9 @@ class Adapter:
         Args:
             record: a run that is to come.
             shapes: the tokens that each item is to have; frames stay as many as they are.
+
+        Returns:
+            them by name; sizes on the host.
         """
         patch, pictures = self.base.config.vision_config.patch_size, record.inputs["pixel_values"]
         [(_, rows, columns)] = set(shapes)  # pictures of one size and one budget

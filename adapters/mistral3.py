@@ -42,7 +42,7 @@ class Mistral3Adapter(Adapter):
         smaller = pictures.new_zeros(*pictures.shape[:2], *(max(side) for side in zip(*sizes, strict=True)))
         for place, picture, (h, w) in zip(smaller, self.crops(record), sizes, strict=True):
             place[:, :h, :w] = picture[0] if picture.shape[-2:] == (h, w) else downsampled(picture, h, w)[0]
-        return {"pixel_values": smaller, "image_sizes": torch.tensor(sizes, device=pictures.device)}
+        return {"pixel_values": smaller, "image_sizes": torch.tensor(sizes)}
 
     def crops(self, record: Record) -> list[torch.Tensor]:
         merged = self.base.config.vision_config.patch_size * self.base.config.spatial_merge_size

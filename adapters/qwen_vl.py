@@ -39,7 +39,7 @@ class QwenVLAdapter(Adapter):
             x if old == new else self._resized(x, old, new) for x, old, new in zip(patches, before, shapes, strict=True)
         ]
         thw = torch.tensor([(t, h * merge, w * merge) for t, h, w in shapes])
-        return {pixels: torch.cat(resized), grid: thw.to(patches[0].device)}
+        return {pixels: torch.cat(resized), grid: thw}
 
     def _resized(self, patches: torch.Tensor, old: Shape, new: Shape) -> torch.Tensor:
         """Patches as the processor lays them out → those of the picture with ``new`` tokens."""

@@ -39,7 +39,7 @@ class Smaller:
 
     Attributes:
         modality: of the run.
-        inputs: keyword arguments of ``get_image_features`` (or video) as it is called.
+        inputs: keyword arguments of ``get_image_features`` (or video), sizes on the host.
         changes: those of them that differ from the caller's.
         shapes: per item (t, rows, columns) of tokens in the prompt, and of the smaller picture.
         output: what the tower made of them.
@@ -61,7 +61,11 @@ class Smaller:
 
     def encode(self, method: Callable[..., Any], base: Any, given: dict[str, Any]) -> Any:
         """Call the tower, and return its output with a feature for every token of the prompt."""
-        self.output = output = method(base, **given | self.changes)
+        changes = {}
+        for name, value in self.changes.items():
+            caller = given.get(name)
+            changes[name] = upload(value, caller.device) if torch.is_tensor(caller) else value
+        self.output = output = method(base, **given | changes)
         placed = copy.copy(output)
         placed.pooler_output = self.place(output.pooler_output)
         levels = getattr(output, "deepstack_features", None)

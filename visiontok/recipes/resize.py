@@ -58,7 +58,7 @@ class Resize(Method):
         venue="baseline",
         stage="pixel",
         needs="pixels; a vision tower that takes smaller pictures",
-        official="Papers resize the picture in front of the processor, to a size of their own choice; its positions are "
+        official="Papers resize the picture in front of the processor, to a size of their own choice; positions are "
         "then those of a small picture. Where no grid of K tokens fits, fewer than K remain.",
         departures="The processor's pixels are resized by antialiased bicubic interpolation, which commutes with their "
         "normalisation and neither rounds nor clips. At most K tokens: the finest grid in nearly the proportions of "

@@ -70,6 +70,10 @@ IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
+Shape = tuple[int, int, int]
+"""(t, rows, columns) of the language-model tokens of an image or video."""
+
+
 class Record(Protocol):
     """One run of the vision tower, as the engine recorded it."""
 
@@ -94,6 +98,8 @@ class Adapter:
         join_adjacent: items whose placeholders touch are tiles of one image.
         cross_attention: visual tokens are no part of the prompt, decoder layers of their own attend to them; then the
             vision tower runs inside the base model's forward, and :meth:`columns` is needed.
+        fixed_pictures: why its vision tower cannot be given smaller pictures; empty where it can, and then
+            :meth:`shapes` and :meth:`smaller` must fit it.
         notes: what a user should know about budgets on this family.
     """
 
@@ -108,6 +114,7 @@ class Adapter:
     thumbnail: ClassVar[bool] = False
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
+    fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -142,6 +149,30 @@ class Adapter:
         """Per encoded item a (n, 3) long tensor: (t, row, col) of each of its language-model tokens, -1 for none."""
         pooled = record.output.pooler_output
         return [torch.full((len(item), 3), -1) for item in pooled]
+
+    def shapes(self, record: Record) -> list[Shape]:
+        """Tokens of each item, in raster order, before the tower runs: ``record`` has no output yet."""
+        patch, pictures = self.base.config.vision_config.patch_size, record.inputs["pixel_values"]
+        return [(1, pictures.shape[-2] // patch, pictures.shape[-1] // patch)] * len(pictures)
+
+    def smaller(self, record: Record, shapes: Sequence[Shape]) -> dict[str, Any]:
+        """The keyword arguments of the tower's run that change when its items become smaller pictures.
+
+        Args:
+            record: a run that is to come.
+            shapes: the tokens that each item is to have; frames stay as many as they are.
+
+        Returns:
+            them by name; sizes on the host.
+        """
+        patch, pictures = self.base.config.vision_config.patch_size, record.inputs["pixel_values"]
+        [(_, rows, columns)] = set(shapes)  # pictures of one size and one budget
+        [(_, height, width)] = set(self.shapes(record))
+        seen = pictures[..., : height * patch, : width * patch]  # patches are whole, what is left over was never seen
+        return {
+            "pixel_values": downsampled(seen, rows * patch, columns * patch),
+            "interpolate_pos_encoding": True,
+        }
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""
@@ -218,6 +249,16 @@ class Adapter:
             f"{self.base.config.model_type}: no mapping from vision-tower patches to language-model tokens is known; "
             "use a method that reads features only, or write an adapter (visiontok.adapters.base.Adapter)"
         )
+
+
+def downsampled(pixels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(n, C, H, W) → (n, C, rows, columns), antialiased bicubic in float32 at least.
+
+    Normalised pixels may be given: resampling is linear and weights sum to 1, so it makes no difference.
+    """
+    exact = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    size = (rows, columns)
+    return torch.nn.functional.interpolate(exact, size, mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def in_squares(tokens: torch.Tensor, side: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ class Idefics3Adapter(Adapter):
     """Idefics3, SmolVLM, SmolVLM 2."""
 
     model_types = ("idefics3", "smolvlm")
+    fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     text = "text_model"
     tower = "vision_model"
     projector = "connector"

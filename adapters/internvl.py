@@ -13,6 +13,7 @@ class InternVLAdapter(Adapter):
     """InternVL 2.5, 3, 3.5; in a grid, t counts the tiles of an image."""
 
     model_types = ("internvl",)
+    fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     cls_token = True
     join_adjacent = True
     pixel_statistics = IMAGENET_STATISTICS

@@ -21,6 +21,19 @@ class LlavaAdapter(Adapter):
         """CLIP towers begin with a CLS token, SigLIP towers (some LLaVA derivatives) have none."""
         return self.base.config.vision_config.model_type.startswith("clip")
 
+    @property
+    def fixed_pictures(self) -> str:  # type: ignore[override]
+        """CLIP and SigLIP towers interpolate their table of positions; every token must be a patch."""
+        tower = self.base.config.vision_config.model_type
+        if not tower.startswith(("clip", "siglip")):
+            return f"its {tower} tower is not known to interpolate positions"
+        strategy = getattr(self.base.config, "vision_feature_select_strategy", "default")
+        if (strategy == "default") != self.cls_token:
+            return (
+                f"vision_feature_select_strategy={strategy!r} makes its {tower} tower's tokens other than its patches"
+            )
+        return ""
+
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""
         patch, sizes = self.base.config.vision_config.patch_size, record.inputs.get("image_sizes")

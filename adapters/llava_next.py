@@ -21,6 +21,7 @@ class LlavaNextAdapter(Adapter):
     """LLaVA-NeXT (1.6); in a grid, t = 0 is the thumbnail, t = 1 the tiled picture without padding."""
 
     model_types = ("llava_next",)
+    fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     thumbnail = True
 
     def __init__(self, base: nn.Module) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from .base import Adapter, Record, raster
+from visiontok.errors import UnsupportedError
+
+from .base import Adapter, Record, Shape, downsampled, raster
 
 
 class Mistral3Adapter(Adapter):
     """Mistral Small 3.1 and later, native resolution; image rows are separated by break tokens, which are text."""
 
     model_types = ("mistral3",)
+    fixed_pictures = ""
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of language-model tokens per image."""
@@ -22,6 +26,23 @@ class Mistral3Adapter(Adapter):
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [raster(1, h, w) for h, w in self._sizes(record)]
+
+    def shapes(self, record: Record) -> list[Shape]:
+        return [(1, h, w) for h, w in self._sizes(record)]
+
+    def smaller(self, record: Record, shapes: Sequence[Shape]) -> dict[str, Any]:
+        if shapes == [(1, 1, 1)]:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: it cannot encode one picture of one token; raise keep, or take "
+                "'m3_pool', which pools tokens behind the tower"
+            )
+        unit = self.base.config.vision_config.patch_size * self.base.config.spatial_merge_size
+        sizes = [(h * unit, w * unit) for _, h, w in shapes]
+        pictures = record.inputs["pixel_values"]
+        smaller = pictures.new_zeros(*pictures.shape[:2], *(max(side) for side in zip(*sizes, strict=True)))
+        for place, picture, (h, w) in zip(smaller, self.crops(record), sizes, strict=True):
+            place[:, :h, :w] = picture[0] if picture.shape[-2:] == (h, w) else downsampled(picture, h, w)[0]
+        return {"pixel_values": smaller, "image_sizes": torch.tensor(sizes)}
 
     def crops(self, record: Record) -> list[torch.Tensor]:
         merged = self.base.config.vision_config.patch_size * self.base.config.spatial_merge_size

@@ -18,6 +18,7 @@ class MllamaAdapter(Adapter):
     model_types = ("mllama",)
     tower = "vision_model"
     cross_attention = True
+    fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     notes = (
         "Mllama: tiles that are padding go together with the first token that is dropped, and rows without an image "
         "then skip cross-attention, as they do in a batch without images; the stock model lets both have an influence"

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import HALF_STATISTICS, Adapter, Record, raster
+from .base import HALF_STATISTICS, Adapter, Record, Shape, downsampled, raster
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class QwenVLAdapter(Adapter):
@@ -16,6 +18,7 @@ class QwenVLAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen3_5", "qwen3_5_moe")
     tower = "visual"
     projector = "visual.merger"
+    fixed_pictures = ""
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]
@@ -23,6 +26,33 @@ class QwenVLAdapter(Adapter):
     def grids(self, record: Record) -> list[torch.Tensor]:
         merge = self.base.visual.spatial_merge_size
         return [raster(t, h // merge, w // merge) for t, h, w in self._thw(record).tolist()]
+
+    def shapes(self, record: Record) -> list[Shape]:
+        merge = self.base.visual.spatial_merge_size
+        return [(t, h // merge, w // merge) for t, h, w in self._thw(record).tolist()]
+
+    def smaller(self, record: Record, shapes: Sequence[Shape]) -> dict[str, Any]:
+        grid, pixels = f"{record.modality}_grid_thw", _PIXELS[record.modality]
+        merge, before = self.base.visual.spatial_merge_size, self.shapes(record)
+        patches = record.inputs[pixels].split([t * h * w * merge**2 for t, h, w in before])
+        resized = [
+            x if old == new else self._resized(x, old, new) for x, old, new in zip(patches, before, shapes, strict=True)
+        ]
+        thw = torch.tensor([(t, h * merge, w * merge) for t, h, w in shapes])
+        return {pixels: torch.cat(resized), grid: thw}
+
+    def _resized(self, patches: torch.Tensor, old: Shape, new: Shape) -> torch.Tensor:
+        """Patches as the processor lays them out → those of the picture with ``new`` tokens."""
+        vision = self.base.config.vision_config
+        merge, side, frames = self.base.visual.spatial_merge_size, vision.patch_size, vision.temporal_patch_size
+        t, h, w = old
+        # (t, rows, columns, rows and columns in a token, channels, frames, rows and columns in a patch)
+        x = patches.reshape(t, h, w, merge, merge, -1, frames, side, side)
+        x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).flatten(6).flatten(3, 5).flatten(0, 1)  # (t · frames, C, H, W)
+        unit = merge * side
+        x = downsampled(x, new[1] * unit, new[2] * unit)
+        x = x.view(t, frames, -1, new[1], merge, side, new[2], merge, side)
+        return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patches.shape[1])
 
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = [len(g) for g in self.grids(record)]
@@ -35,7 +65,7 @@ class QwenVLAdapter(Adapter):
 
     def pixels(self, record: Record) -> list[torch.Tensor]:
         sizes = [len(g) for g in self.grids(record)]
-        patches = record.inputs["pixel_values_videos" if record.modality == "video" else "pixel_values"]
+        patches = record.inputs[_PIXELS[record.modality]]
         vision, merge = self.base.config.vision_config, self.base.visual.spatial_merge_size**2
         frames = patches.view(sum(sizes), merge, 3, vision.temporal_patch_size, -1)
         return list(frames[:, :, :, 0].transpose(1, 2).flatten(2).split(sizes))  # units in order: windows come later

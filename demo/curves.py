@@ -392,7 +392,7 @@ def cells(
 
 def prompt_methods() -> list[str]:
     """Names of all registered methods that choose before the language model."""
-    return [card.name for card in recipes.methods() if card.stage == "prompt"]
+    return [card.name for card in recipes.methods() if card.stage != "decoder"]
 
 
 def weights_digest(folder: Path) -> str:

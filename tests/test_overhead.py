@@ -38,6 +38,8 @@ def test_prompt_recipes_leave_no_hook_in_the_layers(name):
 @pytest.mark.parametrize("name", ["llava", "gemma3", "internvl"])
 def test_the_host_never_waits_for_the_device(name, method, mass):
     """Token ids and padding are read before the vision tower starts; then all is counted on the host."""
+    if method == "resize" and name != "llava":
+        pytest.skip("its tower takes no smaller pictures")
     model = copy.deepcopy(build(name, "eager", torch.float32))
     inputs = batch(name, model, rows=1, pad=0)
     options = {"keep": 3} if visiontok.recipe(method).stages[0].method else {}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
 _MARK = "_visiontok_compressions"  # attribute of a base model: what is attached, oldest first
+_BEFORE = ("pixel", "prompt")  # stages before the language model
 _lock = threading.RLock()  # over attaching and detaching; calls never take it
 
 
@@ -208,7 +209,7 @@ def _refuse_second(base: nn.Module, thread: int) -> None:
 
 def _is_before(recipe: Recipe) -> bool:
     """Whether a recipe does everything before the language model."""
-    return all(s.kind == "prompt" and (s.mass is None or not s.mass.beta) for s in recipe.stages)
+    return all(s.kind in _BEFORE and (s.mass is None or not s.mass.beta) for s in recipe.stages)
 
 
 def _plan(base: nn.Module, recipe: Recipe, kind: type[Adapter] | None = None) -> tuple[Adapter, StagePolicy, str]:
@@ -327,7 +328,7 @@ def compress_inputs(
     """
     made = _settled(recipe, keep, None, reserve, seed, fidelity, options)
     if not _is_before(made):
-        acts = next((f"its {s.kind} stage" for s in made.stages if s.kind != "prompt"), "its mass attention")
+        acts = next((f"its {s.kind} stage" for s in made.stages if s.kind not in _BEFORE), "its mass attention")
         raise UnsupportedError(
             f"{made.label}: {acts} acts inside the language model, where shorter inputs cannot reach; use "
             "compress(model, recipe)"

@@ -23,8 +23,8 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """Where a method acts: ``prompt``, ``decoder`` or both."""
-    return list(dict.fromkeys("prompt" if s.kind == "prompt" else "decoder" for s in recipes.find(name)().stages()))
+    """where a method acts: ``pixel``, ``prompt``, ``decoder`` or several."""
+    return list(dict.fromkeys(s.kind if s.kind in ("pixel", "prompt") else "decoder" for s in recipes.find(name)().stages()))
 
 
 def published(card: Card) -> str:

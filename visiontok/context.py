@@ -65,11 +65,12 @@ class Context:
     """All a method may use; U images (or videos), N visual tokens of the largest, D width of the language model.
 
     Rows shorter than N are padded; ``valid`` tells. At a cut, ``valid`` marks the tokens still alive and ``features``
-    are hidden states on the cut layer's input; before the model they are the projected features.
+    are hidden states on the cut layer's input; before the model they are the projected features. At a pixel stage a
+    smaller picture's tokens are ``valid``, and the others have the features of the token that covers them.
 
     Attributes:
-        stage: ``prompt`` or ``decoder``.
-        layer: decoder layer of the cut; None at the prompt stage.
+        stage: ``pixel``, ``prompt`` or ``decoder``.
+        layer: decoder layer of the cut; None at the others.
         features: (U, N, D).
         valid: (U, N) bool, candidates.
         count: (U,) long, how many to keep of each image.
@@ -99,7 +100,7 @@ class Context:
             place in the batch; beams of one prompt get equal ones.
     """
 
-    stage: Literal["prompt", "decoder"]
+    stage: Literal["pixel", "prompt", "decoder"]
     layer: int | None
     features: torch.Tensor
     valid: torch.Tensor

@@ -236,6 +236,11 @@ class VisionInputs:
         """Patches in all grids."""
         return sum(t * h * w for t, h, w in self.grids)
 
+    @property
+    def computed(self) -> int:
+        """Patches that are embedded."""
+        return self.patches if self.embedded is None else self.embedded
+
     @classmethod
     def from_call(cls, config: Any, call: Mapping[str, Any]) -> VisionInputs:
         """Read the grids off the keyword arguments of `forward()` or `generate()`.
@@ -444,9 +449,8 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         lengths = attention_lengths(config, inputs)
     elif len(lengths) != depth:
         raise ConfigError(f"lengths has {len(lengths)} entries for {depth} tower layers; give one list per layer")
-    embedded = inputs.patches if inputs.embedded is None else inputs.embedded
     return VisionFlops(
-        embedding=_linear(embedded, _patch_width(vision), block.width),
+        embedding=_linear(inputs.computed, _patch_width(vision), block.width),
         layers=tuple(block.flops(sum(layer), sum(n * n for n in layer)) for layer in lengths),
         head=_pooling_head(vision, block, lengths[-1]),
         projector=_projector(config, block.width, lengths[-1], inputs),
@@ -661,6 +665,8 @@ class Account:
     Args:
         vision_stock: Tower and projector of the stock model.
         vision: Tower and projector as run.
+        patches_stock: Patches that the tower of the stock model embeds.
+        patches: Patches embedded as run.
         decoder_stock: Decoder layers, stock, one integer per layer.
         decoder: Decoder layers as run.
         decoder_text: Decoder layers if only text had entered; behind the cap.
@@ -672,6 +678,8 @@ class Account:
 
     vision_stock: VisionFlops | None
     vision: VisionFlops | None
+    patches_stock: int
+    patches: int
     decoder_stock: tuple[int, ...] | None
     decoder: tuple[int, ...] | None
     decoder_text: tuple[int, ...] | None
@@ -709,6 +717,7 @@ def account(
     text: int,
     batch: int = 1,
     dtype_bytes: int = 2,
+    ran: VisionInputs | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
 ) -> Account:
     """The cost of one prefill, before and after compression.
@@ -721,6 +730,7 @@ def account(
         text: Tokens per row if every visual token were gone; a cross-attention layer would have none.
         batch: Rows.
         dtype_bytes: Bytes per element of the cache.
+        ran: What entered the tower as run, if a pixel-stage recipe made it less.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
 
     Raises:
@@ -730,7 +740,7 @@ def account(
     vision_stock = vision = None
     try:
         vision_stock = vision_flops(config, inputs)
-        vision = vision_stock if lengths is None else vision_flops(config, inputs, lengths=lengths)
+        vision = vision_flops(config, ran or inputs, lengths=lengths)
     except UnsupportedError as error:
         reasons.append(str(error))
     layers: list[tuple[int, ...] | None] = [None, None, None]
@@ -745,6 +755,8 @@ def account(
     return Account(
         vision_stock=vision_stock,
         vision=vision,
+        patches_stock=inputs.computed,
+        patches=(ran or inputs).computed,
         decoder_stock=layers[0],
         decoder=layers[1],
         decoder_text=layers[2],

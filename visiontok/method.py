@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .budget import Budget
 from .errors import ConfigError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["prompt", "cut", "inject", "exit", "skip"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -89,7 +89,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"prompt"`` or ``"decoder"``.
+        stage: ``"pixel"``, ``"prompt"`` or ``"decoder"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -107,7 +107,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["prompt", "decoder"]
+    stage: Literal["pixel", "prompt", "decoder"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -240,14 +240,15 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``prompt`` selects before the language model; ``cut`` selects on the input of decoder layer ``layer``;
-            ``inject`` keeps visual tokens out of the layers below ``layer``; ``exit`` keeps them out from ``layer`` on;
-            ``skip`` keeps them out of layers ``layer … until-1``.
-        layer: decoder layer (index or fraction of the depth); None for ``prompt``.
+        kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
+            the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
+            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``.
+        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``.
         until: first layer after a ``skip``.
-        method: who selects, for ``prompt`` and ``cut``.
-        keep: how many of the *original* visual tokens of an image are left afterwards, for ``prompt`` and ``cut``.
-        mass: whether kept tokens speak for the dropped ones, for ``prompt`` and ``cut``.
+        method: who selects, for ``pixel``, ``prompt`` and ``cut``.
+        keep: how many of the *original* visual tokens of an image are left afterwards, for the same three; at most as
+            many for ``pixel``.
+        mass: whether kept tokens speak for the dropped ones, for the same three.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -264,17 +265,23 @@ class Stage:
     reserve: float = 0.0
 
     def __post_init__(self) -> None:
-        selects = self.kind in ("prompt", "cut")
-        if self.kind not in ("prompt", "cut", "inject", "exit", "skip"):
-            raise ConfigError(f"kind={self.kind!r}: a stage is one of prompt, cut, inject, exit, skip")
+        before = self.kind in ("pixel", "prompt")
+        selects = before or self.kind == "cut"
+        if self.kind not in get_args(StageKind):
+            raise ConfigError(f"kind={self.kind!r}: a stage is one of {', '.join(get_args(StageKind))}")
         if selects != (self.method is not None):
             raise ConfigError(
                 f"method={self.method!r}: a {self.kind} stage " + ("needs a method" if selects else "has no method")
             )
-        if (self.layer is None) != (self.kind == "prompt"):
+        if self.method is not None and (self.kind == "pixel") != (self.method.card.stage == "pixel"):
             raise ConfigError(
-                f"layer={self.layer!r}: a {self.kind} stage "
-                + ("has no layer" if self.kind == "prompt" else "needs a layer")
+                f"method={self.method.card.name!r}: it acts "
+                + ("behind" if self.kind == "pixel" else "before")
+                + f" the vision tower, which is no place for a {self.kind} stage"
+            )
+        if (self.layer is None) != before:
+            raise ConfigError(
+                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
             )
         if (self.until is None) != (self.kind != "skip"):
             raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")
@@ -284,8 +291,8 @@ class Stage:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
         if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
             raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
-        if self.reserve and not selects:
-            raise ConfigError(f"reserve={self.reserve}: a {self.kind} stage has no budget to reserve a share of")
+        if self.reserve and self.kind not in ("prompt", "cut"):
+            raise ConfigError(f"reserve={self.reserve}: a {self.kind} stage picks no tokens that others could precede")
 
     @property
     def label(self) -> str:
@@ -300,7 +307,8 @@ class Stage:
 class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
-    A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`.
+    A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
+    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures.
     """
 
     card: ClassVar[Card]
@@ -320,10 +328,22 @@ class Method:
 
     def stages(self) -> tuple[Stage, ...]:
         """Where in the model the method acts when it is used by name; budgets come later."""
-        return (Stage(kind="prompt", method=self),)
+        return (Stage(kind="pixel" if self.card.stage == "pixel" else "prompt", method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
+        raise NotImplementedError
+
+    def picture(self, shape: tuple[int, int], count: int) -> tuple[int, int]:
+        """Pixel methods: the size of the picture that the vision tower gets instead, in tokens.
+
+        Args:
+            shape: rows and columns of tokens of the picture.
+            count: tokens that it may become; fewer than it has.
+
+        Returns:
+            rows and columns, neither larger than in ``shape``, at most ``count`` tokens in all.
+        """
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:

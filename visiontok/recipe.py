@@ -102,9 +102,11 @@ class Recipe:
         Raises:
             ConfigError: if the recipe selects nothing, or for a share outside [0, 1/2).
         """
-        if reserve and not any(s.method is not None for s in self.stages):
-            raise ConfigError(f"reserve={reserve}: {self.label} has no budget to reserve a share of")
-        return replace(self, stages=tuple(s if s.method is None else replace(s, reserve=reserve) for s in self.stages))
+        picking = [stage.kind in ("prompt", "cut") for stage in self.stages]
+        if reserve and not any(picking):
+            raise ConfigError(f"reserve={reserve}: {self.label} picks no tokens that others could precede")
+        stages = zip(self.stages, picking, strict=True)
+        return replace(self, stages=tuple(replace(s, reserve=reserve) if picks else s for s, picks in stages))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; methods by registered name.

@@ -89,11 +89,11 @@ class Report:
         text = int((ledger.attended & ~ledger.visual).sum(1).max())
         config: Any = base.config
         dtype = next(getattr(base, adapter.text).parameters()).dtype
-        grids = [i for i in trace.inputs if i is not None]
-        embedded = [i.embedded if i.embedded is not None else i.patches for i in grids]
+        known = [inputs for inputs in trace.inputs if inputs is not None]
         costs = account(
             config,
-            VisionInputs(tuple(g for i in grids for g in i.grids), sum(embedded) if grids else None),
+            _joined([given for given, _ in known]),
+            ran=_joined([ran for _, ran in known]),
             stock=ledger.stock,
             kept=ledger.tokens(),
             text=text,
@@ -162,8 +162,10 @@ class Report:
             lines.append(f"KV cache       {_bytes(costs.kv_stock)} -> {_bytes(costs.kv)}")
         if costs.decoder_stock is not None and costs.decoder is not None:
             lines.append(f"LM prefill     {sum(costs.decoder_stock):.3g} -> {sum(costs.decoder):.3g} FLOPs")
-        if costs.vision is not None:
-            lines.append(f"vision tower   {costs.vision.tower + costs.vision.projector:.3g} FLOPs, unchanged")
+        if costs.vision is not None and costs.vision_stock is not None:
+            before, after = (part.tower + part.projector for part in (costs.vision_stock, costs.vision))
+            change = f"-> {after:.3g} FLOPs ({costs.patches_stock} -> {costs.patches} patches)"
+            lines.append(f"vision tower   {before:.3g} {'FLOPs, unchanged' if before == after else change}")
         if self.plane == "inputs":
             lines.append("ran as         stock generate() on shorter inputs")
         ratio = costs.speed_up()
@@ -184,6 +186,12 @@ def _requested(recipe: Recipe) -> str:
         return f"{recipe.average} on layer average"
     budgets = [str(s.keep) if s.keep is not None else "no budget" for s in recipe.stages if s.method is not None]
     return ", ".join(budgets) or "no budget"
+
+
+def _joined(runs: list[VisionInputs]) -> VisionInputs:
+    """All runs of the tower together."""
+    grids = tuple(grid for run in runs for grid in run.grids)
+    return VisionInputs(grids, sum(run.computed for run in runs) if runs else None)
 
 
 def _bytes(n: int) -> str:

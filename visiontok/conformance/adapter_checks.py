@@ -78,7 +78,7 @@ class AdapterCase:
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """(T, D) features of all images, one behind the other, and the record of the run."""
         rest = {k: v for k, v in self.inputs.items() if k not in TEXT_INPUTS}
-        recorder = FeatureRecorder(self.base, "image")
+        recorder = FeatureRecorder.on(self.base, "image")
         try:
             with torch.no_grad():
                 output = recorder(**rest | {"pixel_values": pixels}, return_dict=True)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..api import Callback, Compression
+from ..api import Callback, Compression, base_model
 from ..budget import Budget
 from ..errors import ConfigError
 from ..ledger import TokenLedger
 from ..recipe import Recipe
 from ..report import Report
 from . import zoo
-from .oracle import DenseMasked, greedy
+from .oracle import DenseMasked, encodings, greedy
 from .spy import Asked, alone, ask, contract, keeps, padded, permuted, spied, take, without_ties
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether the number of kept tokens is fixed by the budget, not only bounded."""
-        return self.recipe.fidelity == "fixed" and all(contract(m).count_from_grid for m in self.selecting)
+        fixed = all(contract(m).count_from_grid and m.card.stage != "pixel" for m in self.selecting)
+        return self.recipe.fidelity == "fixed" and fixed
 
     @functools.cached_property
     def plain(self) -> Run:
@@ -136,7 +138,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("prompt", "cut")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -386,8 +388,10 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
+    pixels = any(stage.kind == "pixel" for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
-        out = generate(model, inputs, banned)
+        with encodings(base_model(model)) if pixels else nullcontext() as features:
+            out = generate(model, inputs, banned)
         ledger = compression.ledger
     alive = [ledger.alive(layer) for layer in range(ledger.depth)]
     stored = [layer.keys.shape[-2] - STEPS + 1 for layer in out.past_key_values.layers]
@@ -396,7 +400,8 @@ def against_oracle(
     text = inputs["attention_mask"].bool() & ~ledger.visual
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
-    sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
+    with encodings(base_model(model), features) if pixels else nullcontext():
+        sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
         raise Failed(

@@ -4,7 +4,10 @@ reference for every schedule, and independent of the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +75,37 @@ class DenseMasked:
         hidden = output if torch.is_tensor(output) else output[0]
         hidden = torch.where(self._alive(index, hidden.shape[-2])[..., None], hidden, self.before)
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])
+
+
+@contextmanager
+def encodings(base: Any, known: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """In this block, note what the ``get_…_features`` methods of ``base`` return; or return what is ``known``, by name.
+
+    The oracle knows nothing of what a pixel stage gives the vision tower, so it is handed the features.
+    """
+    names = [name for name in ("get_image_features", "get_video_features") if hasattr(type(base), name)]
+    covered = {name: base.__dict__.get(name) for name in names}
+    noted: dict[str, Any] = {} if known is None else known
+
+    def standing_before(name: str) -> Any:
+        @functools.wraps(getattr(type(base), name).__get__(base))  # generate() reads the signature
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if known is None:
+                noted[name] = (covered[name] or getattr(type(base), name).__get__(base))(*args, **kwargs)
+            return copy.copy(noted[name])
+
+        return encode
+
+    for name in names:
+        base.__dict__[name] = standing_before(name)
+    try:
+        yield noted
+    finally:
+        for name, method in covered.items():
+            if method is None:
+                del base.__dict__[name]
+            else:
+                base.__dict__[name] = method
 
 
 def greedy(

@@ -68,6 +68,10 @@ class Spy(Method):
         """The method's."""
         return self.method.needs()
 
+    def picture(self, shape: tuple[int, int], count: int) -> tuple[int, int]:
+        """The method's."""
+        return self.method.picture(shape, count)
+
     def select(self, ctx: Context) -> Selection:
         """Ask the method, and see what it does besides answering."""
         self.log.append(ask(self.method, ctx))

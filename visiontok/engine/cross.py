@@ -45,7 +45,7 @@ class CrossPolicy(StagePolicy):
     def __init__(self, stages: Sequence[Stage], depth: int, **shared: Any) -> None:
         """As :class:`~visiontok.engine.policy.StagePolicy`, which also takes what is ``shared`` by the stages."""
         for stage in stages:
-            if stage.kind != "prompt":
+            if stage.kind not in ("pixel", "prompt"):
                 raise UnsupportedError(
                     f"{stage.kind} stage at layer {stage.layer}: a cross-attention model has no visual tokens in the "
                     "sequence of its decoder layers, and what its cross-attention layers see is fixed before the "
@@ -295,7 +295,8 @@ class CrossAttachment:
         everything = torch.cat([call.visual[:, :width], attended], 1)
         trace.ledger = TokenLedger(call.visual, everything, call.units, len(self.layers), stock)
         trace.encoders = [record.clock for record in records]
-        trace.inputs = [VisionInputs.from_call(self.base.config, record.inputs) for record in records]
+        given = [VisionInputs.from_call(self.base.config, record.inputs) for record in records]
+        trace.inputs = [(inputs, inputs) for inputs in given]
         trace.clock.mark("selection")
         alive, embeds = self.policy.prompt(call, x)
         trace.clock.mark("selected")

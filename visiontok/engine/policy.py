@@ -22,12 +22,13 @@ from ..functional import absorb, attention_columns, attention_logits, attention_
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
+from .pixels import Smaller
 from .probe import Tap, attention_modules
 from .rotary import rotary_tables
-from .vision import current_record
+from .vision import BeforeTower, Encoded, current_record
 
 if TYPE_CHECKING:
-    from visiontok.adapters.base import Adapter
+    from visiontok.adapters.base import Adapter, Record, Shape
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
@@ -90,7 +91,16 @@ class StagePolicy:
         fidelity: Literal["fixed", "official"] = "fixed",
     ) -> None:
         self.depth, self.seed, self.fidelity = depth, seed, fidelity
-        self.prompt_stages = [s for s in stages if s.kind == "prompt"]
+        pixels = [s for s in stages if s.kind == "pixel"]
+        if len(pixels) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in pixels)} both act on the pixels; keep one")
+        self.pixel = next(iter(pixels), None)
+        if self.pixel is not None and self.pixel.keep is not None and self.pixel.keep.kind == "flops":
+            raise ConfigError(
+                f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
+                "depend; give tokens or a ratio"
+            )
+        self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
         for stage in stages:
@@ -149,6 +159,13 @@ class StagePolicy:
             ConfigError: if a tower layer lies outside the tower.
         """
         self.adapter, self._serves = attachment.adapter, attachment.serves
+        if self.pixel is not None:
+            if self.adapter.fixed_pictures:
+                raise UnsupportedError(
+                    f"{self._model}: {self.pixel.label} needs a vision tower that takes smaller pictures, but "
+                    f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
+                )
+            attachment.add(BeforeTower(self.adapter.base, self))
         for layer, stats in self._taps.items():
             module = attention_modules(attachment.layers[layer])
             if len(module) != 1:
@@ -184,7 +201,14 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            answer = self._ask(call, stage, None, embeds, alive)
+            if stage is self.pixel:
+                encoded = self._encoded(call, stage)
+                if encoded is None:
+                    continue
+                there = alive & call.units.scatter(upload(encoded, alive.device))
+                answer = self._ask(call, stage, None, embeds, there, encoded.sum(1).tolist())
+            else:
+                answer = self._ask(call, stage, None, embeds, alive, self._counts(stage, call))
             if answer is None:
                 continue
             before, alive = alive, alive & call.units.scatter(answer.keep)
@@ -199,7 +223,7 @@ class StagePolicy:
         stage = self.cuts.get(layer)
         if stage is not None:
             full = states if call.entry is None else call.entry.fill(states)
-            answer = self._ask(call, stage, layer, full, call.kept)
+            answer = self._ask(call, stage, layer, full, call.kept, self._counts(stage, call))
             if answer is not None:
                 if answer.features is not None:
                     raise UnsupportedError(
@@ -256,16 +280,22 @@ class StagePolicy:
         return edit
 
     def _ask(
-        self, call: Prefill, stage: Stage, layer: int | None, states: torch.Tensor, alive: torch.Tensor
+        self,
+        call: Prefill,
+        stage: Stage,
+        layer: int | None,
+        states: torch.Tensor,
+        alive: torch.Tensor,
+        counts: list[int],
     ) -> Selection | None:
         """The method's answer, checked; None where nothing is to be dropped, so that it is not asked.
 
+        ``counts`` is how many of the tokens ``alive`` (B, N) of each image are to stay.
         That is where the budget is at least what is alive; for a method that may keep less than its budget, only where
         it is everything there ever was.
         """
         units = call.units
         valid = units.gather(alive[..., None])[..., 0] & units.valid
-        counts = self._counts(stage, call)
         budgeted = stage.keep is not None or self.average is not None
         most = call.counts if stage.method.card.contract.count_from_grid else units.sizes  # type: ignore[union-attr]
         if budgeted and all(n >= known for n, known in zip(counts, most, strict=True)):
@@ -362,7 +392,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage="prompt" if layer is None else "decoder",
+            stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
             layer=layer,
             features=features,
             valid=valid,
@@ -390,16 +420,20 @@ class StagePolicy:
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""
-        units, keep = call.units, stage.keep
+        if self.average is None and stage.keep is not None and stage.keep.kind == "flops":
+            return self._affordable(stage.keep, stage, call)
+        return self._allowed(stage, call.units.sizes, call.units.tiles)
+
+    def _allowed(self, stage: Stage, sizes: list[int], tiles: list[int]) -> list[int]:
+        """The same, where the budget follows from the tokens and the tiles of each image alone."""
+        keep = stage.keep
         if self.average is not None:
-            return [self._share(stage, n) for n in units.sizes]
+            return [self._share(stage, n) for n in sizes]
         if keep is None:
-            return units.sizes
+            return sizes
         if keep.kind == "per_tile":
-            return [min(tiles * int(keep.value), n) for tiles, n in zip(units.tiles, units.sizes, strict=True)]
-        if keep.kind == "flops":
-            return self._affordable(keep, stage, call)
-        return keep.counts(torch.tensor(units.sizes)).tolist()
+            return [min(t * int(keep.value), n) for t, n in zip(tiles, sizes, strict=True)]
+        return keep.counts(torch.tensor(sizes)).tolist()
 
     def _affordable(self, keep: Budget, stage: Stage, call: Prefill) -> list[int]:
         """The largest counts, in one proportion of the candidates of each image, that stay within a share of the stock
@@ -440,6 +474,60 @@ class StagePolicy:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
+    # ---- pixel stage
+
+    def serves(self) -> bool:
+        """Whether the calls of the present thread are this policy's."""
+        return self._serves()
+
+    def smaller(self, record: Record) -> Smaller | None:
+        """The pictures that the tower gets instead; see :class:`visiontok.engine.pixels.PixelStage`."""
+        stage: Any = self.pixel
+        shapes = self.adapter.shapes(record)
+        allowed = self._allowed(stage, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
+        resized = [self._resized(stage, shape, k) for shape, k in zip(shapes, allowed, strict=True)]
+        if resized == shapes:
+            return None
+        changes = self.adapter.smaller(record, resized)
+        return Smaller(record.modality, record.inputs | changes, changes, list(zip(shapes, resized, strict=True)))
+
+    def _resized(self, stage: Stage, shape: Shape, count: int) -> Shape:
+        frames, *size = shape
+        if count >= frames * size[0] * size[1]:
+            return shape
+        if count < frames:
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} keeps every frame, and a video of {frames} has no {count} tokens; "
+                "raise keep, or take a method that drops tokens behind the tower"
+            )
+        rows, columns = stage.method.picture((size[0], size[1]), count // frames)  # type: ignore[union-attr]
+        if not (1 <= rows <= size[0] and 1 <= columns <= size[1] and rows * columns <= count // frames):
+            raise ConfigError(
+                f"{stage.label}: picture() made {rows} x {columns} tokens of {size[0]} x {size[1]}; at most "
+                f"{count // frames} are allowed, and no side may grow"
+            )
+        return frames, rows, columns
+
+    def _encoded(self, call: Prefill, stage: Stage) -> torch.Tensor | None:
+        """(U, N) bool on the host, tokens that the tower made; None if it was given every picture whole."""
+        units = call.units
+        made = torch.zeros(units.valid.shape, dtype=torch.bool)
+        allowed = self._allowed(stage, units.sizes, units.tiles)
+        for u, (source, size, count) in enumerate(zip(units.source, units.sizes, allowed, strict=True)):
+            smaller = None if source is None else call.records[source[0]].smaller
+            if smaller is None and count < size:
+                raise UnsupportedError(
+                    f"{self._model}: {stage.label} acts on pixels, but the features of this call were made without "
+                    "it; pass pixels"
+                )
+            made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
+        return None if made.sum(1).tolist() == units.sizes else made
+
+    @staticmethod
+    def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Per item (n, …) values of its tokens, which ``read`` takes from what the tower was really given."""
+        return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
+
     # ---- taps
 
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
@@ -460,7 +548,8 @@ class StagePolicy:
             calls = record.attention.get((stat, index))
             if calls is None:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
-            groups = self.adapter.group(record, [c.reshape(*c.shape[:2], -1) for c in calls])
+            patches = [c.reshape(*c.shape[:2], -1) for c in calls]
+            groups = self._placed(record, functools.partial(self.adapter.group, patches=patches))
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
         found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
         return found if stat == "keys" else found[..., 0]
@@ -471,14 +560,14 @@ class StagePolicy:
             x = record.encoder_features
             if x is None:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
-            groups = self.adapter.group(record, [x if x.ndim == 3 else x[None]])
-            values.append(groups)
+            patches = [x if x.ndim == 3 else x[None]]
+            values.append(self._placed(record, functools.partial(self.adapter.group, patches=patches)))
         return self._by_unit(call, values, missing=0.0)
 
     def _pixels(self, call: Prefill) -> torch.Tensor:
         mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
         values = [
-            [x.float() * std.to(x.device) + mean.to(x.device) for x in self.adapter.pixels(record)]
+            [x.float() * std.to(x.device) + mean.to(x.device) for x in self._placed(record, self.adapter.pixels)]
             for record in call.records
         ]
         return self._by_unit(call, values, missing=0.0)

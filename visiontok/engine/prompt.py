@@ -57,7 +57,7 @@ def run_prompt_stages(
     trace.ledger = TokenLedger(call.visual, call.attended, call.units, trace.depth)
     trace.encoders = [record.clock for record in records]
     config: Any = adapter.base.config
-    trace.inputs = [VisionInputs.from_call(config, record.inputs) if knows(config) else None for record in records]
+    trace.inputs = [_vision_inputs(config, record) if knows(config) else None for record in records]
     trace.clock.mark("selection")
     keep, embeds = policy.prompt(call, embeds)
     trace.clock.mark("selected")
@@ -65,6 +65,11 @@ def run_prompt_stages(
         call.kept = keep & call.visual
     call.check_last(torch.where(call.visual, call.kept, call.attended))
     return call, keep, embeds
+
+
+def _vision_inputs(config: Any, record: Encoded) -> tuple[VisionInputs, VisionInputs]:
+    stock = VisionInputs.from_call(config, record.inputs)
+    return stock, stock if record.smaller is None else VisionInputs.from_call(config, record.smaller.inputs)
 
 
 def _units(adapter: Adapter, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:

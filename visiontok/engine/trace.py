@@ -20,7 +20,8 @@ class Trace:
         ledger: which token is alive where; None before the first prefill.
         clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
-        inputs: what went into the tower in each run; None for a family outside the cost model.
+        inputs: what the caller gave the tower in each run, and what it got of that at a pixel stage; None for a family
+            outside the cost model.
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
         chunk: whether this was a part of a prompt only.
         promises: what was taken for granted and is checked later.
@@ -33,7 +34,7 @@ class Trace:
         self.ledger: TokenLedger | None = None
         self.clock = Clock()
         self.encoders: list[Clock] = []
-        self.inputs: list[VisionInputs | None] = []
+        self.inputs: list[tuple[VisionInputs, VisionInputs] | None] = []
         self.plane: Literal["hooks", "inputs"] = "hooks"
         self.chunk = False
         self.promises = Promises()

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .clock import Clock
 from .host import stops_host, upload
+from .pixels import PixelStage, Smaller
 
 Modality = Literal["image", "video"]
 
@@ -31,6 +32,8 @@ class Encoded:
         attention: (statistic, tower layer) → one (batch, patches) tensor per attention call, in call order.
         encoder_features: the projector's input as the model made it, if a method needs it.
         clock: when it began and ended.
+        smaller: what the tower was given instead, at a pixel stage; ``inputs`` and ``output`` are then as if it had
+            not been: the caller's pictures, and a feature for each of their tokens.
     """
 
     modality: Modality
@@ -39,6 +42,7 @@ class Encoded:
     attention: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
     encoder_features: torch.Tensor | None = None
     clock: Clock = field(default_factory=Clock)
+    smaller: Smaller | None = None
 
 
 class _Thread(threading.local):
@@ -64,6 +68,7 @@ class FeatureRecorder:
         self.modality: Modality = modality
         self.name = _getter(modality)
         self.users = 0
+        self.pictures: tuple[PixelStage, ...] = ()
         base.__dict__[self.name] = self
 
     @classmethod
@@ -82,21 +87,25 @@ class FeatureRecorder:
         method = getattr(type(self.base), self.name)
         if _thread.current is not None:  # one modality's method may be built on the other's
             return method(self.base, *args, **kwargs)
-        inputs = self.__signature__.bind(*args, **kwargs).arguments
-        inputs = {**inputs, **inputs.get("kwargs", {})}
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        inputs = dict(given)
         if self.modality == "video" and "pixel_values" in inputs:  # LLaVA-OneVision up to transformers 5.17
             inputs["pixel_values_videos"] = inputs.pop("pixel_values")
         # sizes are read now, while the device has nothing to do, and not behind the tower
         inputs = {name: x.cpu() if _is_sizes(x) and stops_host(x.device) else x for name, x in inputs.items()}
-        _thread.current = record = Encoded(self.modality, inputs)
+        record = Encoded(self.modality, inputs)
         record.clock.mark("start")
+        stage = next((stage for stage in self.pictures if stage.serves()), None)
+        smaller = record.smaller = None if stage is None else stage.smaller(record)
+        _thread.current = record
         try:
-            record.output = method(self.base, *args, **kwargs)
+            output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
         finally:
             _thread.current = None
         record.clock.mark("end")
         _thread.forward.append(record)
-        output = record.output
+        record.output = output
         if hasattr(output, "__dict__"):
             record.output = copy.copy(output)  # the record travels with the output, so it must not hold that object
             output.__dict__[_RECORD] = record
@@ -107,6 +116,21 @@ class FeatureRecorder:
         self.users -= 1
         if not self.users:
             del self.base.__dict__[self.name]
+
+
+class BeforeTower:
+    """Lets a pixel stage decide what the recorded towers of a model are given."""
+
+    def __init__(self, base: nn.Module, stage: PixelStage) -> None:
+        self._stage = stage
+        self._recorders = [r for r in base.__dict__.values() if isinstance(r, FeatureRecorder)]
+        for recorder in self._recorders:
+            recorder.pictures += (stage,)
+
+    def remove(self) -> None:
+        """Let the tower have what it is given again."""
+        for recorder in self._recorders:
+            recorder.pictures = tuple(stage for stage in recorder.pictures if stage is not self._stage)
 
 
 def _getter(modality: Modality) -> str:

@@ -138,7 +138,7 @@ def remote(d: Data, similarity: Tensor) -> Gain:
 
 def residual(d: Data, similarity: Tensor) -> Gain:
     """SIEVE: the score times what projections on the chosen leave."""
-    return lambda chosen: d.s * (1 - similarity[chosen].square()).prod(0)
+    return lambda chosen: d.s.log() + torch.log1p(-similarity[chosen].square()).sum(0)
 
 
 def determinant(d: Data, similarity: Tensor) -> Gain:

@@ -315,11 +315,14 @@ def respond_picturewise(model: Any, parts: Iterable[Part], cell: Cell) -> tuple[
 
 
 def shares_pictures(cell: Cell) -> bool:
-    """Whether what a cell keeps of a picture is the same for every question, and settled before the language model."""
+    """Whether what a cell keeps of a picture is settled before the language model, without the question.
+
+    Random draws may differ from question to question, but mean nothing by it.
+    """
     if cell.method == STOCK or (cell.mass and cell.positions == "compact"):
         return False
     card = recipes.find(cell.method).card
-    return card.stage == "prompt" and card.contract.question_independent
+    return card.stage != "decoder" and (card.contract.question_independent or card.stochastic)
 
 
 @dataclass(frozen=True)

@@ -178,18 +178,21 @@ class RunningSum:
 
 
 class Discount:
-    """gain_i = score_i · Π_{j in S} (1 - cos²_ij)."""
+    """gain_i = log(score_i · Π_{j in S} (1 - cos²_ij)) in float64: the product itself would run out of exponents."""
+
+    NOTHING = -1e18  # logarithm of zero: finite, for such tokens may still be kept, and so low that they are all equal
 
     def __init__(self, rows: Rows, scores: Tensor) -> None:
         """scores (B, N)."""
-        self.rows, self.score = rows, scores
+        self.rows, self.score = rows, scores.double().log().clamp_min(self.NOTHING)
 
     def gain(self) -> Tensor:
         return self.score
 
     def add(self, pick: Tensor) -> None:
-        alike = self.rows.row(pick).square()
-        self.score = self.score * torch.where(alike > 1 - SAME, 0.0, 1 - alike)
+        alike = self.rows.row(pick).double().square()
+        left = torch.where(alike > 1 - SAME, self.NOTHING, torch.log1p(-alike))
+        self.score = (self.score + left).clamp_min(self.NOTHING)
 
 
 class Widening:

@@ -73,7 +73,7 @@ def gain_dpp(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
 
 
 def gain_discount(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
-    return float(s[i]) * math.prod(1 - float(cosines(x)[i, j]) ** 2 for j in chosen)
+    return math.log(float(s[i])) + sum(math.log1p(-(float(cosines(x)[i, j]) ** 2)) for j in chosen)
 
 
 def gain_widening(x: Tensor, s: Tensor, i: int, chosen: list[int]) -> float:
@@ -110,6 +110,21 @@ def test_equals_the_naive_loop(name: str) -> None:
         picks = select(x, s, 6)
         assert picks.order.tolist() == chosen
         torch.testing.assert_close(picks.gain.double(), torch.tensor(best, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+
+
+def test_a_discount_beyond_the_smallest_number_still_ranks() -> None:
+    """Tokens in one narrow cone: the products fall below 10⁻²⁰⁰, where float32 has nothing left to compare."""
+    g = torch.Generator().manual_seed(0)
+    x, s = torch.randn(32, generator=g) + 0.1 * torch.randn(200, 32, generator=g), torch.rand(200, generator=g) + 0.1
+    left = torch.log1p(-cosines(x).fill_diagonal_(0.0).square())
+    gains = s.double().log()
+    order = F.discount(x, s, 150).order.tolist()
+    for number, pick in enumerate(order):
+        assert gains[pick] > gains.max() - 1e-3
+        gains = gains + left[pick]
+        gains[order[: number + 1]] = -torch.inf
+    assert gains.max() < -460
+    assert gains[gains.isfinite()].std() > 1
 
 
 @every_selector

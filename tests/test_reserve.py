@@ -219,9 +219,9 @@ def test_naming_saving_and_errors() -> None:
     for share in (0.5, -0.1, True, "0.1", float("nan")):
         with pytest.raises(ConfigError, match=r"reserve=.*: a share of the budget, at least 0 and below 1/2"):
             visiontok.recipe("norm").with_reserve(share)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"reserve=0.2: a exit stage has no budget"):
+    with pytest.raises(ConfigError, match=r"reserve=0.2: the exit stage picks no tokens"):
         Stage(kind="exit", layer=2, reserve=0.2)
-    with pytest.raises(ConfigError, match=r"reserve=0.2: vtw has no budget"):
+    with pytest.raises(ConfigError, match=r"reserve=0.2: vtw picks no tokens"):
         visiontok.recipe("vtw").with_reserve(0.2)
 
 

@@ -23,8 +23,9 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """where a method acts: ``pixel``, ``prompt``, ``decoder`` or several."""
-    return list(dict.fromkeys(s.kind if s.kind in ("pixel", "prompt") else "decoder" for s in recipes.find(name)().stages()))
+    """Where a method acts: ``pixel``, ``prompt`` or ``decoder``, or several of them."""
+    kinds = (stage.kind for stage in recipes.find(name)().stages())
+    return list(dict.fromkeys(kind if kind in ("pixel", "prompt") else "decoder" for kind in kinds))
 
 
 def published(card: Card) -> str:

@@ -292,7 +292,7 @@ class Stage:
         if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
             raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
         if self.reserve and self.kind not in ("prompt", "cut"):
-            raise ConfigError(f"reserve={self.reserve}: a {self.kind} stage picks no tokens that others could precede")
+            raise ConfigError(f"reserve={self.reserve}: the {self.kind} stage picks no tokens to put others before")
 
     @property
     def label(self) -> str:

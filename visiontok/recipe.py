@@ -104,7 +104,7 @@ class Recipe:
         """
         picking = [stage.kind in ("prompt", "cut") for stage in self.stages]
         if reserve and not any(picking):
-            raise ConfigError(f"reserve={reserve}: {self.label} picks no tokens that others could precede")
+            raise ConfigError(f"reserve={reserve}: {self.label} picks no tokens to put others before")
         stages = zip(self.stages, picking, strict=True)
         return replace(self, stages=tuple(replace(s, reserve=reserve) if picks else s for s, picks in stages))
 

@@ -18,7 +18,7 @@ def discount(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | 
         valid: (N,) or (B, N) bool; other tokens are not kept.
 
     Returns:
-        Picks with the discounted score.
+        Picks with the logarithm of the discounted score.
 
     Raises:
         ConfigError: if ``k`` < 1.

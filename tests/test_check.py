@@ -27,7 +27,7 @@ AYA = PLANTED.with_name("aya.py")
 
 
 # Faults that break more than one claim.
-SEVERAL = {"one_too_many", "against_the_batch", "everything", "global_draw", "pythons_draw"}
+SEVERAL = {"one_too_many", "against_the_batch", "everything", "global_draw", "pythons_draw", "SecretDraw"}
 
 
 @functools.cache

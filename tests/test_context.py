@@ -245,7 +245,7 @@ def test_crops_that_pad_a_batch_are_nobodys_pixels(name: str) -> None:
         pixels = torch.randn(2, 2, 3, 32, 32, generator=g).double()
         padding, inputs = (1, slice(1, None)), {"pixel_values": pixels}
     pixels[padding] = 0
-    recorder = FeatureRecorder(base, "image")
+    recorder = FeatureRecorder.on(base, "image")
     with torch.no_grad():
         record = record_of(base.get_image_features(**inputs, return_dict=True))
     recorder.remove()

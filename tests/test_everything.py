@@ -106,7 +106,7 @@ def test_a_score_goes_to_the_token_that_changes_with_its_patch(model_type):
         output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
         return record_of(output), torch.cat(list(output.pooler_output))
 
-    recorder, hook = FeatureRecorder(base, "image"), block.register_forward_hook(disturb)
+    recorder, hook = FeatureRecorder.on(base, "image"), block.register_forward_hook(disturb)
     try:
         with torch.no_grad():
             record, plain = encode()

@@ -180,7 +180,8 @@ def test_json(call: Call, photo: Path) -> None:
     assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("divprune", 144, 10)
     for side in ("stock", "compressed"):
         assert data[side].keys() == {
-            *("answer", "generated_tokens", "visual_tokens", "layer_average", "kv_bytes", "flops", "seconds"),
+            *("answer", "generated_tokens", "tower_patches", "visual_tokens", "layer_average", "kv_bytes", "flops"),
+            "seconds",
         }
         assert data[side]["seconds"].keys() == {
             *("preprocess", "vision", "selection", "prefill", "rest", "first_token", "decode"),

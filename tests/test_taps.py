@@ -100,7 +100,7 @@ def test_vision_taps_equal_eager_attention(name, monkeypatch):
         adapter = find(eager.model)
         tower = getattr(eager.model, adapter.tower)
         calls = spy_on_eager(monkeypatch, eager, tower)
-        recorder = FeatureRecorder(eager.model, "image")
+        recorder = FeatureRecorder.on(eager.model, "image")
         record = record_of(eager.model.get_image_features(**pixels(inputs), return_dict=True))
         recorder.remove()
         assert torch.equal(model(**inputs).logits, stock), "a tap was left behind"
@@ -152,7 +152,7 @@ def test_keys_and_logits_are_those_of_the_tower(name, monkeypatch):
             model(**inputs)
         calls = spy_on_kernel(monkeypatch, model, tower)[attention_modules(tower)[-1]] = []
         calls = spy_on_kernel(monkeypatch, model, tower)
-        recorder = FeatureRecorder(model.model, "image")
+        recorder = FeatureRecorder.on(model.model, "image")
         record = record_of(model.model.get_image_features(**pixels(inputs), return_dict=True))
         recorder.remove()
     seen, skip = calls[attention_modules(tower)[-1]], int(adapter.cls_token)
@@ -210,7 +210,7 @@ def test_patches_are_mapped_to_the_tokens_they_become(name):
         skip = 0
         projector = model.model.get_submodule(adapter.projector)
         hook = projector.register_forward_pre_hook(lambda module, args: (disturb(args[0]), *args[1:]))
-    recorder = FeatureRecorder(model.model, "image")
+    recorder = FeatureRecorder.on(model.model, "image")
 
     def encode():
         output = model.model.get_image_features(**pixels(inputs), return_dict=True)
@@ -447,7 +447,7 @@ def test_values_that_do_not_fit_the_tokens_are_refused(monkeypatch):
     ):
         model(**inputs(15))
     stock = PaliGemmaAdapter.group
-    monkeypatch.setattr(PaliGemmaAdapter, "group", lambda *a: [g[1:] for g in stock(*a)])
+    monkeypatch.setattr(PaliGemmaAdapter, "group", lambda *a, **k: [g[1:] for g in stock(*a, **k)])
     model = build("paligemma")
     with (
         visiontok.compress(model, Reader(Needs(vision_received=(-1,)))),

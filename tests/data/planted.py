@@ -46,6 +46,9 @@ def draw(ctx):
     return topk(torch.stack(scores), ctx.count, ctx.valid)
 
 
+draw.contract = Contract(question_independent=False)  # draws are seeded by the prompt
+
+
 def merge_into_longest(ctx):
     """What is dropped is added to every kept token, as its mean."""
     keep = longest(ctx)

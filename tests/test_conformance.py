@@ -89,7 +89,11 @@ def test_every_method(card: Card, architecture: str) -> None:
     assert_conforms(visiontok.recipe(card.name), card, architecture, alone)
 
 
-@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
+# The default suite takes one architecture for what the defaults of a method do not reach.
+ONE_AND_ANOTHER = ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("architecture", ONE_AND_ANOTHER)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, architecture: str) -> None:
     name, options = VARIANTS[variant]
@@ -99,7 +103,7 @@ def test_variants(variant: str, architecture: str) -> None:
     assert_conforms(recipe, stage.method.card, architecture)
 
 
-@pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("architecture", ONE_AND_ANOTHER)
 @pytest.mark.parametrize("method", ["divprune", "visionzip", "fastv"])
 def test_with_coordinate_tokens_reserved(method: str, architecture: str) -> None:
     """A choice, a merging, and a cut in the decoder."""
@@ -107,7 +111,7 @@ def test_with_coordinate_tokens_reserved(method: str, architecture: str) -> None
     assert_conforms(recipe, recipe.stages[0].method.card, architecture)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("architecture", [*DEFAULT, "internvl"])
+@pytest.mark.parametrize("architecture", [*DEFAULT, pytest.param("internvl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("card", [card for card in visiontok.methods() if card.budget], ids=lambda card: card.name)
 def test_the_published_behaviour_keeps_its_budget(card: Card, architecture: str) -> None:
     """Exactly, but where the card says of the published code that fewer or more remain, or another number."""

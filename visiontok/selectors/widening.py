@@ -44,6 +44,8 @@ def widening(
     ok = mask(valid, x)
     counts, count = budget(k, ok), largest(k, ok.shape[1])
     usable = x.isfinite().all(-1) & ~s.isnan()
-    growth = step.float().expand(len(x)) if isinstance(step, Tensor) else torch.full((len(x),), step, device=x.device)
+    growth = (
+        step.float().expand(len(x)) if isinstance(step, Tensor) else torch.full((len(x),), float(step), device=x.device)
+    )
     state = Widening(x, (s.shape[1] - rank(s, ok)).float(), growth, most)
     return unrow_picks(greedy(state, counts, count, ok, usable), features, 2)

@@ -44,8 +44,9 @@ from PIL import Image
 from torch import Tensor
 
 import visiontok
-from visiontok import recipes
+from visiontok import Card, Recipe, recipes
 from visiontok.errors import ConfigError, VisiontokError
+from visiontok.run import typed_options
 
 from . import picturewise
 from .measure import EXAMS, Sheet, exam
@@ -120,7 +121,8 @@ class Cell:
     """What is run over an exam.
 
     Attributes:
-        method: registered name, or "stock" for the model as it is.
+        method: registered name, with options behind it as in "idpruner scorer=norm balance=0.7"; or "stock" for the
+            model as it is.
         keep: share of the visual tokens.
         mass: whether kept tokens speak for the dropped ones.
         positions: "original", or "compact": consecutive numbers over what is left.
@@ -132,6 +134,22 @@ class Cell:
     mass: bool = False
     positions: str = "original"
     seed: int | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a method with its options does.
+
+        Raises:
+            ConfigError: no method has that name, or it has no such option.
+        """
+        name, *pairs = self.method.split()
+        options = dict(pair.partition("=")[::2] for pair in pairs)
+        return visiontok.recipe(name, **typed_options(recipes.find(name), options))
+
+    @property
+    def card(self) -> Card:
+        """Of its method."""
+        return recipes.find(self.method.split()[0]).card
 
     def __str__(self) -> str:
         parts = [self.method]
@@ -263,12 +281,12 @@ def respond(model: Any, processor: Any, prompts: Iterable[Any], cell: Cell) -> t
     if cell.positions == "compact" and cell.mass:
         raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
     if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.method, mass=cell.mass, **options)
+        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
     with attached as compression:
         for inputs in prompts:
             report = None
             if cell.positions == "compact":
-                short = visiontok.compress_inputs(model, inputs, cell.method, **options)
+                short = visiontok.compress_inputs(model, inputs, cell.recipe, **options)
                 output = short.restore(model.generate(**{**short, "position_ids": consecutive(short)}))
                 report = short.report
             else:
@@ -299,12 +317,12 @@ def respond_picturewise(model: Any, parts: Iterable[Part], cell: Cell) -> tuple[
     label, kept, bits = STOCK, [], []
     attached: Any = contextlib.nullcontext()
     if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.method, mass=cell.mass, **options)
+        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
     with attached as compression:
         for part in parts:
             inputs, report = part.inputs, None
             if cell.positions == "compact":
-                short = visiontok.compress_inputs(model, part.inputs, cell.method, **options)
+                short = visiontok.compress_inputs(model, part.inputs, cell.recipe, **options)
                 inputs, report = {**short, "position_ids": consecutive(short)}, short.report
             bits.append(picturewise.marks(model, part, inputs))
             report = compression.report if compression else report
@@ -321,8 +339,8 @@ def shares_pictures(cell: Cell) -> bool:
     """
     if cell.method == STOCK or (cell.mass and cell.positions == "compact"):
         return False
-    card = recipes.find(cell.method).card
-    return card.stage != "decoder" and (card.contract.question_independent or card.stochastic)
+    contract = cell.card.contract
+    return cell.card.stage != "decoder" and (contract.question_independent or cell.card.stochastic)
 
 
 @dataclass(frozen=True)
@@ -386,10 +404,10 @@ def cells(
 ) -> list[Cell]:
     """The stock model, then every method in every way; where nothing is dropped there is only one way."""
     ways = [(where, weighed) for where in positions for weighed in mass if not (weighed and where == "compact")]
-    cards = [recipes.find(name).card for name in methods]
-    found = [Cell(), *(Cell(card.name, 1.0) for card in cards if 1.0 in keeps)]
-    for (where, weighed), keep, card in itertools.product(ways, (keep for keep in keeps if keep != 1.0), cards):
-        found += [Cell(card.name, keep, weighed, where, seed) for seed in (seeds if card.stochastic else (None,))]
+    found = [Cell(), *(Cell(method, 1.0) for method in methods if 1.0 in keeps)]
+    for (where, weighed), keep, method in itertools.product(ways, (keep for keep in keeps if keep != 1.0), methods):
+        draws = Cell(method).card.stochastic
+        found += [Cell(method, keep, weighed, where, seed) for seed in (seeds if draws else (None,))]
     return found
 
 
@@ -429,7 +447,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, required=True, metavar="FILE", help="where the lines go; what is there is not done again")
     add("--split", choices=(*EXAMS, "validation"), default="heldout", help="default heldout")
     add("--questions", type=int, default=1000, help="at least so many, as many of each kind; default 1000")
-    add("--methods", nargs="+", metavar="NAME", help="default: all that choose before the language model")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="names, or names and options in quotes; default: all that choose before the language model",
+    )
     add("--keeps", nargs="+", type=float, default=KEEPS, help=f"default {' '.join(map(str, KEEPS))}")
     add("--seeds", nargs="+", type=int, default=SEEDS, help=f"of random methods; default {' '.join(map(str, SEEDS))}")
     add("--mass", nargs="+", choices=("off", "on"), default=("off", "on"), help="mass attention; default off on")
@@ -441,6 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = options.methods or prompt_methods()
     if others := [card.name for card in recipes.methods() if card.name not in names]:
         print(f"not measured: {', '.join(others)}; name them with --methods", flush=True)
+    for name in names:  # mistakes are said before anything is measured
+        _ = Cell(name).recipe
     todo = cells(names, options.keeps, options.seeds, [word == "on" for word in options.mass], options.positions)
     models = {folder.resolve().name: weights_digest(folder) for folder in options.folders}
     lines, paper = read(options.out), write_exam(options.split, options.questions)

@@ -209,6 +209,24 @@ def test_seeds_choose_differently_picture_by_picture():
     assert (bits[0] != bits[2]).any()
 
 
+def test_options_stand_behind_the_name(folder, tmp_path):
+    path = tmp_path / "options.jsonl"
+    few = ["--questions", "10", "--keeps", "0.25", "--mass", "off", "--positions", "original"]
+    curves.main([str(folder), "--out", str(path), *few, "--methods", "idpruner scorer=norm balance=0.25", "idpruner"])
+    _, chosen, plain = cells_of(path)
+    assert (chosen["method"], chosen["label"]) == ("idpruner scorer=norm balance=0.25", "idpruner[norm]")
+    assert plain["label"] == "idpruner[cls]"
+    faults = {
+        "idpruner scorer=no": "--option scorer=no: this option takes",
+        "idprune": "did you mean",
+        "grid x=1": "grid has no such option",
+    }
+    for wrong, message in faults.items():
+        with pytest.raises(ConfigError, match=message):
+            curves.main([str(folder), "--out", str(tmp_path / "wrong.jsonl"), *few, "--methods", wrong])
+    assert not (tmp_path / "wrong.jsonl").exists()
+
+
 def test_only_what_the_question_leaves_alone_goes_picture_by_picture():
     assert curves.shares_pictures(Cell("divprune", 0.25))
     assert not curves.shares_pictures(Cell("fastv", 0.25))

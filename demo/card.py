@@ -318,6 +318,8 @@ def _accuracy(model: Shipped) -> list[str]:
 
 def _pruning(measured: Curves) -> list[str]:
     seconds = np.median([cell["seconds"] for cell in measured.cells])
+    shared = sum(cell["answers"] is None for cell in measured.cells)
+    together = f" In {shared} of the {len(measured.cells)} cells the questions about a picture shared one forward."
     parts = [
         f"## Pruning, {measured.split}",
         _prose(
@@ -326,6 +328,8 @@ def _pruning(measured: Curves) -> list[str]:
             "language model, without training; random is the mean of its seeds. Intervals are 95 % bootstraps over "
             "scenes, p-values of sign flips over scenes; differences are paired, question by question. The best of "
             f"each column is bold. Half of the cells took at most {seconds:.0f} s of processor time."
+            + together
+            * (shared > 0)
         ),
     ]
     for model in measured.models:

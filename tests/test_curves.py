@@ -418,6 +418,7 @@ def weights(folder, loaded, tmp_path_factory):
                         "positions": positions,
                         "seed": run if method == "random" else None,
                         "label": f"{method}!",
+                        "answers": None if method == "divprune" else "a1",
                         "bits": curves.to_hex([d == "1" for d in digits]),
                         "seconds": 3.0,
                     }
@@ -434,6 +435,7 @@ def weights(folder, loaded, tmp_path_factory):
 
 def test_the_card_says_what_the_files_say(weights):
     text = card.render(weights)[weights.parent / "README.md"]
+    assert "In 6 of the 26 cells the questions" in " ".join(text.split())
     model = text.split("### one, pruned")[1].split("### two, pruned")[0]
     assert "All tokens: 100.0 [100.0, 100.0]" in model
     assert "| random! | 12.5 (-87.5 [" in model

@@ -228,23 +228,28 @@ class Coverage:
         self.table, self.scale, self.bonus = table, scale, bonus
         self.best = table.new_full(table.shape[:2], start)
         self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
+        # Rows at a time: on a CPU as many as its cache holds, in buffers, as fresh memory costs more than the sum.
+        step = min(32, table.shape[1]) if table.device.type == "cpu" else table.shape[1]
+        self.narrow = torch.empty_like(table[:, :step])
+        self.wide = self.narrow.double()
         self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        table, weight, step = self.table, self.weight, max(1, low.shape[1])
+        rows, weight = torch.arange(low.shape[1], device=low.device), self.weight
         if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
-            rows, step = (high > low).any(0).nonzero()[:, 0], 32  # as many as the cache holds
+            rows = (high > low).any(0).nonzero()[:, 0]
             low, high, weight = (x.index_select(1, rows) for x in (low, high, weight))
         with torch.autocast(low.device.type, enabled=False):
-            total = -(low * weight).sum(1)[:, None, None].expand(-1, 1, table.shape[2])
-            for begin in range(0, low.shape[1], step):
-                part = slice(begin, begin + step)
-                inside = table.index_select(1, rows[part]) if low.device.type == "cpu" else table.clone()
-                torch.maximum(inside, low[:, part, None], out=inside)
-                torch.minimum(inside, high[:, part, None], out=inside)
-                total = torch.baddbmm(total, weight[:, None, part], inside.double())
+            total = -(low * weight).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
+            parts = (x.split(max(1, self.narrow.shape[1]), -1) for x in (rows, low, high, weight))
+            for part, least, most, factor in zip(*parts, strict=True):
+                inside, wide = self.narrow[:, : len(part)], self.wide[:, : len(part)]
+                torch.index_select(self.table, 1, part, out=inside)
+                torch.maximum(inside, least[..., None], out=inside)
+                torch.minimum(inside, most[..., None], out=inside)
+                total = torch.baddbmm(total, factor[:, None], wide.copy_(inside))
         return total[:, 0]
 
     def gain(self) -> Tensor:

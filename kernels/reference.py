@@ -215,7 +215,7 @@ class Widening:
 
 
 class Coverage:
-    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - max_{j in S} table_rj) + bonus_i, the maximum from ``start`` on.
+    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - best_r) + bonus_i; best_r = max_{j in S} table_rj, at least start.
 
     The sum is kept up to date from the rows a pick changes, which is exact but for float64 rounding; sums that small
     against their start are 0.
@@ -228,28 +228,28 @@ class Coverage:
         self.table, self.scale, self.bonus = table, scale, bonus
         self.best = table.new_full(table.shape[:2], start)
         self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
-        # Rows at a time: on a CPU as many as its cache holds, in buffers, as fresh memory costs more than the sum.
-        step = min(32, table.shape[1]) if table.device.type == "cpu" else table.shape[1]
-        self.narrow = torch.empty_like(table[:, :step])
+        # Rows taken at a time: on a CPU as many as its cache holds, into buffers, for fresh memory is slow to touch.
+        self.step = max(1, table.shape[1] if table.device.type != "cpu" else min(32, table.shape[1]))
+        self.narrow = torch.empty_like(table[:, : self.step])
         self.wide = self.narrow.double()
         self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        rows, weight = torch.arange(low.shape[1], device=low.device), self.weight
-        if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
+        if low.device.type == "cpu":
             rows = (high > low).any(0).nonzero()[:, 0]
-            low, high, weight = (x.index_select(1, rows) for x in (low, high, weight))
+        else:  # the question which rows differ would stop the host
+            rows = torch.arange(low.shape[1], device=low.device)
         with torch.autocast(low.device.type, enabled=False):
-            total = -(low * weight).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
-            parts = (x.split(max(1, self.narrow.shape[1]), -1) for x in (rows, low, high, weight))
-            for part, least, most, factor in zip(*parts, strict=True):
+            total = -(low * self.weight).index_select(1, rows).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
+            for part in rows.split(self.step):
                 inside, wide = self.narrow[:, : len(part)], self.wide[:, : len(part)]
+                least, most, weight = (x.index_select(1, part) for x in (low, high, self.weight))
                 torch.index_select(self.table, 1, part, out=inside)
                 torch.maximum(inside, least[..., None], out=inside)
                 torch.minimum(inside, most[..., None], out=inside)
-                total = torch.baddbmm(total, factor[:, None], wide.copy_(inside))
+                total = torch.baddbmm(total, weight[:, None], wide.copy_(inside))
         return total[:, 0]
 
     def gain(self) -> Tensor:

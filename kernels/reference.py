@@ -215,10 +215,10 @@ class Widening:
 
 
 class Coverage:
-    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - best_r) + bonus_i; best_r = max_{j in S} table_rj, at least start.
+    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - best_r) + bonus_i, best_r the largest table_rj of j in S.
 
-    The sum is kept up to date from the rows a pick changes, which is exact but for float64 rounding; sums that small
-    against their start are 0.
+    best begins at ``start``. The sum is kept up to date from the rows a pick changes, which is exact but for
+    float64 rounding; sums that small against their start are 0.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Coverage:
         self.best = table.new_full(table.shape[:2], start)
         self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
         # Rows taken at a time: on a CPU as many as its cache holds, into buffers, for fresh memory is slow to touch.
-        self.step = max(1, table.shape[1] if table.device.type != "cpu" else min(32, table.shape[1]))
+        self.step = 32 if table.device.type == "cpu" else max(1, table.shape[1])
         self.narrow = torch.empty_like(table[:, : self.step])
         self.wide = self.narrow.double()
         self.total = self._between(self.best, torch.full_like(self.best, torch.inf))

@@ -28,7 +28,7 @@ def facility(
         scale: (N,) or (B, N), importance of a token as a representative; 1 by default.
         bonus: (N,) or (B, N), importance added to the gain; 0 by default.
         weight: (N,) or (B, N), importance of being represented; 1 by default.
-        start: cosine up to which a token counts as represented by nothing.
+        start: cosine at and below which a token is not represented at all; -1 makes every cosine count.
         valid: (N,) or (B, N) bool; other tokens are neither kept nor represented.
 
     Returns:
@@ -38,7 +38,7 @@ def facility(
         ConfigError: if ``k`` < 1.
 
     Reference:
-        SCOPE, arXiv 2510.24214 (scale or bonus: attention); EADP (weight: text relevance).
+        SCOPE, arXiv 2510.24214 (scale or bonus: attention); EADP, arXiv 2607.02484 (weight: text relevance; start -1).
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)

@@ -44,8 +44,8 @@ def facility(
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     similarity, usable = cosines(x)
-    factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
+    importance, factor, extra = (None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus))
     known = ok & usable
-    factors[0] = known.float() if factors[0] is None else factors[0].masked_fill(~known, 0.0)
-    state = Coverage(similarity, *factors, start=start)
+    represented = known.float() if importance is None else importance.masked_fill(~known, 0.0)
+    state = Coverage(similarity, represented, factor, extra, start)
     return unrow_picks(greedy(state, counts, most, ok, usable), features, 2)

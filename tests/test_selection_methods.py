@@ -153,7 +153,7 @@ def test_eadp_is_coverage_of_half_one_plus_cosine_over_real_tokens(seed: int) ->
     valid = torch.arange(20) < torch.tensor([[20], [13]])
     unit = x.double() / x.double().norm(dim=-1, keepdim=True)
     table = torch.where(valid[..., None], (1 + unit @ unit.mT) / 2, 0.0)
-    mine = eadp(x.masked_fill(~valid[..., None], torch.nan), weight.masked_fill(~valid, torch.nan), 8, valid=valid)
+    mine = eadp(x.masked_fill(~valid[..., None], torch.nan), weight, 8, valid=valid)
     theirs = coverage(table, 8, weight=weight, valid=valid)
     assert torch.equal(mine.order, theirs.order)
     torch.testing.assert_close(mine.gain, theirs.gain, rtol=1e-5, atol=1e-5)

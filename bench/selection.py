@@ -156,13 +156,24 @@ def determinant(d: Data, similarity: Tensor) -> Gain:
     return gain
 
 
-def covering(table: Tensor, token_weight: Tensor | None = None) -> Gain:
-    """SCOPE and MMTok: how much better each token would cover the rows (R, N), all computed for every pick."""
+def covering(table: Tensor) -> Gain:
+    """MMTok: how much better each token would cover the rows (R, N), all computed for every pick."""
 
     def gain(chosen: list[int]) -> Tensor:
         best = table[:, chosen].amax(1, keepdim=True).clamp_min(0) if chosen else table.new_zeros(len(table), 1)
-        total = (table - best).clamp_min(0).sum(0)
-        return total if token_weight is None else total * token_weight
+        return (table - best).clamp_min(0).sum(0)
+
+    return gain
+
+
+def covering_scaled(table: Tensor, token_weight: Tensor) -> Gain:
+    """SCOPE: the same with the columns of the chosen blanked first, times the tokens' weights."""
+
+    def gain(chosen: list[int]) -> Tensor:
+        best = table[chosen].amax(0).clamp_min(0) if chosen else torch.zeros_like(token_weight)
+        blank = torch.zeros(len(table), dtype=torch.bool)
+        blank[chosen] = True
+        return (table.masked_fill(blank, 0) - best[:, None]).clamp_min(0).sum(0) * token_weight
 
     return gain
 
@@ -191,7 +202,7 @@ CASES = {
     "discount": Case(lambda d, k: F.discount(d.x, d.s, k).order, residual),
     "facility (SCOPE)": Case(
         lambda d, k: F.facility(d.x, k, scale=d.s).order,
-        lambda d, similarity: covering(similarity, token_weight=d.s),
+        lambda d, similarity: covering_scaled(similarity, d.s),
         faster=15,
         square=True,
     ),

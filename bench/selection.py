@@ -1,8 +1,8 @@
 """What selecting costs: every greedy operator beside its floor, the Gram product, and the literal loop of its paper.
 
-The literal loop computes all gains anew for every pick from the rows chosen so far, as published code does. Operator
-and Gram product are timed in turns. That both choose alike is checked in the same run: along the operator's order, the
-literal gains in float64 say whether each pick was the best one then.
+The literal loop computes all gains anew for every pick from the rows chosen so far, in as many passes over the N × N
+table as published code takes. Operator and Gram product are timed in turns. That both choose alike is checked in the
+same run: along the operator's order, the literal gains in float64 say whether each pick was the best one then.
 
     python bench/selection.py --check --out bench/results/selection.md
 """
@@ -156,14 +156,34 @@ def determinant(d: Data, similarity: Tensor) -> Gain:
     return gain
 
 
-def covering(table: Tensor, row_weight: Tensor | None = None, token_weight: Tensor | None = None) -> Gain:
-    """How much better each token would cover the rows (R, N), all computed for every pick."""
+def covering(table: Tensor) -> Gain:
+    """MMTok: how much better each token would cover the rows (R, N), all computed for every pick."""
 
     def gain(chosen: list[int]) -> Tensor:
         best = table[:, chosen].amax(1, keepdim=True).clamp_min(0) if chosen else table.new_zeros(len(table), 1)
-        more = (table - best).clamp_min(0)
-        total = more.sum(0) if row_weight is None else row_weight @ more
-        return total if token_weight is None else total * token_weight
+        return (table - best).clamp_min(0).sum(0)
+
+    return gain
+
+
+def covering_scaled(table: Tensor, token_weight: Tensor) -> Gain:
+    """SCOPE: the same with the columns of the chosen blanked first, times the tokens' weights."""
+
+    def gain(chosen: list[int]) -> Tensor:
+        best = table[chosen].amax(0).clamp_min(0) if chosen else torch.zeros_like(token_weight)
+        blank = torch.zeros(len(table), dtype=torch.bool)
+        blank[chosen] = True
+        return (table.masked_fill(blank, 0) - best[:, None]).clamp_min(0).sum(0) * token_weight
+
+    return gain
+
+
+def covering_weighted(table: Tensor, row_weight: Tensor) -> Gain:
+    """EADP: the rise of every row's best for each token, (N, N), times the rows' weights, and the sum of that."""
+
+    def gain(chosen: list[int]) -> Tensor:
+        best = table[chosen].amax(0) if chosen else torch.zeros_like(row_weight)
+        return ((torch.maximum(table, best) - best) * row_weight).sum(1)
 
     return gain
 
@@ -182,13 +202,13 @@ CASES = {
     "discount": Case(lambda d, k: F.discount(d.x, d.s, k).order, residual),
     "facility (SCOPE)": Case(
         lambda d, k: F.facility(d.x, k, scale=d.s).order,
-        lambda d, similarity: covering(similarity, token_weight=d.s),
+        lambda d, similarity: covering_scaled(similarity, d.s),
         faster=15,
         square=True,
     ),
     "eadp": Case(
         lambda d, k: eadp(d.x[None], d.s[None], k).order[0],
-        lambda d, similarity: covering((1 + similarity) / 2, row_weight=d.s),
+        lambda d, similarity: covering_weighted((1 + similarity) / 2, d.s),
         faster=15,
         square=True,
     ),

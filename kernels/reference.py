@@ -215,33 +215,41 @@ class Widening:
 
 
 class Coverage:
-    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - max_{j in S} table_rj) + bonus_i, the maximum starting at 0.
+    """gain_i = scale_i · Σ_r weight_r · max(0, table_ri - best_r) + bonus_i, best_r the largest table_rj of j in S.
 
-    The sum is kept up to date from the rows a pick changes, which is exact but for float64 rounding; sums that small
-    against their start are 0.
+    best begins at ``start``. The sum is kept up to date from the rows a pick changes, which is exact but for
+    float64 rounding; sums that small against their start are 0.
     """
 
-    def __init__(self, table: Tensor, weight: Tensor | None, scale: Tensor | None, bonus: Tensor | None) -> None:
-        """table (B, R, N), how well candidate i covers row r; weight (B, R); scale and bonus (B, N)."""
-        self.table = torch.nan_to_num(table.float(), nan=0.0).clamp_min_(0)
-        self.best = self.table.new_zeros(self.table.shape[:2])
+    def __init__(
+        self, table: Tensor, weight: Tensor | None, scale: Tensor | None, bonus: Tensor | None, start: float = 0.0
+    ) -> None:
+        """table (B, R, N) float32 and finite, how well candidate i covers row r; weight (B, R); scale, bonus (B, N)."""
+        self.table, self.scale, self.bonus = table, scale, bonus
+        self.best = table.new_full(table.shape[:2], start)
         self.weight = torch.ones_like(self.best).double() if weight is None else weight.double()
-        self.scale, self.bonus = scale, bonus
+        # Rows taken at a time: on a CPU as many as its cache holds, into buffers, for fresh memory is slow to touch.
+        self.step = 32 if table.device.type == "cpu" else max(1, table.shape[1])
+        self.narrow = torch.empty_like(table[:, : self.step])
+        self.wide = self.narrow.double()
         self.total = self._between(self.best, torch.full_like(self.best, torch.inf))
         self.noise = 1e-12 * self.total.amax(-1, keepdim=True)
 
     def _between(self, low: Tensor, high: Tensor) -> Tensor:
         """(B, N) float64: Σ_r weight_r · (clamp(table_ri, low_r, high_r) - low_r), for low and high (B, R)."""
-        rows, step = torch.arange(low.shape[1], device=low.device), max(1, low.shape[1])
-        if low.device.type == "cpu":  # elsewhere the question which rows differ would stop the host
-            rows, step = (high > low).any(0).nonzero()[:, 0], 32  # as many as the cache holds
+        if low.device.type == "cpu":
+            rows = (high > low).any(0).nonzero()[:, 0]
+        else:  # the question which rows differ would stop the host
+            rows = torch.arange(low.shape[1], device=low.device)
         with torch.autocast(low.device.type, enabled=False):
             total = -(low * self.weight).index_select(1, rows).sum(1)[:, None, None].expand(-1, 1, self.table.shape[2])
-            for part in rows.split(step):
-                inside = self.table.index_select(1, part)
-                torch.maximum(inside, low.index_select(1, part)[..., None], out=inside)
-                torch.minimum(inside, high.index_select(1, part)[..., None], out=inside)
-                total = torch.baddbmm(total, self.weight.index_select(1, part)[:, None], inside.double())
+            for part in rows.split(self.step):
+                inside, wide = self.narrow[:, : len(part)], self.wide[:, : len(part)]
+                least, most, weight = (x.index_select(1, part) for x in (low, high, self.weight))
+                torch.index_select(self.table, 1, part, out=inside)
+                torch.maximum(inside, least[..., None], out=inside)
+                torch.minimum(inside, most[..., None], out=inside)
+                total = torch.baddbmm(total, weight[:, None], wide.copy_(inside))
         return total[:, 0]
 
     def gain(self) -> Tensor:

@@ -24,6 +24,7 @@ from naive import (
 )
 from torch import Tensor
 
+from visiontok.functional import coverage
 from visiontok.recipes.agile import agile
 from visiontok.recipes.cdpruner import cdpruner, text_relevance
 from visiontok.recipes.dart import dart
@@ -144,6 +145,18 @@ def test_eadp(seed: int) -> None:
     mine = importance(x[None], text[None], grid_of(4, 5)[None], text_valid=asked, **options)
     np.testing.assert_allclose(mine[0], weight, rtol=1e-4)
     assert eadp(x[None], mine, 6).order[0].tolist() == naive
+
+
+@SEEDS
+def test_eadp_is_coverage_of_half_one_plus_cosine_over_real_tokens(seed: int) -> None:
+    x, weight = draw(2, 20, 6, seed=seed), draw(2, 20, seed=seed + 1).abs()
+    valid = torch.arange(20) < torch.tensor([[20], [13]])
+    unit = x.double() / x.double().norm(dim=-1, keepdim=True)
+    table = torch.where(valid[..., None], (1 + unit @ unit.mT) / 2, 0.0)
+    mine = eadp(x.masked_fill(~valid[..., None], torch.nan), weight, 8, valid=valid)
+    theirs = coverage(table, 8, weight=weight, valid=valid)
+    assert torch.equal(mine.order, theirs.order)
+    torch.testing.assert_close(mine.gain, theirs.gain, rtol=1e-5, atol=1e-5)
 
 
 def test_eadp_without_a_question_is_plain_coverage() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..functional import Picks, blur, coverage, rank
+from ..functional import Picks, blur, facility, rank
 from ..kernels import cosine, unit
 from ..method import Card, Contract, Method, Needs
 
@@ -81,9 +81,7 @@ def eadp(features: Tensor, weight: Tensor, k: int | Tensor, *, valid: Tensor | N
     Raises:
         ConfigError: if ``k`` < 1.
     """
-    ok = torch.ones_like(weight, dtype=torch.bool) if valid is None else valid
-    table = torch.where(ok[..., None], (1 + cosine(features)) / 2, 0.0)
-    return coverage(table, k, weight=torch.where(ok, weight, 0.0), valid=ok)
+    return facility(features, k, weight=weight / 2, start=-1.0, valid=valid)
 
 
 @dataclass(frozen=True)

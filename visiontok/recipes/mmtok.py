@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import Picks, coverage
-from ..kernels import cosine
+from ..kernels import cosine, finite
 from ..method import Card, Contract, Method, Needs, Tower
 
 if TYPE_CHECKING:
@@ -46,17 +46,20 @@ def cover_table(
     """
     asked = torch.ones_like(text[..., 0], dtype=torch.bool) if text_valid is None else text_valid
     ok = torch.ones_like(features[..., 0], dtype=torch.bool) if valid is None else valid
-
-    def softmax(similarity: Tensor, exists: Tensor, candidates: Tensor) -> Tensor:
-        share = similarity.masked_fill(~candidates[:, None], -torch.inf).softmax(-1)
-        return torch.where(exists[..., None], share, 0.0) / exists.sum(-1).clamp_min(1)[:, None, None]
-
-    known = features.isfinite().all(-1) & encoder_features.isfinite().all(-1)
+    known = finite(features) & finite(encoder_features)
     ok = ok & known
     seen = ok & (encoder_features != 0).any(-1)
-    words = softmax(cosine(text, features) / text_temperature, asked, ok)
-    patches = softmax(cosine(encoder_features) / vision_temperature, seen, seen)
-    return torch.cat([words, alpha * patches], 1).masked_fill(~known[:, None], torch.nan)
+    (b, m, _), n = text.shape, ok.shape[1]
+    table = features.new_empty(b, m + n, n, dtype=torch.float32)
+    lowest = torch.finfo(table.dtype).min  # as -inf, but no NaN where there is no candidate at all
+    for part, similarity, exists, candidates, share in (
+        (slice(m), cosine(text, features).div_(text_temperature), asked, ok, 1.0),
+        (slice(m, None), cosine(encoder_features).div_(vision_temperature), seen, seen, alpha),
+    ):
+        similarity += torch.where(candidates, 0.0, lowest)[:, None]
+        torch.softmax(similarity, -1, out=table[:, part])
+        table[:, part] *= (share * exists / exists.sum(-1, keepdim=True).clamp_min(1))[..., None]
+    return table.add_(torch.where(known, 0.0, torch.nan)[:, None])
 
 
 def mmtok(

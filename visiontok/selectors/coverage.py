@@ -30,5 +30,6 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     t = rows(table, 2, "table")
     ok = mask(valid, t.mT)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
-    state = Coverage(t, None if weight is None else rows(weight, 1, "weight").float(), None, None)
-    return unrow_picks(greedy(state, counts, most, ok, ~t.isnan().any(1)), table, 2)
+    factor = None if weight is None else rows(weight, 1, "weight").float()
+    state = Coverage(t.float().nan_to_num(nan=0.0), factor, None, None)
+    return unrow_picks(greedy(state, counts, most, ok, ~t.amax(1).isnan()), table, 2)

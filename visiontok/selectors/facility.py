@@ -15,11 +15,12 @@ def facility(
     scale: Tensor | None = None,
     bonus: Tensor | None = None,
     weight: Tensor | None = None,
+    start: float = 0.0,
     valid: Tensor | None = None,
 ) -> Picks:
     """Greedily keep the token i of largest scale_i · Σ_j weight_j · max(0, cos_ij - c_j) + bonus_i.
 
-    c_j is the largest cosine of token j to a kept token, at least 0.
+    c_j is the largest cosine of token j to a kept token, at least ``start``.
 
     Args:
         features: (N, D) or (B, N, D).
@@ -27,6 +28,7 @@ def facility(
         scale: (N,) or (B, N), importance of a token as a representative; 1 by default.
         bonus: (N,) or (B, N), importance added to the gain; 0 by default.
         weight: (N,) or (B, N), importance of being represented; 1 by default.
+        start: cosine at and below which a token is not represented at all; -1 makes every cosine count.
         valid: (N,) or (B, N) bool; other tokens are neither kept nor represented.
 
     Returns:
@@ -36,12 +38,14 @@ def facility(
         ConfigError: if ``k`` < 1.
 
     Reference:
-        SCOPE, arXiv 2510.24214 (scale or bonus: attention); EADP (weight: text relevance).
+        SCOPE, arXiv 2510.24214 (scale or bonus: attention); EADP, arXiv 2607.02484 (weight: text relevance; start -1).
     """
     x = rows(features, 2, "features")
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     similarity, usable = cosines(x)
-    table = similarity.mul_((ok & usable)[..., None])  # (B, represented, candidate)
-    factors = [None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus)]
-    return unrow_picks(greedy(Coverage(table, *factors), counts, most, ok, usable), features, 2)
+    importance, factor, extra = (None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus))
+    known = ok & usable
+    represented = known.float() if importance is None else importance.masked_fill(~known, 0.0)
+    state = Coverage(similarity, represented, factor, extra, start)
+    return unrow_picks(greedy(state, counts, most, ok, usable), features, 2)

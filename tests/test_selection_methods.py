@@ -146,6 +146,13 @@ def test_eadp(seed: int) -> None:
     assert eadp(x[None], mine, 6).order[0].tolist() == naive
 
 
+def test_eadp_under_autocast_weighs_in_full_precision() -> None:
+    x, text = draw(1, 20, 6), draw(1, 7, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = importance(x.float(), text.float(), grid_of(4, 5)[None])
+    assert torch.equal(weight, importance(x.float(), text.float(), grid_of(4, 5)[None]))
+
+
 def test_eadp_without_a_question_is_plain_coverage() -> None:
     x, text = draw(1, 12, 5), draw(1, 3, 5)
     weight = importance(x, text, grid_of(3, 4)[None], text_valid=torch.zeros(1, 3, dtype=torch.bool))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from .budget import Budget
 from .errors import ConfigError
@@ -355,14 +356,49 @@ class Method:
         """An instance from plain values, as read from JSON or the command line.
 
         Raises:
-            ConfigError: for an option that the method does not have.
+            ConfigError: for an option that the method does not have, or a value of another type.
         """
         known = {f.name for f in fields(cls)}
+        types = _types(cls)
         for name, value in options.items():
             if name not in known:
                 remedy = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
                 raise ConfigError(f"{name}={value!r}: {cls.card.name} has no such option; {remedy}")
+            if not _fits(value, types.get(name, Any)):
+                raise ConfigError(f"{name}={value!r}: {cls.card.name} takes {_named(types[name])}")
         return cls(**options)
+
+
+def _types(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; none if one of them has a name that only type checkers know."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether an option's value has its type. Names out of a list and objects are left to the method."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is tuple and args[1:] == (...,):
+        return isinstance(value, tuple | list) and all(_fits(one, args[0]) for one in value)
+    if wanted in (int, float):
+        numbers = int if wanted is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, wanted) if wanted in (bool, str, NoneType) else True
+
+
+def _named(wanted: Any) -> str:
+    """What a type is called in an error."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_named, args)))
+    if origin is tuple:
+        return f"a list, each {_named(args[0])}"
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
+    return names.get(wanted, f"a {getattr(wanted, '__name__', wanted)}")
 
 
 @dataclass(frozen=True)

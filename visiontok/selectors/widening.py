@@ -44,6 +44,6 @@ def widening(
     ok = mask(valid, x)
     counts, count = budget(k, ok), largest(k, ok.shape[1])
     usable = x.isfinite().all(-1) & ~s.isnan()
-    growth = step.float().expand(len(x)) if isinstance(step, Tensor) else x.new_full((len(x),), step, dtype=torch.float32)
-    state = Widening(x, (s.shape[1] - rank(s, ok)).float(), growth, most)
+    growth = step.float() if isinstance(step, Tensor) else x.new_full((), step, dtype=torch.float32)
+    state = Widening(x, (s.shape[1] - rank(s, ok)).float(), growth.expand(len(x)), most)
     return unrow_picks(greedy(state, counts, count, ok, usable), features, 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
+import json
 import math
 from typing import Any, Literal
 
@@ -474,6 +476,34 @@ def test_options_of_another_type_are_refused(name: str) -> None:
 def test_a_wrong_type_is_named_with_the_right_one(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         visiontok.recipe(name, keep=3, **options)
+
+
+def test_no_option_has_the_name_of_an_argument_of_compress() -> None:
+    """It could not be given there, and the argument would be taken for it."""
+    taken = set(inspect.signature(visiontok.compress).parameters) | set(inspect.signature(visiontok.recipe).parameters)
+    for card in visiontok.methods():
+        assert not taken & {option.name for option in dataclasses.fields(find(card.name))}, card.name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (visiontok.recipe("scope", keep=3, alpha=2), visiontok.recipe("scope", keep=3, alpha=2.0)),
+        (
+            visiontok.recipe("mmtok", keep=3, text_temperature=1),
+            visiontok.recipe("mmtok", keep=3, text_temperature=1.0),
+        ),
+        (visiontok.recipe("erase", thresholds=[3, 2, 1]), visiontok.recipe("erase", thresholds=(3.0, 2.0, 1.0))),
+        (
+            visiontok.recipe("scope").with_mass(visiontok.Mass(beta=2, merge=1)),
+            visiontok.recipe("scope").with_mass(visiontok.Mass(beta=2.0, merge=1.0)),
+        ),
+    ],
+)
+def test_whole_numbers_hash_as_they_compare(one: visiontok.Recipe, other: visiontok.Recipe) -> None:
+    assert one == other
+    assert one.hash() == other.hash()
+    assert visiontok.Recipe.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_vtw_takes_no_budget() -> None:

@@ -212,6 +212,8 @@ class Mass:
                 raise ConfigError(f"mass.{name}={value!r}: must be {wanted}")
         if self.beta == math.inf:
             raise ConfigError("mass.beta=inf: must be finite")
+        for name in ("beta", "merge"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one hash
 
     def __str__(self) -> str:
         """As labels name it: ``mass``, with what differs from the defaults."""
@@ -349,7 +351,9 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, as plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        types = _types(type(self))
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: _exact(value, types.get(name, Any)) for name, value in changed.items()}
 
     @classmethod
     def build(cls, options: Mapping[str, Any]) -> Method:
@@ -388,6 +392,16 @@ def _fits(value: Any, wanted: Any) -> bool:
         numbers = int if wanted is int else int | float
         return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, wanted) if wanted in (bool, str, NoneType) else True
+
+
+def _exact(value: Any, wanted: Any) -> Any:
+    """``value`` as a float where its type is one, for 2 and 2.0 are the same option; an integral layer stays an int."""
+    members = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    if isinstance(value, tuple):
+        each = next((get_args(member)[0] for member in members if get_args(member)[1:] == (...,)), Any)
+        return tuple(_exact(one, each) for one in value)
+    number = float in members and int not in members and isinstance(value, int)
+    return float(value) if number else value
 
 
 def _named(wanted: Any) -> str:

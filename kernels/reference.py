@@ -285,7 +285,8 @@ class Determinant:
 
     def add(self, pick: Tensor) -> None:
         factor = self.factor[:, : self.picks]
-        column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
+        with torch.autocast(self.kernel.device.type, enabled=False):
+            column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
         left = self.left.gather(1, pick[:, None])
         column = column[:, 0] / torch.where(left > 0, left, torch.inf).sqrt()
         self.factor[:, self.picks] = column

@@ -335,6 +335,17 @@ def test_clip_texts_are_what_open_clip_makes_of_them(clip: Any) -> None:
         pair.images(torch.zeros(2, 20))
 
 
+def test_a_clip_pair_is_exact_under_autocast(clip: Any) -> None:
+    import open_clip
+
+    pair = OpenClip(clip, open_clip.get_tokenizer("ViT-B-32").encode, words)
+    patches = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    images, texts = pair.images(patches), pair.texts([3, 14, 15])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pair.images(patches), images)
+        assert torch.equal(pair.texts([3, 14, 15]), texts)
+
+
 def test_cdpruner_with_a_clip_pair_keeps_what_the_rule_says(clip: Any) -> None:
     """Relevance: minus the cosine of projected patches and the question's text; then the DPP, here by determinants."""
     import open_clip

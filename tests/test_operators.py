@@ -214,6 +214,15 @@ def test_half_precision_is_computed_in_float32(name: str) -> None:
 
 
 @every_selector
+def test_autocast_changes_nothing(name: str) -> None:
+    """Among as many candidates, rounding to bfloat16 anywhere would change the order."""
+    x, s = random_case(200, 64)
+    plain = GREEDY[name][0](x + 0.5, s, 60)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(GREEDY[name][0](x + 0.5, s, 60).order, plain.order)
+
+
+@every_selector
 def test_selection_builds_no_graph(name: str) -> None:
     x, s = random_case(9)
     assert not GREEDY[name][0](x.requires_grad_(), s.requires_grad_(), 3).gain.requires_grad

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
+import json
+import math
 from typing import Any, Literal
 
 import pytest
@@ -446,6 +449,61 @@ def test_only_what_is_read_is_asked_for() -> None:
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cls.build(options)
+
+
+@pytest.mark.parametrize("name", [card.name for card in visiontok.methods()])
+def test_options_of_another_type_are_refused(name: str) -> None:
+    method = find(name)
+    for option in dataclasses.fields(method):
+        for wrong in ((), math.nan):
+            with pytest.raises(ConfigError, match=f"^{option.name}="):
+                method.build({option.name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dart", {"image_pivots": 1.5}, "image_pivots=1.5: dart takes an integer"),
+        ("dart", {"image_pivots": True}, "image_pivots=True"),
+        ("vscan", {"window": "3"}, "window='3': vscan takes an integer or None"),
+        ("hiprune", {"alpha": None}, "alpha=None: hiprune takes a finite number"),
+        ("hiprune", {"deep_layer": "x"}, "deep_layer='x': hiprune takes an integer or a finite number or None"),
+        ("prumerge", {"adaptive": "yes"}, "adaptive='yes': prumerge takes True or False"),
+        ("erase", {"thresholds": 0.5}, "thresholds=0.5: erase takes a list, each a finite number or None"),
+        ("cdpruner", {"clip": 3}, "clip=3: give a ClipPair"),
+    ],
+)
+def test_a_wrong_type_is_named_with_the_right_one(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        visiontok.recipe(name, keep=3, **options)
+
+
+def test_no_option_has_the_name_of_an_argument_of_compress() -> None:
+    """It could not be given there, and the argument would be taken for it."""
+    taken = set(inspect.signature(visiontok.compress).parameters) | set(inspect.signature(visiontok.recipe).parameters)
+    for card in visiontok.methods():
+        assert not taken & {option.name for option in dataclasses.fields(find(card.name))}, card.name
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (visiontok.recipe("scope", keep=3, alpha=2), visiontok.recipe("scope", keep=3, alpha=2.0)),
+        (
+            visiontok.recipe("mmtok", keep=3, text_temperature=1),
+            visiontok.recipe("mmtok", keep=3, text_temperature=1.0),
+        ),
+        (visiontok.recipe("erase", thresholds=[3, 2, 1]), visiontok.recipe("erase", thresholds=(3.0, 2.0, 1.0))),
+        (
+            visiontok.recipe("scope").with_mass(visiontok.Mass(beta=2, merge=1)),
+            visiontok.recipe("scope").with_mass(visiontok.Mass(beta=2.0, merge=1.0)),
+        ),
+    ],
+)
+def test_whole_numbers_hash_as_they_compare(one: visiontok.Recipe, other: visiontok.Recipe) -> None:
+    assert one == other
+    assert one.hash() == other.hash()
+    assert visiontok.Recipe.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_vtw_takes_no_budget() -> None:

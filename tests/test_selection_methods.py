@@ -159,6 +159,13 @@ def test_eadp_is_coverage_of_half_one_plus_cosine_over_real_tokens(seed: int) ->
     torch.testing.assert_close(mine.gain, theirs.gain, rtol=1e-5, atol=1e-5)
 
 
+def test_eadp_under_autocast_weighs_in_full_precision() -> None:
+    x, text = draw(1, 20, 6), draw(1, 7, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = importance(x.float(), text.float(), grid_of(4, 5)[None])
+    assert torch.equal(weight, importance(x.float(), text.float(), grid_of(4, 5)[None]))
+
+
 def test_eadp_without_a_question_is_plain_coverage() -> None:
     x, text = draw(1, 12, 5), draw(1, 3, 5)
     weight = importance(x, text, grid_of(3, 4)[None], text_valid=torch.zeros(1, 3, dtype=torch.bool))

@@ -477,3 +477,22 @@ def test_the_feature_layer_is_the_one_the_features_come_from(layer, index):
             model(**inputs(16))
         hook.remove()
         assert torch.equal(reader.seen["ctx"].encoder_features[0], outputs[0][0, 1:])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_the_last_row_is_that_of_the_last_token_behind_which_padding_may_come(name):
+    model = build(name)
+    inputs = batch(name, model, images=[1, 2])
+    shift = [int((row == 0).sum()) for row in inputs["attention_mask"]]
+    right = dict(inputs)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            right[key] = torch.stack([row.roll(-n) for row, n in zip(inputs[key], shift, strict=True)])
+    seen = []
+    for padded in (inputs, right):
+        reader = Reader(Needs(decoder_last_row=(-1,)))
+        cut = visiontok.Recipe(stages=(Stage(kind="cut", method=reader, layer=2),))
+        with visiontok.compress(model, cut), torch.no_grad():
+            model(**padded)
+        seen.append(reader.seen["last-1"])
+    torch.testing.assert_close(*seen)

@@ -63,12 +63,12 @@ class OpenClip:
             )
         visual.to(features.device)
         weight = visual.proj.float()
-        return (
-            torch.nn.functional.layer_norm(
-                features.float(), weight.shape[:1], visual.ln_post.weight.float(), visual.ln_post.bias.float()
+        norm = visual.ln_post
+        with torch.autocast(features.device.type, enabled=False):  # cosines of 16-bit products are full of ties
+            rows = torch.nn.functional.layer_norm(
+                features.float(), weight.shape[:1], norm.weight.float(), norm.bias.float()
             )
-            @ weight
-        )
+            return rows @ weight
 
     @torch.no_grad()
     def texts(self, ids: Sequence[int]) -> Tensor:
@@ -78,4 +78,5 @@ class OpenClip:
         pieces = [tokens[i : i + length] for i in range(0, len(tokens), length)]
         table = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces])
         device = self.model.token_embedding.weight.device
-        return self.model.encode_text(table.to(device)).float()
+        with torch.autocast(device.type, enabled=False):
+            return self.model.encode_text(table.to(device)).float()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from .budget import Budget
 from .errors import ConfigError
@@ -211,6 +212,8 @@ class Mass:
                 raise ConfigError(f"mass.{name}={value!r}: must be {wanted}")
         if self.beta == math.inf:
             raise ConfigError("mass.beta=inf: must be finite")
+        for name in ("beta", "merge"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 have one hash
 
     def __str__(self) -> str:
         """As labels name it: ``mass``, with what differs from the defaults."""
@@ -348,21 +351,68 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, as plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        types = _types(type(self))
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: _exact(value, types.get(name, Any)) for name, value in changed.items()}
 
     @classmethod
     def build(cls, options: Mapping[str, Any]) -> Method:
         """An instance from plain values, as read from JSON or the command line.
 
         Raises:
-            ConfigError: for an option that the method does not have.
+            ConfigError: for an option that the method does not have, or a value of another type.
         """
         known = {f.name for f in fields(cls)}
+        types = _types(cls)
         for name, value in options.items():
             if name not in known:
                 remedy = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
                 raise ConfigError(f"{name}={value!r}: {cls.card.name} has no such option; {remedy}")
+            if not _fits(value, types.get(name, Any)):
+                raise ConfigError(f"{name}={value!r}: {cls.card.name} takes {_named(types[name])}")
         return cls(**options)
+
+
+def _types(cls: type) -> dict[str, Any]:
+    """The types of a class's fields; none if one of them has a name that only type checkers know."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether an option's value has its type. Names out of a list and objects are left to the method."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is tuple and args[1:] == (...,):
+        return isinstance(value, tuple | list) and all(_fits(one, args[0]) for one in value)
+    if wanted in (int, float):
+        numbers = int if wanted is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, wanted) if wanted in (bool, str, NoneType) else True
+
+
+def _exact(value: Any, wanted: Any) -> Any:
+    """``value`` as a float where its type is one, for 2 and 2.0 are the same option; an integral layer stays an int."""
+    members = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    if isinstance(value, tuple):
+        each = next((get_args(member)[0] for member in members if get_args(member)[1:] == (...,)), Any)
+        return tuple(_exact(one, each) for one in value)
+    number = float in members and int not in members and isinstance(value, int)
+    return float(value) if number else value
+
+
+def _named(wanted: Any) -> str:
+    """What a type is called in an error."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_named, args)))
+    if origin is tuple:
+        return f"a list, each {_named(args[0])}"
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
+    return names.get(wanted, f"a {getattr(wanted, '__name__', wanted)}")
 
 
 @dataclass(frozen=True)

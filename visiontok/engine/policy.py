@@ -661,7 +661,11 @@ class StagePolicy:
         scale = kwargs.get("scaling")
         for stat in stats:
             if stat == "last_row":
-                total = attention_rows(q[:, :, -1:], k, scale=scale, visible=visible[:, -1:], bias=bias)[:, 0]
+                here = torch.arange(q.shape[2], device=q.device)
+                last = (self._occupied(valid, q) * here).argmax(1, keepdim=True)  # right padding lies behind it
+                row = torch.arange(q.shape[0], device=q.device)[:, None]
+                query = q.transpose(1, 2)[row, last].transpose(1, 2)
+                total = attention_rows(query, k, scale=scale, visible=visible[row, last], bias=bias)[:, 0]
             else:
                 asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ def text_relevance(features: Tensor, text: Tensor, text_valid: Tensor) -> Tensor
     return similarity.sum(1) / text_valid.sum(1, keepdim=True).clamp_min(1)
 
 
+@runtime_checkable
 class ClipPair(Protocol):
     """The CLIP model that the vision tower is one half of."""
 
@@ -104,6 +105,8 @@ class CDPruner(Method):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.clip, ClipPair | str | None):
+            raise ConfigError(f"clip={self.clip!r}: give a ClipPair, or model/weights of open_clip and a tokenizer")
         if isinstance(self.clip, str) and (self.tokenizer is None or self.clip.count("/") != 1):
             raise ConfigError(
                 f"clip={self.clip!r}, tokenizer={self.tokenizer!r}: name model/weights of open_clip and the language "

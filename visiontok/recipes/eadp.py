@@ -57,9 +57,10 @@ def importance(
     count = (telling * asked.sum(1, keepdim=True)).floor().clamp_min(1)
     chosen = asked & (rank(-entropy, asked) < count)
     weight = (-entropy / spread).masked_fill(~chosen, -torch.inf).softmax(-1).nan_to_num(0.0)  # no word: no weights
-    single = (weight[:, None] @ similarity)[:, 0]
     mean = torch.where(asked[..., None], text.float(), 0.0).sum(1, keepdim=True)
-    fused = mix * sign * (unit(mean) @ unit(features).mT)[:, 0] + (1 - mix) * single
+    with torch.autocast(features.device.type, enabled=False):
+        single = (weight[:, None] @ similarity)[:, 0]
+        fused = mix * sign * (unit(mean) @ unit(features).mT)[:, 0] + (1 - mix) * single
     low = torch.where(ok, fused, torch.inf).amin(-1, keepdim=True)
     high = torch.where(ok, fused, -torch.inf).amax(-1, keepdim=True)
     scores = blur((fused - low + 1e-6) / (high - low + 1e-6), grid, valid=ok) ** power

@@ -49,13 +49,13 @@ class ZooPrune(Method):
         derivative: ``difference`` (central, as published) or ``exact`` (forward mode, no step).
         step: half the distance of the difference.
         directions: random directions, the same for all tokens.
-        seed: of the directions, which depend on nothing else.
+        draw: which draw of the directions, which depend on nothing else; a recipe's seed is not read.
     """
 
     derivative: Literal["difference", "exact"] = "difference"
     step: float = 0.01
     directions: int = 64
-    seed: int = 0
+    draw: int = 0
 
     card: ClassVar[Card] = Card(
         name="zoo_prune",
@@ -89,7 +89,7 @@ class ZooPrune(Method):
 
     def select(self, ctx: Context) -> Tensor:
         inputs, project = ctx.need_projector()
-        drawn = torch.randn(self.directions, inputs.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.randn(self.directions, inputs.shape[-1], generator=torch.Generator().manual_seed(self.draw))
         directions = torch.nn.functional.normalize(drawn, dim=-1).to(inputs.device)
         step = None if self.derivative == "exact" else self.step
         scores = sensitivity(project, inputs, directions, step=step)

@@ -27,7 +27,7 @@ def widening(
         features: (N, D) or (B, N, D).
         scores: (N,) or (B, N).
         k: tokens to keep, int or (B,) long.
-        step: growth of the radius, float or (B,).
+        step: growth of the radius, float, () or (B,).
         most: largest radius.
         valid: (N,) or (B, N) bool; other tokens are not kept.
 
@@ -44,8 +44,6 @@ def widening(
     ok = mask(valid, x)
     counts, count = budget(k, ok), largest(k, ok.shape[1])
     usable = x.isfinite().all(-1) & ~s.isnan()
-    growth = (
-        step.float().expand(len(x)) if isinstance(step, Tensor) else torch.full((len(x),), float(step), device=x.device)
-    )
-    state = Widening(x, (s.shape[1] - rank(s, ok)).float(), growth, most)
+    growth = step.float() if isinstance(step, Tensor) else torch.full((), float(step), device=x.device)
+    state = Widening(x, (s.shape[1] - rank(s, ok)).float(), growth.expand(len(x)), most)
     return unrow_picks(greedy(state, counts, count, ok, usable), features, 2)

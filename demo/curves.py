@@ -46,7 +46,7 @@ from torch import Tensor
 import visiontok
 from visiontok import Card, Recipe, recipes
 from visiontok.errors import ConfigError, VisiontokError
-from visiontok.run import typed_options
+from visiontok.options import typed_options
 
 from . import picturewise
 from .measure import EXAMS, Sheet, exam

@@ -38,6 +38,7 @@ LAYERS = {
     "visiontok.images": "images",
     "visiontok.clip": "clip",
     "visiontok.catalogue": "catalogue",
+    "visiontok.options": "options",
     "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
@@ -73,15 +74,16 @@ MAY_IMPORT = {
     "images": {"errors"},
     "clip": {"errors", "torchvision"},
     "catalogue": {"errors", "method", "recipes"},
+    "options": {"errors", "method"},
     "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
-    "run": API | {"package", "overlay", "run", "demo"},
+    "run": API | {"package", "overlay", "options", "run", "demo"},
     "conformance": API | {"package", "conformance"},
-    "cli": API | {"package", "cli", "run", "doctor", "conformance", "catalogue"},
+    "cli": API | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "eval": API | {"package", "eval", "demo"},
-    "demo": API | {"package", "demo"},
+    "demo": API | {"package", "options", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {

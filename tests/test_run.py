@@ -18,6 +18,7 @@ from rich.console import Console
 import visiontok
 from visiontok import cli, overlay, run
 from visiontok.errors import ConfigError
+from visiontok.options import read_value
 
 Call = Callable[..., SimpleNamespace]
 
@@ -302,11 +303,11 @@ def test_a_model_folder(photo: Path) -> None:
 )
 def test_options_are_read_as_the_type_of_their_field(hint: Any, values: dict[str, Any]) -> None:
     for text, value in values.items():
-        read = run._value("o", text, hint)
+        read = read_value("o", text, hint)
         assert (read, type(read)) == (value, type(value))
     if hint is not str:
         with pytest.raises(ConfigError, match="this option takes"):
-            run._value("o", "what", hint)
+            read_value("o", "what", hint)
 
 
 def test_options_reach_the_method() -> None:

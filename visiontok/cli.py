@@ -161,7 +161,7 @@ def check(
     from visiontok import recipes
     from visiontok.budget import Budget
     from visiontok.conformance import matrix, zoo
-    from visiontok.run import typed_options
+    from visiontok.options import typed_options
 
     torch.set_num_threads(1)  # threads only slow models as tiny as these down
 

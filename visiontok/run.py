@@ -13,11 +13,10 @@ import itertools
 import os
 import statistics
 import time
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.utils
 import torch
@@ -31,6 +30,7 @@ from visiontok.engine.clock import Clock
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.images import load_image
 from visiontok.method import Mass
+from visiontok.options import typed_options
 from visiontok.overlay import overlay as draw_overlay
 from visiontok.recipes import find as find_method
 from visiontok.recipes import names as method_names
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-    from visiontok.method import Method
     from visiontok.recipe import Recipe
     from visiontok.report import Report
 
@@ -349,42 +348,6 @@ def _lacks_budget(recipe: Recipe) -> bool:
     """Whether the recipe takes a budget and none is set anywhere in it."""
     takes = any(stage.method is not None and stage.method.card.budget for stage in recipe.stages)
     return takes and recipe.average is None and all(stage.keep is None for stage in recipe.stages)
-
-
-def typed_options(method: type[Method], options: Mapping[str, str]) -> dict[str, Any]:
-    """The options, which come as text, in the types of the method's fields."""
-    hints = get_type_hints(method)
-    values: dict[str, Any] = {}
-    for name, text in options.items():
-        if name not in method.__dataclass_fields__:
-            method.build({name: text})  # raises and lists the options there are
-        values[name] = _value(f"{method.card.name}: --option {name}={text}", text, hints[name])
-    return values
-
-
-def _value(what: str, text: str, hint: Any) -> Any:
-    """``text`` as a value of the type ``hint``: a plain type, a Literal, None, or a union of these."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    choices: dict[str, Any] = {}
-    for member in members:
-        choices |= {str(choice): choice for choice in get_args(member)} if get_origin(member) is Literal else {}
-        choices |= _WORDS.get(member, {})
-    if text in choices:
-        return choices[text]
-    readers = [reader for reader in (int, float, str) if reader in members]  # the narrowest first
-    for reader in readers:
-        try:
-            return reader(text)
-        except ValueError:
-            continue
-    allowed = ", ".join([*choices, *(reader.__name__ for reader in readers)])
-    raise ConfigError(f"{what}: this option takes {allowed}")
-
-
-_WORDS: dict[Any, dict[str, Any]] = {
-    bool: {"true": True, "false": False},
-    types.NoneType: {"none": None},
-}
 
 
 def _check_png(path: str) -> None:

@@ -32,11 +32,11 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ POSITIONS = ("original", "compact")
 STOCK = "stock"
 _LOOK = 16  # prompts that show which kinds of questions a split has
 _ENOUGH = 1 << 20  # more prompts than an exam needs
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,40 @@ def consecutive(inputs: visiontok.CompressedInputs) -> Tensor:
     return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0).expand_as(positions)
 
 
+def _run(
+    model: Any, cell: Cell, batches: Iterable[Any], answer: Callable[[int, Any], _Answer]
+) -> tuple[list[_Answer], str, float]:
+    """Attach a cell to a model, and let it answer.
+
+    Args:
+        model: the model, in evaluation mode.
+        cell: what to attach.
+        batches: what the processor made of the prompts.
+        answer: given the number of a batch and what the model shall get of it.
+
+    Returns:
+        The answers batch by batch; then as `respond`.
+    """
+    options: dict[str, Any] = {"keep": cell.keep, "seed": cell.seed}
+    label, kept, answers = STOCK, [], []
+    attached: Any = contextlib.nullcontext()
+    if cell.positions == "compact" and cell.mass:
+        raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
+    if cell.positions != "compact" and cell.method != STOCK:
+        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
+    with attached as compression:
+        for number, inputs in enumerate(batches):
+            short = None
+            if cell.positions == "compact":
+                short = visiontok.compress_inputs(model, inputs, cell.recipe, **options)
+                inputs = {**short, "position_ids": consecutive(short)}
+            answers.append(answer(number, inputs))
+            if told := short or compression:
+                label = told.report.recipe
+                kept += [image.average for image in told.report.images]
+    return answers, label, float(np.mean(kept)) if kept else float("nan")
+
+
 def respond(model: Any, processor: Any, prompts: Iterable[Any], cell: Cell) -> tuple[list[str], str, float]:
     """Let a model answer.
 
@@ -273,33 +308,17 @@ def respond(model: Any, processor: Any, prompts: Iterable[Any], cell: Cell) -> t
     Raises:
         ConfigError, UnsupportedError: the toolkit refuses the cell on this model.
     """
-    words: list[str] = []
-    kept: list[float] = []
-    label = STOCK
-    options: dict[str, Any] = {"keep": cell.keep, "seed": cell.seed}
-    attached: Any = contextlib.nullcontext()
-    if cell.positions == "compact" and cell.mass:
-        raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
-    if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
-    with attached as compression:
-        for inputs in prompts:
-            report = None
-            if cell.positions == "compact":
-                short = visiontok.compress_inputs(model, inputs, cell.recipe, **options)
-                output = short.restore(model.generate(**{**short, "position_ids": consecutive(short)}))
-                report = short.report
-            else:
-                output = model.generate(**inputs)
-                report = compression.report if compression else None
-            words += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            if report:
-                label = report.recipe
-                kept += [image.average for image in report.images]
-    return words, label, float(np.mean(kept)) if kept else float("nan")
+
+    def answer(_: int, inputs: Any) -> list[str]:
+        output = model.generate(**inputs)
+        words: list[str] = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return words
+
+    words, label, tokens = _run(model, cell, prompts, answer)
+    return list(itertools.chain.from_iterable(words)), label, tokens
 
 
-def respond_picturewise(model: Any, parts: Iterable[Part], cell: Cell) -> tuple[np.ndarray, str, float]:
+def respond_picturewise(model: Any, parts: Sequence[Part], cell: Cell) -> tuple[np.ndarray, str, float]:
     """Mark the answers to all questions about a picture at once.
 
     Args:
@@ -313,23 +332,13 @@ def respond_picturewise(model: Any, parts: Iterable[Part], cell: Cell) -> tuple[
     Raises:
         ConfigError, UnsupportedError: the toolkit refuses the cell on this model.
     """
-    options: dict[str, Any] = {"keep": cell.keep, "seed": cell.seed}
-    label, kept, bits = STOCK, [], []
-    attached: Any = contextlib.nullcontext()
-    if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
-    with attached as compression:
-        for part in parts:
-            inputs, report = part.inputs, None
-            if cell.positions == "compact":
-                short = visiontok.compress_inputs(model, part.inputs, cell.recipe, **options)
-                inputs, report = {**short, "position_ids": consecutive(short)}, short.report
-            bits.append(picturewise.marks(model, part, inputs))
-            report = compression.report if compression else report
-            if report:
-                label = report.recipe
-                kept += [image.average for image in report.images]
-    return np.concatenate(bits), label, float(np.mean(kept)) if kept else float("nan")
+    bits, label, tokens = _run(
+        model,
+        cell,
+        (part.inputs for part in parts),
+        lambda number, inputs: picturewise.marks(model, parts[number], inputs),
+    )
+    return np.concatenate(bits), label, tokens
 
 
 def shares_pictures(cell: Cell) -> bool:
@@ -370,7 +379,7 @@ class Sitting:
 
 def measure(sitting: Sitting, cell: Cell) -> dict[str, Any]:
     """What a cell's line says beyond its name."""
-    model, paper, (prompts, order) = sitting.model, sitting.paper, sitting.batches
+    model, paper = sitting.model, sitting.paper
     started = time.process_time()
     digest = None
     try:
@@ -378,6 +387,7 @@ def measure(sitting: Sitting, cell: Cell) -> dict[str, Any]:
         if shares_pictures(cell) and cell.keep != 1.0:
             bits, label, tokens = respond_picturewise(model, sitting.parts, cell)
         else:
+            prompts, order = sitting.batches
             words, label, tokens = respond(model, sitting.processor, prompts, cell)
             answers = [word for _, word in sorted(zip(order, words, strict=True))]
             bits = np.array([said == one.question.answer for said, one in zip(answers, paper.asked, strict=True)])

@@ -106,20 +106,17 @@ def prefix(model: Any, inputs: Mapping[str, Any], text: int) -> Prefix:
     if positions is None:
         positions = torch.arange(length)[None]
     positions = positions[None] if positions.ndim == 2 else positions[-3:]  # before them may stand those of the text
+    positions = positions.expand(-1, batch, -1)
     bias = None
     if mask is not None:  # the last token sees everything, under the bias that everyone sees it
         bias = mask[:, 0, -1, :end]
         bias = torch.zeros(batch, end).masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else bias
         bias = bias.masked_fill(bias < torch.finfo(bias.dtype).min / 2, -torch.inf)
-    deep = (given["entered"] - given["left"])[:, :end]  # DeepStack adds to the tokens between two layers
-    return Prefix(
-        embeddings[:, :end],
-        positions.expand(-1, batch, -1)[..., :end],
-        positions.expand(-1, batch, -1)[0, :, end],
-        bias=bias,
-        visual=torch.ones(batch, end, dtype=torch.bool) if deep.any() else None,
-        planes=(deep.flatten(0, 1),) if deep.any() else (),
-    )
+    before = Prefix(embeddings[:, :end], positions[..., :end], positions[0, :, end], bias)
+    added = (given["entered"] - given["left"])[:, :end]  # DeepStack adds to the tokens between two layers
+    if not added.any():
+        return before
+    return replace(before, visual=torch.ones(batch, end, dtype=torch.bool), planes=(added.flatten(0, 1),))
 
 
 @torch.inference_mode()

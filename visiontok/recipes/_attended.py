@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..method import Layer, Method, Needs, Tower
+from ..method import Layer, Method, Needs, Tower, labelled
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -36,7 +36,7 @@ class Attended(Method):
 
     @property
     def label(self) -> str:
-        return f"{self.card.name}[received]" if self.scorer == "received" else self.card.name
+        return labelled(self.card.name, "received" if self.scorer == "received" else "")
 
     def adapt(self: M, tower: Tower) -> M:
         return replace(

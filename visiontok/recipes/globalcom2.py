@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional import apportion, rank, rank_within, topk
-from ..method import Card, Contract, Layer, Tower
+from ..method import Card, Contract, Layer, Tower, labelled
 from ._attended import Attended
 
 if TYPE_CHECKING:
@@ -214,8 +214,7 @@ class GlobalCom2(Attended):
 
     @property
     def label(self) -> str:
-        odd = ["received"] * (self.scorer == "received") + ["untiled"] * (self.tiled is False)
-        return f"globalcom2[{', '.join(odd)}]" if odd else "globalcom2"
+        return labelled(super().label, "untiled" if self.tiled is False else "")
 
     def adapt(self, tower: Tower) -> GlobalCom2:
         return replace(super().adapt(tower), tiled=tower.thumbnail if self.tiled is None else self.tiled)

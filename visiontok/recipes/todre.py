@@ -85,8 +85,7 @@ class ToDRE(Attended, VectorMethod):
 
     @property
     def label(self) -> str:
-        scorer = "received" if self.scorer == "received" else ""
-        return labelled("todre", scorer, "maxmin" if self.objective == "maxmin" else "", self.space)
+        return labelled(super().label, "maxmin" if self.objective == "maxmin" else "", self.space)
 
     def needs(self) -> Needs:
         return replace(super().needs(), encoder_features=VectorMethod.needs(self).encoder_features)

@@ -27,11 +27,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from visiontok.adapters.base import CLIP_STATISTICS
 
 from .questions import TOKEN_ID
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which all image processors here use
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = CLIP_STATISTICS  # which all image processors here use
 
 
 @dataclass(frozen=True)

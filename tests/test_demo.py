@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,33 @@ def test_an_interrupted_run_ends_with_the_same_weights(architecture, tmp_path):
     assert steps == list(range(1, plan.steps + 1))
     with pytest.raises(ValueError, match="another plan"):
         train.Trainer(train.Plan(), tmp_path / "parts", Accelerator())
+
+
+def test_only_a_run_that_is_done_may_be_prolonged(tmp_path):
+    plan = train.Plan(**SMALL)
+    longer = replace(plan, joint_steps=plan.joint_steps + 2)
+    run = train.Trainer(plan, tmp_path, Accelerator())
+    run.advance()
+    run.save()
+    with pytest.raises(ValueError, match="another plan"):
+        train.Trainer(longer, tmp_path, Accelerator())
+    while run.step < plan.steps:
+        run.advance()
+    run.save()
+    with pytest.raises(ValueError, match="another plan"):
+        train.Trainer(replace(longer, seed=1), tmp_path, Accelerator())
+    more = train.Trainer(longer, tmp_path, Accelerator())
+    assert (more.step, more.plans) == (plan.steps, [plan, longer])
+    more.advance()
+    more.save()
+    with pytest.raises(ValueError, match="another plan"):  # what was prolonged is not taken up as it was
+        train.Trainer(plan, tmp_path, Accelerator())
+    again = train.Trainer(longer, tmp_path, Accelerator())
+    assert (again.step, again.plans) == (plan.steps + 1, [plan, longer])
+    assert [train.command(one).split("--joint-steps=")[1].split()[0] for one in again.plans] == [
+        str(plan.joint_steps),
+        str(longer.joint_steps),
+    ]
 
 
 def test_a_killed_run_goes_on(tmp_path):

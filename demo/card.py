@@ -1,4 +1,4 @@
-"""Write the model card: `python -m visiontok.demo.card` makes README.md, pruning.md and the training curves.
+"""Write the model card: `python -m visiontok.demo.card` makes README.md, pruning.md, search.md and the training curves.
 
 Every number comes from the files in `weights`: of each model its accuracy.json and log.jsonl, of all of them
 curves.jsonl.
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -139,13 +139,16 @@ def render(weights: Path = WEIGHTS) -> dict[Path, str]:
     """Every file that this script writes, and its text."""
     models = shipped(weights)
     files = {model.folder / "curve.svg": curve_svg(model.log, model.name) for model in models}
-    parts, tables = [_HEAD, *_data(), *_models(models)], [_PRUNED]
+    parts, tables, search = [_HEAD, *_data(), *_models(models)], [_PRUNED], [_SEARCHED]
     for measured in curves(weights, models):
+        if measured.split == "validation":
+            search += _search(measured)
+            continue
         tables += _pruning(measured)
         parts += _rankings(measured)
         parts += _seeds(measured, models)
     parts.append(_LIMITS)
-    texts = {"README.md": parts, "pruning.md": tables}
+    texts = {"README.md": parts, "pruning.md": tables, "search.md": search}
     return {weights.parent / name: "\n\n".join(text) + "\n" for name, text in texts.items()} | files
 
 
@@ -192,6 +195,13 @@ _PRUNED = """<!-- Written by `python -m visiontok.demo.card` from weights/curves
 
 What every method keeps of the answers, measured by `python -m visiontok.demo.curves`. Models and questions are those of
 the [model card](README.md): a test bench, which predicts nothing about large models."""
+
+_SEARCHED = """<!-- Written by `python -m visiontok.demo.card` from weights/curves.jsonl; do not edit. -->
+# The search for the recipe `visiontok`
+
+Compositions of the operators, compared on validation scenes, which no other table reports. The best went into
+[visiontok.py](../visiontok/recipes/visiontok.py); what it does on held-out scenes, on other training seeds and on the
+second architecture is in [pruning.md](pruning.md). What is best here need not be best for a large model."""
 
 _LIMITS = """## Limits
 
@@ -489,6 +499,27 @@ def _positions(measured: Curves, model: str) -> list[str]:
         f"The same for each method, over {', '.join(kinds)}:",
         _table(("method", *(row[0] for row in pooled)), rows),
     ]
+
+
+def _search(measured: Curves) -> list[str]:
+    """All compositions by their mean accuracy over the budgets, best first."""
+    parts = []
+    for model in measured.models:
+        rows = []
+        for method, mass in product(measured.methods, (False, True)):
+            found = [measured.hits(model, method, keep, mass) for keep in measured.keeps]
+            shares = [float(hits.mean()) for hits in found if hits is not None]
+            if len(shares) == len(found):
+                mean = sum(shares) / len(shares)
+                rows.append((mean, [f"`{method}`", "yes" if mass else "", *map(_percent, (*shares, mean))]))
+        rows.sort(key=lambda row: -row[0])
+        tokens = [f"{keep:.0%}" for keep in measured.keeps]
+        parts += [
+            f"## {model}",
+            f"{len(measured.kind)} questions about {measured.scene.max()} scenes, accuracy in percent:",
+            _table(("method and options", "`mass=True`", *tokens, "mean"), [row for _, row in rows]),
+        ]
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------- rankings

@@ -40,7 +40,8 @@ from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, conver
 from .raster import paint
 from .scenes import DENSE, NORMAL, Style, lay_out, seeds
 
-_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2}  # how much an answer counts: 1 where nothing is said
+# How much an answer counts: 1 where nothing is said. Few pictures ask for a comparison, which otherwise stays a guess.
+_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2, "compare": 4.0}
 _END = 0.05  # how much the end after an answer counts
 _TALKING = 20  # percent of the pictures whose questions are asked in conversations
 _TURNS = 3  # questions of such a conversation

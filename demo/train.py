@@ -36,7 +36,7 @@ from .model import Architecture, load, save
 from .muon import Muon
 from .packing import answer_logits, pack
 from .patches import PatchHeads, Targets, targets
-from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse
+from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse, withheld_answers
 from .raster import paint
 from .scenes import DENSE, NORMAL, Style, lay_out, seeds
 
@@ -143,7 +143,10 @@ class Learner(nn.Module):
         logits, labelled = answer_logits(self.model, self.architecture.prefix(self.model, prompts), packed)
         labels = packed.labels[labelled]
         is_answer = labels != TOKEN_ID["</s>"]
-        form = batch.questions.form.gather(1, packed.question)[labelled]
+        row, question = labelled.nonzero()[:, 0], packed.question[labelled]
+        form, gaps = batch.questions.form[row, question], batch.questions.gaps[row, question]
+        # Never right in training, the answers that name a withheld pair would be learned as impossible.
+        logits = logits.masked_fill(withheld_answers(form, gaps), -torch.inf)
         weight = torch.where(is_answer, self.emphasis[form], _END)
         answer_loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         record["answer_loss"] = answer_loss.detach()

@@ -262,7 +262,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(architecture, tmp_path):
 
 @pytest.mark.parametrize(("split", "named"), [("heldout", False), ("composition", True)])
 def test_the_answers_that_training_bars_are_those_of_withheld_pairs(split, named):
-    (sheet,) = exam(split, 64)
+    sheet, *_ = exam(split, 64)
     asked = sheet.questions.form >= 0
     form, gaps = sheet.questions.form[asked], sheet.questions.gaps[asked]
     barred = questions.withheld_answers(form, gaps)
@@ -279,7 +279,7 @@ def test_no_patch_learns_that_a_withheld_pair_is_impossible():
     words = torch.randn(len(questions.VOCABULARY), 8, requires_grad=True)
     triangle, zeros = questions.SHAPES.index("triangle"), torch.zeros(1, dtype=torch.int64)
     shown = patches.Targets(
-        torch.tensor([[[1, 1 + triangle, 0, 0]]]), torch.full((1, 1), torch.nan), torch.zeros(1, 33), zeros, zeros
+        torch.tensor([[[1, 1 + triangle, 0, 0]]]), torch.full((1, 1), torch.nan), torch.zeros(1, sum(patches._PRESENT)), zeros, zeros
     )
     heads(torch.randn(1, 1, 8), torch.zeros(1, 8), words, shown)[0].backward()
     moved = {word for word, index in questions.TOKEN_ID.items() if words.grad[index].abs().sum() > 0}

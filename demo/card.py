@@ -94,7 +94,7 @@ class Curves:
         return {key: np.stack(bits) for key, bits in grouped.items()}
 
     def hits(
-        self, model: str, method: str, keep: float | None, mass: bool = False, positions: str = "original"
+        self, model: str, method: str, keep: float | None, mass: bool | str = False, positions: str = "original"
     ) -> np.ndarray | None:
         """bool (R, Q), Q questions and R seeds; None if it was not measured."""
         return self._bits.get((model, method, keep, mass, positions))
@@ -506,18 +506,28 @@ def _search(measured: Curves) -> list[str]:
     parts = []
     for model in measured.models:
         rows = []
-        for method, mass in product(measured.methods, (False, True)):
+        for method, mass in product(measured.methods, dict.fromkeys(cell["mass"] for cell in measured.cells)):
             found = [measured.hits(model, method, keep, mass) for keep in measured.keeps]
             shares = [float(hits.mean()) for hits in found if hits is not None]
             if len(shares) == len(found):
                 mean = sum(shares) / len(shares)
-                rows.append((mean, [f"`{method}`", "yes" if mass else "", *map(_percent, (*shares, mean))]))
+                rows.append(
+                    (
+                        mean,
+                        [
+                            f"`{method}`",
+                            {False: "", True: "yes"}.get(mass, mass),
+                            *map(_percent, shares),
+                            _percent(mean),
+                        ],
+                    )
+                )
         rows.sort(key=lambda row: -row[0])
         tokens = [f"{keep:.0%}" for keep in measured.keeps]
         parts += [
             f"## {model}",
             f"{len(measured.kind)} questions about {measured.scene.max()} scenes, accuracy in percent:",
-            _table(("method and options", "`mass=True`", *tokens, "mean"), [row for _, row in rows]),
+            _table(("method and options", "mass", *tokens, "mean"), [row for _, row in rows]),
         ]
     return parts
 

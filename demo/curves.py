@@ -44,9 +44,9 @@ from PIL import Image
 from torch import Tensor
 
 import visiontok
-from visiontok import Card, Recipe, recipes
+from visiontok import Card, Mass, Recipe, recipes
 from visiontok.errors import ConfigError, VisiontokError
-from visiontok.options import typed_options
+from visiontok.options import read_value, typed_options
 
 from . import picturewise
 from .measure import EXAMS, Sheet, exam
@@ -125,14 +125,14 @@ class Cell:
         method: registered name, with options behind it as in "idpruner scorer=norm balance=0.7"; or "stock" for the
             model as it is.
         keep: share of the visual tokens.
-        mass: mass attention; without it, as the recipe says.
+        mass: mass attention, with its fields behind it as in "beta=1.2 merge=0.5"; without it, as the recipe says.
         positions: "original", or "compact": consecutive numbers over what is left.
         seed: of a stochastic method.
     """
 
     method: str = STOCK
     keep: float | None = None
-    mass: bool = False
+    mass: bool | str = False
     positions: str = "original"
     seed: int | None = None
 
@@ -152,10 +152,22 @@ class Cell:
         """Of its method."""
         return recipes.find(self.method.split()[0]).card
 
+    @property
+    def weighing(self) -> Mass | None:
+        """What `mass` asks for.
+
+        Raises:
+            ConfigError: mass attention has no such fields, or not these values.
+        """
+        if not isinstance(self.mass, str):
+            return Mass.parse(self.mass)
+        pairs = (pair.partition("=") for pair in self.mass.split())
+        return Mass.parse({name: read_value(f"mass={self.mass!r}", text, float) for name, _, text in pairs})
+
     def __str__(self) -> str:
         parts = [self.method]
         parts += [] if self.keep is None else [f"{self.keep:g}"]
-        parts += ["mass"] * self.mass + ["compact"] * (self.positions == "compact")
+        parts += [str(self.weighing)] * bool(self.mass) + ["compact"] * (self.positions == "compact")
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         return " ".join(parts)
 
@@ -278,7 +290,7 @@ def _run(
     if cell.positions == "compact" and cell.mass:
         raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
     if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.recipe, mass=cell.mass or None, **options)
+        attached = visiontok.compress(model, cell.recipe, mass=cell.weighing, **options)
     with attached as compression:
         for number, inputs in enumerate(batches):
             short = None
@@ -409,7 +421,7 @@ def cells(
     methods: Sequence[str],
     keeps: Sequence[float] = KEEPS,
     seeds: Sequence[int] = SEEDS,
-    mass: Sequence[bool] = (False, True),
+    mass: Sequence[bool | str] = (False, True),
     positions: Sequence[str] = POSITIONS,
 ) -> list[Cell]:
     """The stock model, then every method in every way; where nothing is dropped there is only one way."""
@@ -467,7 +479,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--keeps", nargs="+", type=float, default=KEEPS, help=f"default {' '.join(map(str, KEEPS))}")
     add("--seeds", nargs="+", type=int, default=SEEDS, help=f"of random methods; default {' '.join(map(str, SEEDS))}")
-    add("--mass", nargs="+", choices=("off", "on"), default=("off", "on"), help="mass attention; default off on")
+    add(
+        "--mass",
+        nargs="+",
+        default=("off", "on"),
+        help="mass attention: off, on, or its fields in quotes ('beta=1.2 merge=0.5'); default off on",
+    )
     add("--positions", nargs="+", choices=POSITIONS, default=POSITIONS, help=f"default {' '.join(POSITIONS)}")
     add("--batch", type=int, default=50, help="prompts at a time; default 50")
     add("--threads", type=int, default=1, help="processor threads; default 1")
@@ -476,9 +493,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = options.methods or prompt_methods()
     if others := [card.name for card in recipes.methods() if card.name not in names]:
         print(f"not measured: {', '.join(others)}; name them with --methods", flush=True)
-    for name in names:  # mistakes are said before anything is measured
-        _ = Cell(name).recipe
-    todo = cells(names, options.keeps, options.seeds, [word == "on" for word in options.mass], options.positions)
+    weighed = [{"off": False, "on": True}.get(word, word) for word in options.mass]
+    todo = cells(names, options.keeps, options.seeds, weighed, options.positions)
+    for cell in todo:  # mistakes are said before anything is measured
+        _ = cell.weighing if cell == Cell() else (cell.recipe, cell.weighing)
     models = {folder.resolve().name: weights_digest(folder) for folder in options.folders}
     lines, paper = read(options.out), write_exam(options.split, options.questions)
     _check_same(options.out, lines, models, paper)

@@ -279,7 +279,11 @@ def test_no_patch_learns_that_a_withheld_pair_is_impossible():
     words = torch.randn(len(questions.VOCABULARY), 8, requires_grad=True)
     triangle, zeros = questions.SHAPES.index("triangle"), torch.zeros(1, dtype=torch.int64)
     shown = patches.Targets(
-        torch.tensor([[[1, 1 + triangle, 0, 0]]]), torch.full((1, 1), torch.nan), torch.zeros(1, sum(patches._PRESENT)), zeros, zeros
+        torch.tensor([[[1, 1 + triangle, 0, 0]]]),
+        torch.full((1, 1), torch.nan),
+        torch.zeros(1, sum(patches._PRESENT)),
+        zeros,
+        zeros,
     )
     heads(torch.randn(1, 1, 8), torch.zeros(1, 8), words, shown)[0].backward()
     moved = {word for word, index in questions.TOKEN_ID.items() if words.grad[index].abs().sum() > 0}

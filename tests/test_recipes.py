@@ -45,6 +45,7 @@ from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
 from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
+from visiontok.recipes.visiontok import Visiontok
 from visiontok.recipes.visionzip import VisionZip
 from visiontok.recipes.vispruner import VisPruner
 from visiontok.recipes.vscan import VScan
@@ -57,6 +58,7 @@ CLIP = Tower(depth=24, has_cls=True, feature_layer=22, full_attention=tuple(rang
 NEXT = dataclasses.replace(CLIP, thumbnail=True)
 QWEN = Tower(depth=32, has_cls=False, feature_layer=31, full_attention=(7, 15, 23, 31))
 METHODS: list[Method] = [
+    Visiontok(),
     Random(),
     Grid(),
     ClsTopK().adapt(CLIP),

@@ -137,7 +137,7 @@ def test_all_tokens_kept_changes_nothing() -> None:
 
 
 def test_mass_attention_can_be_asked_for(call: Call) -> None:
-    done = call("--keep", "16", "--mass", "--max-new-tokens", "2", "--json")
+    done = call("--method", "divprune", "--keep", "16", "--mass", "--max-new-tokens", "2", "--json")
     assert json.loads(done.out)["method"] == "divprune[mass]"
     assert "mass" in call("--method", "vtw", "--mass").err
 
@@ -178,7 +178,7 @@ def test_json(call: Call, photo: Path) -> None:
     assert (done.code, done.err) == (0, "")
     data = json.loads(done.out)
     assert (data["model"], data["image"], data["expected"]) == ("tiny", str(photo), None)
-    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("divprune", 144, 10)
+    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("visiontok[mass]", 144, 10)
     for side in ("stock", "compressed"):
         assert data[side].keys() == {
             *("answer", "generated_tokens", "tower_patches", "visual_tokens", "layer_average", "kv_bytes", "flops"),
@@ -222,7 +222,7 @@ def test_the_table() -> None:
         (["--keep", "0"], "keep=0: tokens is a whole number"),
         (["--keep", "much"], "keep='much'"),
         (["--method", "vtw", "--keep", "0.5"], "has no budget"),
-        (["--option", "layer=3"], "layer='3': divprune has no such option"),
+        (["--option", "layer=3"], "layer='3': visiontok has no such option"),
         (["--method", "fastv", "--option", "layer=two"], "fastv: --option layer=two: this option takes int, float"),
         (
             ["--method", "idpruner", "--option", "scorer=best"],

@@ -59,7 +59,7 @@ def run(
     ask: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Question. Default: one that suits the scene.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Method; `visiontok methods` lists them.")] = "divprune",
+    method: Annotated[str, typer.Option(help="Method; `visiontok methods` lists them.")] = "visiontok",
     keep: Annotated[
         str | None,
         typer.Option(help="What to keep: a share (0.25) or a number of tokens (128). Default: 0.25, if it takes one."),

@@ -271,7 +271,7 @@ def run_job(
     *,
     image: str | None = None,
     ask: str | None = None,
-    method: str = "divprune",
+    method: str = "visiontok",
     keep: str | float | int | None = None,
     mass: bool = False,
     model: str = "tiny",

@@ -317,8 +317,10 @@ def _accuracy(model: Shipped) -> list[str]:
     control_rows = [
         (f"{name} {kind}", *(str(splits[name][column][kind]) for column in controls)) for name, kind in own + whole
     ]
+    note = model.measured.get("note")
     return [
         f"### {model.name}",
+        *([_prose(note)] if note else []),
         f"![Accuracy during training](weights/{model.name}/curve.svg)",
         "Accuracy in percent with 95 % intervals (bootstrap over scenes):",
         _table(("kind", *splits), [*rows, asked]),

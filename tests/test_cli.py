@@ -137,7 +137,7 @@ def test_other_errors_keep_their_traceback(call: Call, job: SimpleNamespace, mon
         (["run", "--option", "=3"], "--option '=3': write it as name=value"),
         (["run", "--option", "a=1", "--option", "a=2"], "--option 'a' is given twice"),
         (["methods", "divprun"], "method='divprun': unknown; did you mean divprune"),
-        (["methods", "xyzzy"], "method='xyzzy': unknown; known methods: random, "),
+        (["methods", "xyzzy"], "method='xyzzy': unknown; known methods: visiontok, random, "),
     ],
 )
 def test_wrong_arguments(call: Call, job: SimpleNamespace, arguments: list[str], message: str) -> None:

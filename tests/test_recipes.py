@@ -45,6 +45,8 @@ from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
 from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
+from visiontok.recipes.transprune import TransPrune
+from visiontok.recipes.v2drop import V2Drop
 from visiontok.recipes.visionzip import VisionZip
 from visiontok.recipes.vispruner import VisPruner
 from visiontok.recipes.vscan import VScan
@@ -110,12 +112,15 @@ METHODS: list[Method] = [
     Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
     Sieve(),
+    V2Drop(layers=(3,), shares=(0.5,)),
+    TransPrune(layers=(3,), shares=(0.5,)),
+    TransPrune(layers=(3,), shares=(0.5,), guided=False),
 ]
 
 
 def values(stat: str, layer: float, units: int) -> Tensor:
     """What a tap yields, 9 where no token is."""
-    shape = (3, 30, 2, 4) if stat == "keys" else (3, 30)
+    shape = {"keys": (3, 30, 2, 4), "queries": (3, 30, 2, 4), "states": (3, 30, 8)}.get(stat, (3, 30))
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
     padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
     return drawn.masked_fill(padding, 9.0)[:units]
@@ -304,6 +309,9 @@ WORDS = {
     "decoder_last_row": "attention of the last prompt token",
     "decoder_text_rows": "attention of the text rows",
     "decoder_received": "attention received in the decoder",
+    "decoder_states": "states on the input of the layer before the cut",
+    "decoder_queries": "queries of the layer before the cut",
+    "decoder_transition": "inputs and outputs of modules",
     "encoder_features": "projector inputs",
     "projector": "the projector",
     "pixels": "pixels",
@@ -444,6 +452,9 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
+        *((cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=") for cls in (V2Drop, TransPrune)),
+        (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares of the original tokens lie in"),
+        (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares of the original tokens lie in"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:

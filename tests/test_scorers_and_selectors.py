@@ -323,3 +323,37 @@ def test_the_gains_of_coverage_are_those_computed_anew() -> None:
         torch.testing.assert_close(state.gain(), fresh, rtol=1e-9, atol=1e-9)
         state.add(pick)
         best = torch.maximum(best, table[torch.arange(2), :, pick])
+
+
+# ----------------------------------------------------------------------------------------------- states and transitions
+
+
+def test_transition_equals_the_loop() -> None:
+    """Rows of different sizes, padded with values that would matter."""
+    x, y = normal(3, 7, 5), normal(3, 7, 5, seed=1)
+    sizes = (7, 4, 1)
+    valid = torch.arange(7) < torch.tensor(sizes)[:, None]
+    got = F.transition(x.masked_fill(~valid[..., None], 9.0), y.masked_fill(~valid[..., None], -9.0), valid)
+    for b, n in enumerate(sizes):
+        before, after = x[b].double().numpy(), y[b].double().numpy()
+        cosines = [before[i] @ after[i] / np.linalg.norm(before[i]) / np.linalg.norm(after[i]) for i in range(n)]
+        whole = sum(math.exp(1 - c) for c in cosines)
+        expected = [
+            np.linalg.norm(after[i]) / np.linalg.norm(before[i]) * math.exp(1 - cosines[i]) / whole for i in range(n)
+        ] + [0.0] * (7 - n)
+        torch.testing.assert_close(got[b], torch.tensor(expected).float())
+
+
+def test_a_module_that_changes_nothing_moves_all_tokens_alike() -> None:
+    x = normal(6, 4)
+    torch.testing.assert_close(F.transition(x, x), torch.full((6,), 1 / 6))
+    torch.testing.assert_close(F.transition(x, 3 * x), torch.full((6,), 3 / 6))
+    assert F.transition(torch.zeros(6, 4), x).isfinite().all()
+
+
+def test_variation_is_the_length_of_the_difference() -> None:
+    x, y = normal(2, 6, 5), normal(2, 6, 5, seed=1)
+    expected = [
+        [math.dist(a.tolist(), b.tolist()) for a, b in zip(*rows, strict=True)] for rows in zip(x, y, strict=True)
+    ]
+    torch.testing.assert_close(F.variation(x, y), torch.tensor(expected))

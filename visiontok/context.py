@@ -12,8 +12,8 @@ from .errors import ConfigError, UnsupportedError
 
 
 class Attention:
-    """Attention statistics in float32, head means unless said otherwise, as (U, N) scores of the visual tokens of each
-    image; -1 where a slot has no patch.
+    """What layers computed of the visual tokens of each image: attention statistics in float32, head means unless said
+    otherwise, as (U, N) scores, -1 where a slot has no patch; and at a cut also states, queries, keys and values.
 
     Only what a method declares in :class:`visiontok.Needs` is computed.
     """
@@ -58,6 +58,28 @@ class Attention:
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
         return self._read("decoder_received", offset)
+
+    def states(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, D) hidden states on the input of the decoder layer ``offset`` from the cut."""
+        return self._read("states", offset)
+
+    def decoder_queries(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, H, d) queries of the decoder layer ``offset`` from the cut, rotary positions applied."""
+        return self._read("queries", offset)
+
+    def decoder_keys(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`decoder_queries`, the keys, of which there may be fewer heads."""
+        return self._read("decoder_keys", offset)
+
+    def decoder_values(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`decoder_keys`, the values."""
+        return self._read("values", offset)
+
+    def transition(self, since: int | float) -> torch.Tensor:
+        """What attention and MLP do to each token, summed over the decoder layers from ``since`` (an index, or a
+        fraction of the depth) to the one just before the cut: :func:`visiontok.functional.transition` among the tokens
+        of its image; with ``fidelity="official"`` among all tokens of the batch."""
+        return self._read("transition", since)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,9 @@ from .scorers.norm import norm
 from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
 from .scorers.spectrum import effective_rank
+from .scorers.transition import transition
 from .scorers.uniqueness import uniqueness
+from .scorers.variation import variation
 from .selectors.anchors import anchors
 from .selectors.components import components
 from .selectors.coordinates import coordinates
@@ -88,8 +90,10 @@ __all__ = [
     "suppress",
     "thinned",
     "topk",
+    "transition",
     "uniform",
     "uniqueness",
     "unmerge",
+    "variation",
     "widening",
 ]

@@ -70,7 +70,15 @@ class Policy(Protocol):
         ...
 
     def wants_state(self, layer: int) -> bool:
-        """Whether an attention tap of ``layer`` must see the call."""
+        """Whether a tap of ``layer`` must see the call."""
+        ...
+
+    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
+        """``x`` (B, M, D) enters ``layer``, whose slots it fills."""
+        ...
+
+    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A module of ``layer`` that is watched has made ``y`` (B, M, D) of ``x``."""
         ...
 
 
@@ -553,6 +561,7 @@ class Attachment:
         if self._layered:
             self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
+            self.policy.note_state(call, index, x)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.

@@ -54,6 +54,7 @@ class Prefill:
         biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
+        notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
         stock: nothing is dropped, and the language model runs untouched.
     """
 
@@ -108,6 +109,7 @@ class Prefill:
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
+        self.notes: dict[tuple[str, int], torch.Tensor] = {}
 
     def row_counts(self, counts: Sequence[int]) -> list[int]:
         """Tokens of each row, text included, if so many of each unit are alive."""

@@ -22,6 +22,7 @@ from ..functional import absorb, attention_columns, attention_logits, attention_
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
+from .observe import HEADS, heads, turned, visual, watch_modules
 from .pixels import Smaller
 from .probe import Tap, attention_modules
 from .rotary import rotary_tables
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
+_NOTED = ("states", *HEADS)
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -102,6 +104,7 @@ class StagePolicy:
             )
         self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
+        stages = _distinct(stages, depth)
         hidden = [False] * depth
         for stage in stages:
             if stage.kind == "cut":
@@ -141,15 +144,20 @@ class StagePolicy:
         self._taps: dict[int, set[str]] = {}
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
-            for stat, offsets in zip(_DECODER, _offsets(needs), strict=True):
-                for offset in offsets:
-                    tapped = layer + offset
-                    if not 0 <= tapped < layer or hidden[tapped]:
-                        raise ConfigError(
-                            f"layer={layer}: {stage.label} reads the attention of layer {tapped}, where no visual "
-                            "token is; cut later"
-                        )
-                    self._taps.setdefault(tapped, set()).add(stat)
+            tapped = [
+                (stat, layer + offset)
+                for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True)
+                for offset in offsets
+            ]
+            for first in needs.decoder_transition:
+                tapped += [("transition", earlier) for earlier in self._since(first, layer)]
+            for stat, earlier in tapped:
+                if not 0 <= earlier < layer or hidden[earlier]:
+                    raise ConfigError(
+                        f"layer={layer}: {stage.label} reads what layer {earlier} computes, where no visual token is; "
+                        "cut later"
+                    )
+                self._taps.setdefault(earlier, set()).add(stat)
 
     def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
@@ -167,6 +175,11 @@ class StagePolicy:
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
         for layer, stats in self._taps.items():
+            if "transition" in stats:
+                for handle in watch_modules(attachment.layers[layer], layer, self):
+                    attachment.add(handle)
+            if stats <= {"transition", "states"}:
+                continue
             module = attention_modules(attachment.layers[layer])
             if len(module) != 1:
                 raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
@@ -194,6 +207,23 @@ class StagePolicy:
     def wants_state(self, layer: int) -> bool:
         """Whether a tap of this decoder layer must see the call."""
         return layer in self._taps
+
+    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
+        """``x`` (B, M, D) enters ``layer``; see :class:`visiontok.engine.attach.Policy`."""
+        if "states" in self._taps.get(layer, ()):
+            call.notes["states", layer] = visual(call, layer, x.detach())
+
+    @torch.no_grad()
+    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A module of ``layer`` has made ``y`` of ``x``, both (B, M, D)."""
+        official = self.fidelity == "official"
+        moved = turned(call, layer, x, y, official=official)
+        call.notes["transition", layer] = call.notes.get(("transition", layer), 0) + moved  # attention, then MLP
+
+    def _since(self, first: int | float, cut: int) -> list[int]:
+        """The layers before ``cut``, from ``first`` on, that hold visual tokens; the last one at least."""
+        start = min(resolve_layer(first, self.depth, name="decoder_transition"), cut - 1)
+        return [layer for layer in range(start, cut) if not self.hidden[layer] or layer == cut - 1]
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
@@ -538,6 +568,12 @@ class StagePolicy:
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
             return call.units.gather(found[..., None])[..., 0]
+        if stat in _NOTED or stat == "transition":
+            layers = [] if cut is None else self._since(layer, cut) if stat == "transition" else [cut + int(layer)]
+            notes = [call.notes[stat, i] for i in layers if (stat, i) in call.notes]
+            if not notes or len(notes) < len(layers):
+                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method, at a cut")
+            return functools.reduce(torch.add, notes)
         if stat in _OF_CLS and not self.adapter.cls_token:
             raise UnsupportedError(
                 f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
@@ -621,7 +657,15 @@ class StagePolicy:
         attachment.add(module.register_forward_pre_hook(_projector_hook, with_kwargs=True))
 
     def _vision_sink(
-        self, layer: int, stats: frozenset[str], call: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, kwargs: Any
+        self,
+        layer: int,
+        stats: frozenset[str],
+        call: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        kwargs: Any,
     ) -> None:
         record = current_record()
         if record is None or not self._serves():
@@ -649,17 +693,23 @@ class StagePolicy:
         call: Prefill | None,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         mask: Any,
         kwargs: Any,
     ) -> None:
         if not isinstance(call, Prefill) or call.policy is not self:
+            return
+        for name, x in zip(HEADS, (q, k, v), strict=True):
+            if name in stats:
+                call.notes[name, layer] = heads(call, layer, x)
+        if not stats.intersection(_DECODER):
             return
         layout = call.layouts[layer]
         valid = call.entry_valid if layout is None else layout.valid
         visible = _visible(mask, q, k, valid)
         bias = self._bias(call, layer, k)
         scale = kwargs.get("scaling")
-        for stat in stats:
+        for stat in stats.intersection(_DECODER):
             if stat == "last_row":
                 here = torch.arange(q.shape[2], device=q.device)
                 last = (self._occupied(valid, q) * here).argmax(1, keepdim=True)  # right padding lies behind it
@@ -768,9 +818,24 @@ def _needs(stage: Stage) -> Needs:
 
 
 def _earliest_cut(stage: Stage) -> int:
-    return max((-offset for offsets in _offsets(_needs(stage)) for offset in offsets), default=0)
+    needs = _needs(stage)
+    offsets = [offset for offsets in _offsets(needs) for offset in offsets]
+    return max((-offset for offset in offsets), default=1 if needs.decoder_transition else 0)
+
+
+def _distinct(stages: Sequence[Stage], depth: int) -> list[Stage]:
+    """On a shallow model, cuts of one method at fractions of the depth fall on one layer; the last stands for all."""
+
+    def place(stage: Stage) -> tuple[str, int] | None:
+        if stage.kind != "cut" or stage.method is None or not isinstance(stage.layer, float):
+            return None
+        return stage.method.card.name, resolve_layer(stage.layer, depth, name="layer", lowest=_earliest_cut(stage))
+
+    last = {place(stage): i for i, stage in enumerate(stages)}
+    return [stage for i, stage in enumerate(stages) if place(stage) is None or last[place(stage)] == i]
 
 
 def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
-    """Decoder layers a method reads, per statistic of ``_DECODER``."""
-    return needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
+    """Decoder layers a method reads, per statistic of ``_DECODER`` and ``_NOTED``."""
+    attention = needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
+    return (*attention, needs.decoder_states, needs.decoder_queries, needs.decoder_keys, needs.decoder_values)

@@ -20,6 +20,7 @@ from naive import Array, cos
 import visiontok
 from visiontok import Budget, Card
 from visiontok.conformance.zoo import BANNED, IMAGE, batch, build
+from visiontok.errors import UnsupportedError
 from visiontok.recipes import find
 
 pytestmark = pytest.mark.engine
@@ -38,6 +39,7 @@ class Seen:
     states: list[Array] = field(default_factory=list)
     modules: dict[int, list[tuple[Array, Array]]] = field(default_factory=dict)
     attention: list[Array] = field(default_factory=list)  # head means (B, N, N)
+    heads: dict[str, list[Array]] = field(default_factory=dict)  # (B, N, H, d), before rotary positions
 
 
 @functools.cache
@@ -64,6 +66,16 @@ def seen(name: str) -> Seen:
             x = args[0] if args else kwargs["hidden_states"]
             found.modules.setdefault(index, []).append((array(x), array(output)))
 
+        def projected(module: Any, args: Any, output: Any, what: str) -> None:
+            width = model.get_decoder().layers[0].self_attn.head_dim
+            x = array(output).reshape(*inputs["input_ids"].shape, -1, width) if output.ndim == 3 else array(output)
+            found.heads.setdefault(what, []).append(
+                x if x.shape[1] == inputs["input_ids"].shape[1] else x.swapaxes(1, 2)
+            )
+
+        for what in "qkv":  # behind the norm of the heads, where the family has one
+            last = getattr(layer.self_attn, f"{what}_norm", getattr(layer.self_attn, f"{what}_proj"))
+            handles.append(last.register_forward_hook(functools.partial(projected, what=what)))
         handles.append(layer.register_forward_pre_hook(entering, with_kwargs=True))
         handles += [m.register_forward_hook(made, with_kwargs=True) for m in (layer.self_attn, layer.mlp)]
     with torch.no_grad():
@@ -125,6 +137,19 @@ def guided(s: Seen, u: int) -> list[float]:
     return [t + a for t, a in zip(share(transition(s, u)), share(attention.tolist()), strict=True)]
 
 
+def entropy(s: Seen, u: int, *, of: str = "q", normalise: bool = False) -> list[float]:
+    heads = s.states[CUT] if of == "states" else s.heads[of][CUT - 1]
+    if of == "states":
+        heads = heads.reshape(*heads.shape[:2], s.heads["q"][0].shape[2], -1)
+    scores = []
+    for i in s.places[u]:
+        z = heads[s.rows[u], i] - heads[s.rows[u], i].mean(0)
+        values = np.linalg.eigvalsh(z @ z.T / len(z)).clip(min=0)
+        values = values / values.sum() if normalise else values
+        scores.append(-sum(v * math.log(v) for v in values if v > 1e-12) / math.log(len(z)))
+    return scores
+
+
 ONE_CUT = {"layers": (CUT,), "shares": (1.0,)}
 RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]] = {
     "v2drop": ("v2drop", ONE_CUT, variation),
@@ -134,6 +159,13 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]]
         "transprune", ONE_CUT | {"since": 0, "guided": False, "fidelity": "official"},
         functools.partial(transition, official=True),
     ),
+    "entropyprune": ("entropyprune", {"layer": CUT}, entropy),
+    "entropyprune[keys]": ("entropyprune", {"layer": CUT, "of": "keys"}, functools.partial(entropy, of="k")),
+    "entropyprune[values]": ("entropyprune", {"layer": CUT, "of": "values"}, functools.partial(entropy, of="v")),
+    "entropyprune[normalised]": (
+        "entropyprune", {"layer": CUT, "normalise": True}, functools.partial(entropy, normalise=True),
+    ),
+    "entropyprune[states]": ("entropyprune", {"layer": CUT, "of": "states"}, functools.partial(entropy, of="states")),
 }  # fmt: skip
 
 
@@ -164,6 +196,15 @@ def test_a_later_cut_sees_what_the_first_one_left() -> None:
     first, second = (kept_of(model, s.inputs, both, layer) for layer in (1, 3))
     assert first == one
     assert all(len(b) == 4 and set(b) < set(a) for a, b in zip(first, second, strict=True))
+
+
+def test_two_heads_less_their_mean_have_no_entropy() -> None:
+    model, inputs = build("llava"), seen("llava").inputs
+    with (
+        visiontok.compress(model, "entropyprune", keep=3, of="keys", normalise=True),
+        pytest.raises(UnsupportedError, match=r"of='keys', but 2 head\(s\).*use of='queries'"),
+    ):
+        model(**inputs)
 
 
 # ----------------------------------------------------------------------------------------------------- prefix_cacheable

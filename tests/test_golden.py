@@ -26,6 +26,7 @@ from visiontok.recipes.aim_merge import aim_merge
 from visiontok.recipes.cdpruner import cdpruner
 from visiontok.recipes.dart import dart
 from visiontok.recipes.divprune import divprune
+from visiontok.recipes.entropyprune import entropyprune
 from visiontok.recipes.fastv import fastv
 from visiontok.recipes.globalcom2 import crops, globalcom2_official
 from visiontok.recipes.hiprune import hiprune, hiprune_official
@@ -372,6 +373,13 @@ def call_transprune_combine(
         "score": parts[0] + parts[1],
         "kept_sorted": kept(transprune(transitions, attention, k)),
     }
+
+
+def call_entropyprune(states: Tensor, matrix: str, start: int, n_vis: int, k: int, heads: int) -> Outputs:
+    assert states.shape[1] == heads
+    rows = states[0].transpose(0, 1)[start : start + n_vis]
+    mask, scores = entropyprune(rows, k, official=True)
+    return {"entropy": scores, "order": F.rank(scores, mask).argsort()[:k], "kept_sorted": kept(mask)}
 
 
 def call_entropyprune_budget(rows: list[list[int]]) -> Outputs:

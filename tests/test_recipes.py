@@ -26,6 +26,7 @@ from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
 from visiontok.recipes.eadp import EADP
+from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
 from visiontok.recipes.globalcom2 import GlobalCom2
@@ -115,12 +116,15 @@ METHODS: list[Method] = [
     V2Drop(layers=(3,), shares=(0.5,)),
     TransPrune(layers=(3,), shares=(0.5,)),
     TransPrune(layers=(3,), shares=(0.5,), guided=False),
+    EntropyPrune(),
+    EntropyPrune(of="states"),
 ]
 
 
 def values(stat: str, layer: float, units: int) -> Tensor:
     """What a tap yields, 9 where no token is."""
-    shape = {"keys": (3, 30, 2, 4), "queries": (3, 30, 2, 4), "states": (3, 30, 8)}.get(stat, (3, 30))
+    heads = dict.fromkeys(("keys", "decoder_keys", "decoder_queries", "decoder_values"), (3, 30, 2, 4))
+    shape: tuple[int, ...] = (heads | {"decoder_states": (3, 30, 8)}).get(stat, (3, 30))
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
     padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
     return drawn.masked_fill(padding, 9.0)[:units]
@@ -148,7 +152,7 @@ def context(
         (stat, layer): values(stat, layer, 3)
         for name, layers in asked.items()
         if isinstance(layers, tuple)
-        for stat in [name.removeprefix("vision_").removeprefix("decoder_")]
+        for stat in [name if hasattr(Attention, name) else name.removeprefix("vision_").removeprefix("decoder_")]
         for layer in layers
     }
     rows = torch.arange(3)[units]
@@ -453,6 +457,7 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
         *((cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=") for cls in (V2Drop, TransPrune)),
+        (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
         (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares of the original tokens lie in"),
         (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares of the original tokens lie in"),
     ],

@@ -351,6 +351,26 @@ def test_a_module_that_changes_nothing_moves_all_tokens_alike() -> None:
     assert F.transition(torch.zeros(6, 4), x).isfinite().all()
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("shape", [(4, 9), (6, 3)])  # fewer heads than channels, and more
+def test_head_entropy_is_that_of_the_covariance_of_channels(
+    shape: tuple[int, int], normalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other Gram matrix, of the width of a head, with zeros for what the smaller one lacks."""
+    monkeypatch.setattr("visiontok.scorers.heads._TILE", 3)
+    heads = normal(2, 5, *shape)
+    expected = []
+    for z in heads.flatten(0, 1).double().numpy():
+        z = z - z.mean(0)
+        values = np.linalg.eigvalsh(z.T @ z / shape[0]).clip(min=0)
+        values = values / values.sum() if normalise else values
+        expected.append(-sum(v * math.log(v) for v in values if v > 1e-12) / math.log(shape[0]))
+    got = F.head_entropy(heads, normalise=normalise)
+    torch.testing.assert_close(got.flatten(), torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
+    turn = torch.linalg.qr(normal(shape[1], shape[1], seed=1))[0]
+    torch.testing.assert_close(F.head_entropy(heads @ turn, normalise=normalise), got, rtol=1e-4, atol=1e-5)
+
+
 def test_variation_is_the_length_of_the_difference() -> None:
     x, y = normal(2, 6, 5), normal(2, 6, 5, seed=1)
     expected = [

@@ -59,13 +59,13 @@ class Attention:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
         return self._read("decoder_received", offset)
 
-    def states(self, offset: int = -1) -> torch.Tensor:
+    def decoder_states(self, offset: int = -1) -> torch.Tensor:
         """(U, N, D) hidden states on the input of the decoder layer ``offset`` from the cut."""
-        return self._read("states", offset)
+        return self._read("decoder_states", offset)
 
     def decoder_queries(self, offset: int = -1) -> torch.Tensor:
         """(U, N, H, d) queries of the decoder layer ``offset`` from the cut, rotary positions applied."""
-        return self._read("queries", offset)
+        return self._read("decoder_queries", offset)
 
     def decoder_keys(self, offset: int = -1) -> torch.Tensor:
         """As :meth:`decoder_queries`, the keys, of which there may be fewer heads."""
@@ -73,7 +73,7 @@ class Attention:
 
     def decoder_values(self, offset: int = -1) -> torch.Tensor:
         """As :meth:`decoder_keys`, the values."""
-        return self._read("values", offset)
+        return self._read("decoder_values", offset)
 
     def transition(self, since: int | float) -> torch.Tensor:
         """What attention and MLP do to each token, summed over the decoder layers from ``since`` (an index, or a

@@ -17,6 +17,7 @@ from .mergers.neighbours import neighbours
 from .scorers.attention import attention_columns, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
+from .scorers.heads import head_entropy
 from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
@@ -68,6 +69,7 @@ __all__ = [
     "effective_rank",
     "facility",
     "foreground",
+    "head_entropy",
     "layer_average",
     "learned",
     "least_similar",

@@ -20,7 +20,7 @@ from .probe import CALL, attention_modules
 if TYPE_CHECKING:
     from .attach import Policy
 
-HEADS = ("queries", "decoder_keys", "values")
+HEADS = ("decoder_queries", "decoder_keys", "decoder_values")
 """What a tap of an attention module shows, in the order in which it does."""
 
 

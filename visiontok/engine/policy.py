@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
 _DECODER = ("last_row", "text_rows", "decoder_received")
-_NOTED = ("states", *HEADS)
+_NOTED = ("decoder_states", *HEADS)
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -178,7 +178,7 @@ class StagePolicy:
             if "transition" in stats:
                 for handle in watch_modules(attachment.layers[layer], layer, self):
                     attachment.add(handle)
-            if stats <= {"transition", "states"}:
+            if stats <= {"transition", "decoder_states"}:
                 continue
             module = attention_modules(attachment.layers[layer])
             if len(module) != 1:
@@ -210,8 +210,8 @@ class StagePolicy:
 
     def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
         """``x`` (B, M, D) enters ``layer``; see :class:`visiontok.engine.attach.Policy`."""
-        if "states" in self._taps.get(layer, ()):
-            call.notes["states", layer] = visual(call, layer, x.detach())
+        if "decoder_states" in self._taps.get(layer, ()):
+            call.notes["decoder_states", layer] = visual(call, layer, x.detach())
 
     @torch.no_grad()
     def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:

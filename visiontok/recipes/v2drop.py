@@ -78,4 +78,4 @@ class V2Drop(Method):
         return cuts(self, self.layers, self.shares)
 
     def select(self, ctx: Context) -> Tensor:
-        return v2drop(ctx.features, ctx.attention.states(-1), ctx.count, valid=ctx.valid)
+        return v2drop(ctx.features, ctx.attention.decoder_states(-1), ctx.count, valid=ctx.valid)

@@ -76,7 +76,7 @@ class TransPrune(Method):
         "each with its own budget. On a shallow model cuts that fall on one layer become one.",
         defaults="layers=(7/32, 9/32, 12/32), shares=(7/8, 5/8, 1/8), since=6/32, for every family.",
         cost="O(ND) per module, one attention row per text token and cut",
-        contract=Contract(question_independent=False, per_image=False),
+        contract=Contract(question_independent=False, per_image=False, sync_free=False),
     )
 
     def __post_init__(self) -> None:

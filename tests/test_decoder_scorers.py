@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from naive import Array, cos
+from torch.utils.flop_counter import FlopCounterMode
 
 import visiontok
 from visiontok import Budget, Card
@@ -39,6 +40,7 @@ class Seen:
     states: list[Array] = field(default_factory=list)
     modules: dict[int, list[tuple[Array, Array]]] = field(default_factory=dict)
     attention: list[Array] = field(default_factory=list)  # head means (B, N, N)
+    last: list[Array] = field(default_factory=list)  # (B, H, N), what the last token looks at
     heads: dict[str, list[Array]] = field(default_factory=dict)  # (B, N, H, d), before rotary positions
 
 
@@ -87,6 +89,7 @@ def seen(name: str) -> Seen:
     twin.load_state_dict(model.state_dict())  # drawn in another precision
     with torch.no_grad():
         maps = twin(**eager, output_attentions=True).attentions
+    found.last = [m[:, :, -1].double().numpy() for m in maps]
     found.attention = [m.mean(1).double().numpy() for m in maps]
     return found
 
@@ -150,6 +153,12 @@ def entropy(s: Seen, u: int, *, of: str = "q", normalise: bool = False) -> list[
     return scores
 
 
+def smoothed(s: Seen, u: int) -> list[float]:
+    """Logarithms of attention are logits but for a number per head."""
+    scores = np.log(s.last[CUT][s.rows[u]][:, s.places[u]]).mean(0)
+    return [float(scores[max(0, i - 2) : i + 3].mean()) for i in range(len(scores))]
+
+
 ONE_CUT = {"layers": (CUT,), "shares": (1.0,)}
 RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]] = {
     "v2drop": ("v2drop", ONE_CUT, variation),
@@ -159,6 +168,7 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]]
         "transprune", ONE_CUT | {"since": 0, "guided": False, "fidelity": "official"},
         functools.partial(transition, official=True),
     ),
+    "gemfilter": ("gemfilter", {"layer": CUT}, smoothed),
     "entropyprune": ("entropyprune", {"layer": CUT}, entropy),
     "entropyprune[keys]": ("entropyprune", {"layer": CUT, "of": "keys"}, functools.partial(entropy, of="k")),
     "entropyprune[values]": ("entropyprune", {"layer": CUT, "of": "values"}, functools.partial(entropy, of="v")),
@@ -205,6 +215,57 @@ def test_two_heads_less_their_mean_have_no_entropy() -> None:
         pytest.raises(UnsupportedError, match=r"of='keys', but 2 head\(s\).*use of='queries'"),
     ):
         model(**inputs)
+
+
+# ------------------------------------------------------------------------------------------------------- looking ahead
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_layers_that_ran_ahead_are_counted(name: str) -> None:
+    """The report's FLOPs are those of the counter, but for the one row of products that is looked at."""
+    model = build(name, "eager", torch.float32)
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in seen(name).inputs.items()}
+    with FlopCounterMode(display=False) as stock, torch.no_grad():
+        model(**inputs)
+    with (
+        visiontok.compress(model, "gemfilter", keep=3, layer=CUT) as compression,
+        FlopCounterMode(display=False) as run,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+    account = compression.report.account
+    assert account.decoder is not None
+    assert account.decoder_stock is not None
+    config, (rows, length) = model.config.text_config, inputs["input_ids"].shape
+    row = 2 * rows * length * config.num_attention_heads * 8
+    counted = run.get_total_flops() - stock.get_total_flops()
+    assert counted == sum(account.decoder) - sum(account.decoder_stock) + row
+    assert account.decoder[0] > account.decoder_stock[0] > account.decoder[3]
+
+
+def test_looking_ahead_leaves_no_trace_in_what_the_model_returns() -> None:
+    """Hidden states are those of the run that counts; with every token kept they are the stock model's."""
+    model, inputs = build("llava"), seen("llava").inputs
+    with torch.no_grad():
+        stock = model(**inputs, output_hidden_states=True)
+        with visiontok.compress(model, "gemfilter", keep=15):
+            short = model(**inputs, output_hidden_states=True)
+    assert len(short.hidden_states) == len(stock.hidden_states)
+    assert {state.shape[1] for state in short.hidden_states[1:]} == {short.hidden_states[1].shape[1]}
+    assert short.hidden_states[1].shape[1] < stock.hidden_states[1].shape[1]
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock.logits)
+
+
+def test_looking_ahead_needs_hooks_and_an_empty_cache() -> None:
+    model, inputs = build("llava"), seen("llava").inputs
+    with pytest.raises(UnsupportedError, match=r"needs the hooks of compress\(\)"):
+        visiontok.compress_inputs(model, inputs, "gemfilter", keep=3)
+    with visiontok.compress(model, "gemfilter", keep=3), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        longer = inputs | {"attention_mask": torch.cat([torch.ones_like(inputs["attention_mask"])] * 2, 1)}
+        with pytest.raises(UnsupportedError, match="holds an earlier turn"):
+            model(**longer, past_key_values=cache)
 
 
 # ----------------------------------------------------------------------------------------------------- prefix_cacheable

@@ -28,6 +28,7 @@ from visiontok.recipes.dart import dart
 from visiontok.recipes.divprune import divprune
 from visiontok.recipes.entropyprune import entropyprune
 from visiontok.recipes.fastv import fastv
+from visiontok.recipes.gemfilter import gemfilter
 from visiontok.recipes.globalcom2 import crops, globalcom2_official
 from visiontok.recipes.hiprune import hiprune, hiprune_official
 from visiontok.recipes.idpruner import idpruner
@@ -390,6 +391,11 @@ def call_entropyprune_budget(rows: list[list[int]]) -> Outputs:
             return min(0, int((depth * average - cut * n) / (depth - cut)))
 
     return {"keep": [keep(*row) for row in rows]}
+
+
+def call_gemfilter(keys: Tensor, q_last: Tensor, k: int, groups: int) -> Outputs:
+    assert len(q_last) == groups * len(keys)
+    return {"kept_sorted": kept(gemfilter(F.attention_logits(q_last[:, None], keys)[0], k, official=True))}
 
 
 TABLE: dict[str, Callable[..., Outputs]] = {

@@ -75,6 +75,11 @@ class Attention:
         """As :meth:`decoder_keys`, the values."""
         return self._read("decoder_values", offset)
 
+    def ahead(self, layer: int | float) -> torch.Tensor:
+        """Before the language model: what the last prompt token would look for in decoder layer ``layer`` (an index, or
+        a fraction of the depth) of the stock model: scaled products of its query with the keys."""
+        return self._read("ahead", layer)
+
     def transition(self, since: int | float) -> torch.Tensor:
         """What attention and MLP do to each token, summed over the decoder layers from ``since`` (an index, or a
         fraction of the depth) to the one just before the cut: :func:`visiontok.functional.transition` among the tokens

@@ -140,6 +140,7 @@ class Needs:
         vision_cls: layers for ``ctx.attention.cls``; the others name theirs likewise.
         decoder_transition: decoder layers, indices or fractions of the depth, from which ``ctx.attention.transition``
             sums up to the one just before the cut.
+        decoder_ahead: decoder layers, indices or fractions of the depth, for ``ctx.attention.ahead`` in a prompt stage.
         encoder_features: ``ctx.encoder_features``.
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
@@ -159,6 +160,7 @@ class Needs:
     decoder_keys: tuple[int, ...] = ()
     decoder_values: tuple[int, ...] = ()
     decoder_transition: tuple[Layer, ...] = ()
+    decoder_ahead: tuple[Layer, ...] = ()
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False

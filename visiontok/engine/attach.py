@@ -27,6 +27,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import UnsupportedError
+from .ahead import look_ahead
 from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
@@ -312,6 +313,7 @@ class Attachment:
             embeds=x,
             attended=attended,
             positions=functools.partial(self._positions, kwargs.get("position_ids"), mask_2d, x, past),
+            ahead=functools.partial(self._look_ahead, module, dict(kwargs)),
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
@@ -325,6 +327,11 @@ class Attachment:
         if self._in_layers:
             kwargs[CALL] = call
         return args, kwargs
+
+    @staticmethod
+    def _look_ahead(module: nn.Module, kwargs: dict[str, Any], layer: int, call: Prefill) -> torch.Tensor:
+        with bypass():
+            return look_ahead(module, layer, kwargs, call)
 
     @staticmethod
     def _is_chunk(encoded: Any, records: list[Encoded]) -> bool:

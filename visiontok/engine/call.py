@@ -48,6 +48,8 @@ class Prefill:
         kept: (B, N) bool, visual positions that are alive.
         positions: makes the positions that the language model gives to the whole prompt, (…, B, N) long; None where
             visual tokens have none.
+        ahead: looks ahead to a decoder layer of the stock model, (B, N) products of the last prompt token's query with
+            the keys; None where that cannot be done.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
@@ -88,6 +90,7 @@ class Prefill:
         self.kept = self.visual
         self.counts: list[int] = units.sizes
         self.positions: Callable[[], torch.Tensor] | None = None
+        self.ahead: Callable[[int, Prefill], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.promises: Promises = trace.promises

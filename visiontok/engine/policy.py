@@ -20,6 +20,7 @@ from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, attention_columns, attention_logits, attention_rows, coordinates, nearest_kept
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
+from .ahead import stop
 from .call import Prefill, counted
 from .host import stops_host, upload
 from .observe import HEADS, heads, turned, visual, watch_modules
@@ -180,10 +181,11 @@ class StagePolicy:
                     attachment.add(handle)
             if stats <= {"transition", "decoder_states"}:
                 continue
-            module = attention_modules(attachment.layers[layer])
-            if len(module) != 1:
-                raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
-            attachment.add(Tap(module[0], functools.partial(self._decoder_sink, layer, frozenset(stats))))
+            attachment.add(
+                Tap(self._attention(attachment, layer), functools.partial(self._decoder_sink, layer, frozenset(stats)))
+            )
+        for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
+            attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
         wanted: dict[int, set[str]] = {}
         tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         for stage in (*self.prompt_stages, *self.cuts.values()):
@@ -199,6 +201,15 @@ class StagePolicy:
         for index, stats in wanted.items():
             attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
         self.tower_depth = len(tower)
+
+    def _attention(self, attachment: Host, layer: int) -> nn.Module:
+        modules = attention_modules(attachment.layers[layer])
+        if len(modules) != 1:
+            raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
+        return modules[0]
+
+    def _ahead(self, layer: int | float) -> int:
+        return resolve_layer(layer, self.depth, name="decoder_ahead")
 
     @property
     def _model(self) -> str:
@@ -568,6 +579,8 @@ class StagePolicy:
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
             return call.units.gather(found[..., None])[..., 0]
+        if stat == "ahead":
+            return self._looked(call, cut, self._ahead(layer))
         if stat in _NOTED or stat == "transition":
             layers = [] if cut is None else self._since(layer, cut) if stat == "transition" else [cut + int(layer)]
             notes = [call.notes[stat, i] for i in layers if (stat, i) in call.notes]
@@ -589,6 +602,20 @@ class StagePolicy:
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
         found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
         return found if stat == "keys" else found[..., 0]
+
+    def _looked(self, call: Prefill, cut: int | None, layer: int) -> torch.Tensor:
+        """(U, N) what the last prompt token looks for in ``layer`` of the stock model."""
+        if cut is not None:
+            raise ConfigError(f"attention.ahead({layer}): at a cut, read the layers before it instead")
+        if call.ahead is None:
+            raise UnsupportedError(
+                f"{self._model}: looking ahead needs the hooks of compress() and a DynamicCache; leave out "
+                "cache_implementation and prefill_chunk_size, and call generate() within compress()"
+            )
+        if ("ahead", layer) not in call.notes:
+            call.trace.ahead.append(layer)
+            call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
+        return call.notes["ahead", layer]
 
     def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []

@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "entropyprune[normalised]": ("entropyprune", {"normalise": True}),
     "entropyprune[values]": ("entropyprune", {"of": "values"}),
     "entropyprune[states]": ("entropyprune", {"of": "states"}),
+    "fitprune, three cuts": ("fitprune", {"layers": (1, 2, 3), "shares": (0.8, 0.5, 0.2)}),
     "transprune[ttv]": ("transprune", {"guided": False}),
     "visionzip, mostly contextual": ("visionzip", {"share": 0.7, "scorer": "received", "layer": 0}),
     "prumerge, adaptive": ("prumerge", {"adaptive": True}),

@@ -19,9 +19,10 @@ from naive import Array, cos
 from torch.utils.flop_counter import FlopCounterMode
 
 import visiontok
-from visiontok import Budget, Card
+from visiontok import Budget, Card, Context, Method, Needs, Recipe
 from visiontok.conformance.zoo import BANNED, IMAGE, batch, build
 from visiontok.errors import UnsupportedError
+from visiontok.method import Stage
 from visiontok.recipes import find
 
 pytestmark = pytest.mark.engine
@@ -40,6 +41,7 @@ class Seen:
     states: list[Array] = field(default_factory=list)
     modules: dict[int, list[tuple[Array, Array]]] = field(default_factory=dict)
     attention: list[Array] = field(default_factory=list)  # head means (B, N, N)
+    peaks: list[Array] = field(default_factory=list)  # largest of all heads (B, N, N)
     last: list[Array] = field(default_factory=list)  # (B, H, N), what the last token looks at
     heads: dict[str, list[Array]] = field(default_factory=dict)  # (B, N, H, d), before rotary positions
 
@@ -89,6 +91,7 @@ def seen(name: str) -> Seen:
     twin.load_state_dict(model.state_dict())  # drawn in another precision
     with torch.no_grad():
         maps = twin(**eager, output_attentions=True).attentions
+    found.peaks = [m.amax(1).double().numpy() for m in maps]
     found.last = [m[:, :, -1].double().numpy() for m in maps]
     found.attention = [m.mean(1).double().numpy() for m in maps]
     return found
@@ -159,6 +162,12 @@ def smoothed(s: Seen, u: int) -> list[float]:
     return [float(scores[max(0, i - 2) : i + 3].mean()) for i in range(len(scores))]
 
 
+def peaks(s: Seen, u: int) -> list[float]:
+    row, own = s.rows[u], s.places[u]
+    largest = s.peaks[CUT - 1][row]
+    return [sum(largest[j, i] for j in own) * sum(largest[t, i] for t in asking(s.inputs, row)) for i in own]
+
+
 ONE_CUT = {"layers": (CUT,), "shares": (1.0,)}
 RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]] = {
     "v2drop": ("v2drop", ONE_CUT, variation),
@@ -168,6 +177,7 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[Seen, int], list[float]]]]
         "transprune", ONE_CUT | {"since": 0, "guided": False, "fidelity": "official"},
         functools.partial(transition, official=True),
     ),
+    "fitprune": ("fitprune", ONE_CUT, peaks),
     "gemfilter": ("gemfilter", {"layer": CUT}, smoothed),
     "entropyprune": ("entropyprune", {"layer": CUT}, entropy),
     "entropyprune[keys]": ("entropyprune", {"layer": CUT, "of": "keys"}, functools.partial(entropy, of="k")),
@@ -196,6 +206,33 @@ def test_kept_tokens_are_those_of_the_published_rule(name: str, rule: str) -> No
         k = min(keep, *map(len, s.places))
         recipe = visiontok.recipe(method, keep=k, **options)
         assert kept_of(build(name), s.inputs, recipe) == [best(score(s, u), k) for u in range(len(s.places))]
+
+
+@dataclass(frozen=True)
+class Reader(Method):
+    """Keeps what it is asked for and remembers the peaks of attention that it saw."""
+
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
+    card = Card(name="reader", title="-", paper="-", venue="-", stage="decoder", needs="-")
+
+    def needs(self) -> Needs:
+        return Needs(decoder_own_peaks=(-1,), decoder_text_peaks=(-1,))
+
+    def select(self, ctx: Context) -> torch.Tensor:
+        self.read.update(own=ctx.attention.own_peaks(-1), text=ctx.attention.text_peaks(-1))
+        return ctx.valid
+
+
+def test_peaks_are_means_over_the_rows_of_the_image_itself_and_of_the_text() -> None:
+    """Two images of different sizes in a row, of which the second looks at the first one, too."""
+    s, reader = seen("qwen2_5_vl"), Reader()
+    with visiontok.compress(build("qwen2_5_vl"), Recipe(stages=(Stage(kind="cut", layer=CUT, method=reader),))):
+        build("qwen2_5_vl")(**s.inputs)
+    for u, own in enumerate(s.places):
+        row = s.rows[u]
+        for name, rows in (("own", own), ("text", asking(s.inputs, row))):
+            expected = torch.from_numpy(s.peaks[CUT - 1][row][rows][:, own].mean(0)).float()
+            torch.testing.assert_close(reader.read[name][u][: len(own)], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_later_cut_sees_what_the_first_one_left() -> None:

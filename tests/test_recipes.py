@@ -29,6 +29,7 @@ from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
+from visiontok.recipes.fitprune import FitPrune
 from visiontok.recipes.gemfilter import GemFilter
 from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
@@ -119,6 +120,7 @@ METHODS: list[Method] = [
     TransPrune(layers=(3,), shares=(0.5,), guided=False),
     EntropyPrune(),
     GemFilter(),
+    FitPrune(layers=(3,), shares=(0.5,)),
     EntropyPrune(of="states"),
 ]
 
@@ -317,6 +319,8 @@ WORDS = {
     "decoder_received": "attention received in the decoder",
     "decoder_states": "states on the input of the layer before the cut",
     "decoder_queries": "queries of the layer before the cut",
+    "decoder_own_peaks": "peaks of attention from the image",
+    "decoder_text_peaks": "peaks of attention from the text",
     "decoder_ahead": "looked ahead at",
     "decoder_transition": "inputs and outputs of modules",
     "encoder_features": "projector inputs",
@@ -459,7 +463,10 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
-        *((cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=") for cls in (V2Drop, TransPrune)),
+        *(
+            (cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=")
+            for cls in (V2Drop, TransPrune, FitPrune)
+        ),
         (GemFilter, {"width": 4}, "width=4: an odd number"),
         (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
         (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares of the original tokens lie in"),

@@ -65,9 +65,10 @@ LAYERS = {
     "entropyprune": [144, 36, 36, 36],
     "v2drop": [144, 142, 1, 1],
     "transprune": [144, 48, 48, 48],
+    "fitprune": [144, 70, 37, 37],
 }
 # What several cuts keep on average; the layers in front of the first one have all.
-KEEPS = {"v2drop": 0.5, "transprune": 0.5}
+KEEPS = {"v2drop": 0.5, "transprune": 0.5, "fitprune": 0.5}
 
 
 @pytest.mark.parametrize("method", [card.name for card in visiontok.methods()])

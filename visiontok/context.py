@@ -59,6 +59,15 @@ class Attention:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
         return self._read("decoder_received", offset)
 
+    def own_peaks(self, offset: int = -1) -> torch.Tensor:
+        """Attention that the tokens of its image pay to each token in the decoder layer ``offset`` from the cut: the
+        largest of all heads, mean over the rows."""
+        return self._read("own_peaks", offset)
+
+    def text_peaks(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`own_peaks`, from all text tokens behind the last visual token of the prompt."""
+        return self._read("text_peaks", offset)
+
     def decoder_states(self, offset: int = -1) -> torch.Tensor:
         """(U, N, D) hidden states on the input of the decoder layer ``offset`` from the cut."""
         return self._read("decoder_states", offset)

@@ -14,7 +14,7 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
-from .scorers.attention import attention_columns, attention_logits, attention_rows
+from .scorers.attention import attention_columns, attention_logits, attention_peaks, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.heads import head_entropy
@@ -55,6 +55,7 @@ __all__ = [
     "apportion",
     "attention_columns",
     "attention_logits",
+    "attention_peaks",
     "attention_rows",
     "bipartite",
     "blur",

@@ -155,6 +155,8 @@ class Needs:
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
+    decoder_own_peaks: tuple[int, ...] = ()
+    decoder_text_peaks: tuple[int, ...] = ()
     decoder_states: tuple[int, ...] = ()
     decoder_queries: tuple[int, ...] = ()
     decoder_keys: tuple[int, ...] = ()

@@ -18,7 +18,15 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, attention_columns, attention_logits, attention_rows, coordinates, nearest_kept
+from ..functional import (
+    absorb,
+    attention_columns,
+    attention_logits,
+    attention_peaks,
+    attention_rows,
+    coordinates,
+    nearest_kept,
+)
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .ahead import stop
 from .call import Prefill, counted
@@ -32,7 +40,7 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "decoder_received")
+_DECODER = ("last_row", "text_rows", "decoder_received", "own_peaks", "text_peaks")
 _NOTED = ("decoder_states", *HEADS)
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
@@ -744,11 +752,22 @@ class StagePolicy:
                 query = q.transpose(1, 2)[row, last].transpose(1, 2)
                 total = attention_rows(query, k, scale=scale, visible=visible[row, last], bias=bias)[:, 0]
             else:
-                asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
-                weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
+                image = self._image(call, layer) if stat == "own_peaks" else None
+                if image is not None:
+                    ones = torch.ones_like(image, dtype=torch.float32)
+                    size = ones.new_zeros(len(image), len(call.units) + 1).scatter_add(1, image, ones)
+                    weight = (image > 0) / size.gather(1, image)
+                else:
+                    asks = self._occupied(valid, q) if stat == "decoder_received" else self._asking(call, layer)
+                    weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
+                reduce = attention_peaks if stat.endswith("peaks") else attention_rows
                 total = weight.new_zeros(q.shape[0], k.shape[2])
                 for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
-                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    scores = reduce(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    if image is not None:  # what is behind these rows' own image is not theirs
+                        mine = scores[..., -image.shape[1] :]
+                        scores = mine * (image[:, rows, None] == image[:, None])
+                        scores = torch.nn.functional.pad(scores, (total.shape[1] - image.shape[1], 0))
                     total += (scores * weight[:, rows, None]).sum(1)
             by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
@@ -759,6 +778,18 @@ class StagePolicy:
         # the cache already counts the keys of this call; without one they are all there is
         bias = call.slot_bias(layer) if call.cache is None else call.cache.layers[layer].bias
         return None if bias is None else bias[:, -k.shape[2] :]
+
+    @staticmethod
+    def _image(call: Prefill, layer: int) -> torch.Tensor:
+        """(B, M) long: which image the token in each slot of ``layer`` is of, from 1 on; 0 for text and padding."""
+        units = call.units
+        number = torch.arange(1, len(units) + 1, device=units.row.device)[:, None].expand_as(units.valid)
+        here = call.enter(units.scatter(number * units.valid)) * call.entry_valid_or_ones()
+        layout = call.layouts[layer]
+        if layout is None:
+            return here
+        here = layout.gather(here)
+        return here if layout.valid is None else here * layout.valid
 
     @staticmethod
     def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
@@ -865,4 +896,5 @@ def _distinct(stages: Sequence[Stage], depth: int) -> list[Stage]:
 def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
     """Decoder layers a method reads, per statistic of ``_DECODER`` and ``_NOTED``."""
     attention = needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
-    return (*attention, needs.decoder_states, needs.decoder_queries, needs.decoder_keys, needs.decoder_values)
+    peaks = needs.decoder_own_peaks, needs.decoder_text_peaks
+    return (*attention, *peaks, needs.decoder_states, needs.decoder_queries, needs.decoder_keys, needs.decoder_values)

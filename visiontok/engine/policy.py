@@ -617,8 +617,8 @@ class StagePolicy:
             raise ConfigError(f"attention.ahead({layer}): at a cut, read the layers before it instead")
         if call.ahead is None:
             raise UnsupportedError(
-                f"{self._model}: looking ahead needs the hooks of compress() and a DynamicCache; leave out "
-                "cache_implementation and prefill_chunk_size, and call generate() within compress()"
+                f"{self._model}: looking ahead needs the hooks of compress() and a DynamicCache, and visual tokens in the "
+                "prompt; leave out cache_implementation and prefill_chunk_size, and call generate() within compress()"
             )
         if ("ahead", layer) not in call.notes:
             call.trace.ahead.append(layer)

@@ -1,4 +1,4 @@
-"""Write the model card: `python -m visiontok.demo.card` makes README.md and the training curves from what is measured.
+"""Write the model card: `python -m visiontok.demo.card` makes README.md, pruning.md, search.md and the training curves.
 
 Every number comes from the files in `weights`: of each model its accuracy.json and log.jsonl, of all of them
 curves.jsonl.
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -139,13 +139,17 @@ def render(weights: Path = WEIGHTS) -> dict[Path, str]:
     """Every file that this script writes, and its text."""
     models = shipped(weights)
     files = {model.folder / "curve.svg": curve_svg(model.log, model.name) for model in models}
-    parts = [_HEAD, *_data(), *_models(models)]
+    parts, tables, search = [_HEAD, *_data(), *_models(models)], [_PRUNED], [_SEARCHED]
     for measured in curves(weights, models):
-        parts += _pruning(measured)
+        if measured.split == "validation":
+            search += _search(measured)
+            continue
+        tables += _pruning(measured)
         parts += _rankings(measured)
         parts += _seeds(measured, models)
     parts.append(_LIMITS)
-    return {weights.parent / "README.md": "\n\n".join(parts) + "\n", **files}
+    texts = {"README.md": parts, "pruning.md": tables, "search.md": search}
+    return {weights.parent / name: "\n\n".join(text) + "\n" for name, text in texts.items()} | files
 
 
 # ------------------------------------------------------------------------------------------------------------- format
@@ -185,6 +189,19 @@ _HEAD = """<!-- Written by `python -m visiontok.demo.card` from the files in wei
 Small vision-language models in stock Hugging Face architectures, trained from random weights on rendered scenes, so
 that pruning visual tokens has something to break on any machine. They are a test bench and predict nothing about large
 models."""
+
+_PRUNED = """<!-- Written by `python -m visiontok.demo.card` from weights/curves.jsonl; do not edit. -->
+# Pruning the embedded models
+
+What every method keeps of the answers, measured by `python -m visiontok.demo.curves`. Models and questions are those of
+the [model card](README.md): a test bench, which predicts nothing about large models."""
+
+_SEARCHED = """<!-- Written by `python -m visiontok.demo.card` from weights/curves.jsonl; do not edit. -->
+# The search for the recipe `visiontok`
+
+Compositions of the operators, compared on validation scenes, which no other table reports. The best went into
+[visiontok.py](../visiontok/recipes/visiontok.py); what it does on held-out scenes, on other training seeds and on the
+second architecture is in [pruning.md](pruning.md). What is best here need not be best for a large model."""
 
 _LIMITS = """## Limits
 
@@ -335,7 +352,9 @@ def _pruning(measured: Curves) -> list[str]:
     for model in measured.models:
         parts.append(f"### {model}, pruned ({measured.split})")
         parts += _curve(measured, model)
-        parts += [part for keep in (0.25, 0.11) if keep in measured.keeps for part in _per_kind(measured, model, keep)]
+        parts += _against(measured, model, "resize")
+        parts += _no_better(measured, model)
+        parts += [part for keep in measured.keeps for part in _per_kind(measured, model, keep)]
         parts += _mass(measured, model)
         parts += _positions(measured, model)
     if measured.refused:
@@ -385,6 +404,35 @@ def _curve(measured: Curves, model: str) -> list[str]:
         f"{whole}In brackets, the difference to random; for random itself, to all tokens.",
         _table(("method", *tokens), rows),
     ]
+
+
+def _against(measured: Curves, model: str, reference: str) -> list[str]:
+    """Differences to one method."""
+    rows = []
+    for method in (name for name in measured.methods if name != reference):
+        pairs = ((measured.hits(model, method, keep), measured.hits(model, reference, keep)) for keep in measured.keeps)
+        rows.append([measured.label(model, method), *(_gain(*pair, measured.scene) for pair in pairs)])
+    if not any(any(row[1:]) for row in rows):
+        return []
+    tokens = [f"{keep:.0%}" for keep in measured.keeps]
+    return [f"The difference to {reference}:", _table(("method", *tokens), rows)]
+
+
+def _no_better(measured: Curves, model: str) -> list[str]:
+    """The methods that are not shown to beat a random choice."""
+    lines = []
+    for keep in measured.keeps:
+        chance = measured.hits(model, "random", keep)
+        found = {method: measured.hits(model, method, keep) for method in measured.methods if method != "random"}
+        if chance is None:
+            continue
+        names = [
+            measured.label(model, method)
+            for method, hits in found.items()
+            if hits is not None and difference(hits, chance, measured.scene).low <= 0
+        ]
+        lines.append(f"* {keep:.0%}: {', '.join(names) or 'none'}")
+    return ["Not better than random (the interval of the difference reaches 0):", "\n".join(lines)] if lines else []
 
 
 def _per_kind(measured: Curves, model: str, keep: float) -> list[str]:
@@ -453,6 +501,27 @@ def _positions(measured: Curves, model: str) -> list[str]:
     ]
 
 
+def _search(measured: Curves) -> list[str]:
+    """All compositions by their mean accuracy over the budgets, best first."""
+    parts = []
+    for model in measured.models:
+        rows = []
+        for method, mass in product(measured.methods, (False, True)):
+            found = [measured.hits(model, method, keep, mass) for keep in measured.keeps]
+            shares = [float(hits.mean()) for hits in found if hits is not None]
+            if len(shares) == len(found):
+                mean = sum(shares) / len(shares)
+                rows.append((mean, [f"`{method}`", "yes" if mass else "", *map(_percent, (*shares, mean))]))
+        rows.sort(key=lambda row: -row[0])
+        tokens = [f"{keep:.0%}" for keep in measured.keeps]
+        parts += [
+            f"## {model}",
+            f"{len(measured.kind)} questions about {measured.scene.max()} scenes, accuracy in percent:",
+            _table(("method and options", "`mass=True`", *tokens, "mean"), [row for _, row in rows]),
+        ]
+    return parts
+
+
 # ----------------------------------------------------------------------------------------------------------- rankings
 
 
@@ -463,7 +532,10 @@ def _scores(measured: Curves, model: str, keep: float) -> dict[str, float]:
 
 
 def _rankings(measured: Curves) -> list[str]:
-    parts = [f"## Rankings, {measured.split}"]
+    parts = [
+        f"## Rankings, {measured.split}",
+        "All accuracies under pruning, their differences and kinds of questions: [pruning.md](pruning.md).",
+    ]
     rows = []
     for model in measured.models:
         for keep in measured.keeps:

@@ -125,7 +125,7 @@ class Cell:
         method: registered name, with options behind it as in "idpruner scorer=norm balance=0.7"; or "stock" for the
             model as it is.
         keep: share of the visual tokens.
-        mass: whether kept tokens speak for the dropped ones.
+        mass: mass attention; without it, as the recipe says.
         positions: "original", or "compact": consecutive numbers over what is left.
         seed: of a stochastic method.
     """
@@ -278,7 +278,7 @@ def _run(
     if cell.positions == "compact" and cell.mass:
         raise ConfigError("mass=True: mass attention acts inside the language model, compact positions before it")
     if cell.positions != "compact" and cell.method != STOCK:
-        attached = visiontok.compress(model, cell.recipe, mass=cell.mass, **options)
+        attached = visiontok.compress(model, cell.recipe, mass=cell.mass or None, **options)
     with attached as compression:
         for number, inputs in enumerate(batches):
             short = None
@@ -416,6 +416,8 @@ def cells(
     ways = [(where, weighed) for where in positions for weighed in mass if not (weighed and where == "compact")]
     found = [Cell(), *(Cell(method, 1.0) for method in methods if 1.0 in keeps)]
     for (where, weighed), keep, method in itertools.product(ways, (keep for keep in keeps if keep != 1.0), methods):
+        if (weighed or where == "compact") and any(stage.mass for stage in Cell(method).recipe.stages):
+            continue  # it has masses of its own
         draws = Cell(method).card.stochastic
         found += [Cell(method, keep, weighed, where, seed) for seed in (seeds if draws else (None,))]
     return found

@@ -6,6 +6,7 @@ their random numbers are the same in every call, from NumPy's frozen legacy gene
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,12 +68,9 @@ def difference(hits: np.ndarray, reference: np.ndarray, cluster: np.ndarray, dra
     gain = len(theirs) * ours.sum(0) - len(ours) * theirs.sum(0)
     estimate = _bootstrap(gain, len(ours) * len(theirs), cluster, draws)
     sums = np.bincount(cluster, gain)
-    if len(sums) <= _EXACT:
-        signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
-        p = (abs(signs @ sums) >= abs(sums.sum())).mean()
-    else:
-        signs = 1 - 2 * np.random.RandomState(1).randint(0, 2, (draws, len(sums)))
-        p = (1 + (abs(signs @ sums) >= abs(sums.sum())).sum()) / (1 + draws)
+    exact = len(sums) <= _EXACT
+    as_large = abs(_signs(len(sums), None if exact else draws) @ sums) >= abs(sums.sum())
+    p = as_large.mean() if exact else (1 + as_large.sum()) / (1 + draws)
     return Difference(estimate.value, estimate.low, estimate.high, float(p))
 
 
@@ -114,7 +112,23 @@ def _checked(hits: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _bootstrap(gain: np.ndarray, scale: int, cluster: np.ndarray, draws: int) -> Estimate:
     """Mean of `gain` / `scale` over questions, by clusters."""
     sums, sizes = np.bincount(cluster, gain), np.bincount(cluster)
-    times = np.random.RandomState(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
+    times = _times(len(sums), draws)
     means = np.sort((times @ sums) / (scale * (times @ sizes)))
     low, high = means[int(0.025 * draws)], means[math.ceil(0.975 * draws) - 1]
     return Estimate(float(gain.sum() / (scale * len(gain))), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=8)
+def _times(clusters: int, draws: int) -> np.ndarray:
+    """(draws, clusters): how often each cluster is drawn; whole numbers, as floats because those multiply faster."""
+    return np.random.RandomState(0).multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(clusters: int, draws: int | None) -> np.ndarray:
+    """±1 (draws, clusters): which clusters change sides; without `draws`, all ways to do so."""
+    if draws is None:
+        bits: np.ndarray = np.arange(2**clusters)[:, None] >> np.arange(clusters) & 1
+    else:
+        bits = np.random.RandomState(1).randint(0, 2, (draws, clusters))
+    return 1.0 - 2 * bits

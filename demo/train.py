@@ -36,11 +36,12 @@ from .model import Architecture, load, save
 from .muon import Muon
 from .packing import answer_logits, pack
 from .patches import PatchHeads, Targets, targets
-from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse
+from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse, withheld_answers
 from .raster import paint
 from .scenes import DENSE, NORMAL, Style, lay_out, seeds
 
-_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2}  # how much an answer counts: 1 where nothing is said
+# How much an answer counts: 1 where nothing is said. Few pictures ask for a comparison, which otherwise stays a guess.
+_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2, "compare": 4.0}
 _END = 0.05  # how much the end after an answer counts
 _TALKING = 20  # percent of the pictures whose questions are asked in conversations
 _TURNS = 3  # questions of such a conversation
@@ -67,7 +68,7 @@ class Plan:
     patch_steps: int = 1400
     patch_batch: int = 16
     patch_rate: float = 4e-3
-    joint_steps: int = 4600
+    joint_steps: int = 7600
     joint_batch: int = 8
     joint_rate: float = 3e-3
 
@@ -142,7 +143,10 @@ class Learner(nn.Module):
         logits, labelled = answer_logits(self.model, self.architecture.prefix(self.model, prompts), packed)
         labels = packed.labels[labelled]
         is_answer = labels != TOKEN_ID["</s>"]
-        form = batch.questions.form.gather(1, packed.question)[labelled]
+        row, question = labelled.nonzero()[:, 0], packed.question[labelled]
+        form, gaps = batch.questions.form[row, question], batch.questions.gaps[row, question]
+        # Never right in training, the answers that name a withheld pair would be learned as impossible.
+        logits = logits.masked_fill(withheld_answers(form, gaps), -torch.inf)
         weight = torch.where(is_answer, self.emphasis[form], _END)
         answer_loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         record["answer_loss"] = answer_loss.detach()
@@ -155,8 +159,12 @@ class Trainer:
 
     Args:
         plan: what to do.
-        folder: where the checkpoint and the log go. A checkpoint already there is taken up.
+        folder: where the checkpoint and the log go. A checkpoint already there is taken up; one of a plan that is
+            done may be prolonged by a plan with more joint steps.
         accelerator: where to do it.
+
+    Attributes:
+        plans: the plan, behind those that it prolongs.
 
     Raises:
         ValueError: the checkpoint in `folder` belongs to another plan.
@@ -164,6 +172,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, folder: Path, accelerator: Accelerator):
         self.plan, self.folder, self.accelerator = plan, folder, accelerator
+        self.plans = [plan]
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
         self._batches: dict[int, Batch] = {}
@@ -178,11 +187,14 @@ class Trainer:
         checkpoint = folder / "checkpoint.pt"
         state = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.is_file() else None
         if state:
-            if state["plan"] != asdict(plan):
+            *earlier, last = (Plan(**one) for one in state["plans"])
+            longer = plan.joint_steps > last.joint_steps and plan == replace(last, joint_steps=plan.joint_steps)
+            if plan != last and not (longer and state["step"] == last.steps):
                 raise ValueError(
-                    f"folder {str(folder)!r} holds a checkpoint of another plan, {state['plan']}; "
-                    "give its options again to take it up, or another --out"
+                    f"folder {str(folder)!r} holds a checkpoint of another plan, {last} at step {state['step']}; "
+                    "give its options again to take it up, more --joint-steps when it is done, or another --out"
                 )
+            self.plans = [*earlier, plan] if plan == last else [*earlier, last, plan]
             self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
             self.learner.load_state_dict(state["learner"])
         self.wrapped = accelerator.prepare(self.learner)
@@ -211,7 +223,7 @@ class Trainer:
         # A stage starts with a fresh optimizer, so the finished one's state is not kept.
         starting = self.step in (0, self.plan.patch_steps)
         state = {
-            "plan": asdict(self.plan),
+            "plans": [asdict(plan) for plan in self.plans],
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -308,13 +320,20 @@ def _source() -> dict[str, str]:
     return {"commit": git.stdout.strip() or "unknown", "processor": processor, "torch": torch.__version__}
 
 
-def export(trainer: Trainer, command: str) -> dict[str, Any]:
+def command(plan: Plan) -> str:
+    """What trains by a plan."""
+    changed = {name: value for name, value in asdict(plan).items() if value != getattr(Plan, name)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    return shlex.join(["python", "-m", "visiontok.demo.train", "--out", "FOLDER", *options])
+
+
+def export(trainer: Trainer) -> dict[str, Any]:
     """Write the weights as they will be shipped, measure those on every split, and put result and log beside them."""
     folder = trainer.folder / "weights"
     save(trainer.architecture, trainer.model.cpu(), folder)
     model, _ = load(folder)
     result = {
-        "command": command,
+        "command": "\n".join(map(command, trainer.plans)),
         **_source(),
         **asdict(trainer.plan),
         "steps_done": trainer.step,
@@ -344,8 +363,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices, help=f"default {value}")
     options = vars(parser.parse_args(arguments))
     folder, minutes, threads, pause = (options.pop(name) for name in ("out", "minutes", "threads", "save_every"))
-    chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value != getattr(Plan, name)]
-    command = shlex.join(["python", "-m", "visiontok.demo.train", "--out", "FOLDER", *chosen])
     torch.set_num_threads(threads)
     # The first stage leaves the language model alone.
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
@@ -371,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trainer.step < plan.steps:
         accelerator.print(f"stopped at step {trainer.step} of {plan.steps}; the same command goes on from there")
     elif accelerator.is_main_process:
-        print(json.dumps(export(trainer, command)["splits"]["heldout"], indent=1), flush=True)
+        print(json.dumps(export(trainer)["splits"]["heldout"], indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -388,7 +388,7 @@ def test_a_copy_of_an_attached_model_can_be_detached(llava, name, way):
         ("fastv", {"keep": 4, "layer": 4}, "layer=4: this model has 4 layers"),
         ("fastv", {"keep": 4, "layer": 0}, "layer=0: this model has 4 layers; use 1"),
         ("fastv", {"keep": 4, "layer": 1.0}, "a fraction of the depth must lie in"),
-        ("hiprune", {"keep": 4, "object_layer": 7}, "vision layer of hiprune=7"),
+        ("hiprune", {"keep": 4, "object_layer": 7}, "hiprune: vision object_layer=7"),
         ("divprune", {"keep": 4, "fidelity": "paper"}, "fidelity='paper'"),
         ("divprune", {"keep": 4, "seed": "x"}, "seed='x'"),
         (3, {}, "recipe=3"),

@@ -434,7 +434,8 @@ def weights(folder, loaded, tmp_path_factory):
 
 
 def test_the_card_says_what_the_files_say(weights):
-    text = card.render(weights)[weights.parent / "README.md"]
+    whole = card.render(weights)[weights.parent / "README.md"]
+    text = card.render(weights)[weights.parent / "pruning.md"]
     assert "In 6 of the 26 cells the questions" in " ".join(text.split())
     model = text.split("### one, pruned")[1].split("### two, pruned")[0]
     assert "All tokens: 100.0 [100.0, 100.0]" in model
@@ -454,11 +455,27 @@ def test_the_card_says_what_the_files_say(weights):
     assert "| tokens | position | all kinds |" in pooled
     assert "| 25% | -44.4 [" in pooled
     assert "| divprune! | -83.3 [" in model.split("The same for each")[1]
-    assert "| one | 25% | divprune > grid > random |" in text
-    assert "| one, two | +0.33 | +0.33 |" in text  # two of three pairs agree
-    assert "| grid | 66.7 (50.0 to 83.3) |" in text
+    assert "| one | 25% | divprune > grid > random |" in whole
+    assert "| one, two | +0.33 | +0.33 |" in whole  # two of three pairs agree
+    assert "| grid | 66.7 (50.0 to 83.3) |" in whole
     assert "vtw 0.25 compact: it has no budget" in text
-    assert "predicts nothing about large models" in text
+    for part in (whole, text):
+        assert "predicts nothing about large models" in " ".join(part.split())
+
+
+def test_the_card_compares_with_a_reference_and_names_who_does_not_beat_random(weights):
+    measured, *_ = card.curves(weights, card.shipped(weights))
+    # divprune answers the four questions about the last but one and the one before that grid does not.
+    rows = card._against(measured, "one", "grid")[1].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| random!", "| divprune!"]
+    assert "| +33.3 [" in rows[1]
+    assert card._against(measured, "one", "resize") == []
+    # In the second model every scene's divprune answers are grid's of the first: half of the scenes, no worse.
+    assert card._no_better(measured, "one")[1] == "* 25%: none"
+    equal = card.Curves.__new__(card.Curves)
+    equal.__dict__ |= {**measured.__dict__, "methods": ["random", "same"]}
+    equal.__dict__["_bits"] = {("one", name, 0.25, False, "original"): np.ones((1, 12), bool) for name in equal.methods}
+    assert card._no_better(equal, "one")[1] == "* 25%: same"
 
 
 def test_the_card_lists_data_and_models(weights):

@@ -6,7 +6,7 @@ import bisect
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -27,7 +27,7 @@ from ..functional import (
     coordinates,
     nearest_kept,
 )
-from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
+from ..method import Layer, Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .ahead import stop
 from .call import Prefill, counted
 from .host import stops_host, upload
@@ -202,7 +202,7 @@ class StagePolicy:
                 for name in getattr(needs, f"vision_{stat}"):
                     if stat in _OF_CLS and not self.adapter.cls_token:
                         continue  # the context says so when the method asks
-                    index = resolve_layer(name, len(tower), name=f"vision layer of {stage.label}")
+                    index = resolve_layer(name, len(tower), name=_vision_option(stage, name))
                     wanted.setdefault(index, set()).add(stat)
             if needs.encoder_features or needs.projector:
                 self._tap_projector(attachment)
@@ -869,6 +869,14 @@ def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | 
 
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
+
+
+def _vision_option(stage: Stage, layer: Layer) -> str:
+    """How an error names a layer of the vision tower: by the option that asks for it, where there is one."""
+    method: Any = stage.method
+    names = (field.name for field in fields(method) if "layer" in field.name)
+    option = next((name for name in names if getattr(method, name) == layer), "layer")
+    return f"{stage.label}: vision {option}"
 
 
 def _needs(stage: Stage) -> Needs:

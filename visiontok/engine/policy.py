@@ -617,7 +617,7 @@ class StagePolicy:
             raise ConfigError(f"attention.ahead({layer}): at a cut, read the layers before it instead")
         if call.ahead is None:
             raise UnsupportedError(
-                f"{self._model}: looking ahead needs the hooks of compress() and a DynamicCache, and visual tokens in the "
+                f"{self._model}: looking ahead needs the hooks of compress(), a DynamicCache and visual tokens in the "
                 "prompt; leave out cache_implementation and prefill_chunk_size, and call generate() within compress()"
             )
         if ("ahead", layer) not in call.notes:

@@ -26,7 +26,9 @@ from visiontok.recipes.aim_merge import aim_merge
 from visiontok.recipes.cdpruner import cdpruner
 from visiontok.recipes.dart import dart
 from visiontok.recipes.divprune import divprune
+from visiontok.recipes.entropyprune import entropyprune
 from visiontok.recipes.fastv import fastv
+from visiontok.recipes.gemfilter import gemfilter
 from visiontok.recipes.globalcom2 import crops, globalcom2_official
 from visiontok.recipes.hiprune import hiprune, hiprune_official
 from visiontok.recipes.idpruner import idpruner
@@ -36,6 +38,8 @@ from visiontok.recipes.prumerge import outliers, prumerge
 from visiontok.recipes.prumerge_plus import prumerge_plus_official
 from visiontok.recipes.scope import scope
 from visiontok.recipes.textmonkey import textmonkey
+from visiontok.recipes.transprune import shares_of, transprune
+from visiontok.recipes.v2drop import v2drop
 from visiontok.recipes.visionzip import visionzip
 from visiontok.recipes.vispruner import vispruner
 
@@ -324,9 +328,59 @@ def call_textmonkey(x: Tensor, r: int) -> Outputs:
 
 
 def call_v2drop(cur: Tensor, prev: Tensor, layer: int, start: int, n_vis: int) -> Outputs:
-    score = F.norm(cur - prev)[0, start : start + n_vis]
+    rows = [x[0, start : start + n_vis] for x in (cur, prev)]
     k = max(1, int(n_vis * {3: 0.25, 16: 0.05, 22: 0.0}[layer]))
-    return {"score": score, "kept_sorted": kept(F.topk(score, k))}
+    return {"score": F.variation(rows[0], rows[1]), "kept_sorted": kept(v2drop(rows[0], rows[1], k))}
+
+
+def call_transprune_ttv(x_attn: Tensor, y_attn: Tensor, x_ffn: Tensor, y_ffn: Tensor) -> Outputs:
+    # one sum over the whole batch, as published
+    parts = [F.transition(x.flatten(0, 1), y.flatten(0, 1)) for x, y in ((x_attn, y_attn), (x_ffn, y_ffn))]
+    total = sum(parts).view(x_attn.shape[:2])  # type: ignore[attr-defined]
+    return {"ttv": total, "official_ttv": total}
+
+
+def call_transprune_combine(
+    hidden: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    ln: Tensor,
+    ttv: Tensor,
+    heads: int,
+    ratios: list[float],
+    stage: int,
+    n_vis0: int,
+    start: int,
+    prompt_len: int,
+) -> Outputs:
+    n, visual = hidden.shape[1], slice(start, start + int(n_vis0 * ratios[stage]))
+    x = hidden[0] * (hidden[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ln
+    angle = torch.outer(torch.arange(n), 10000 ** (-torch.arange(0, x.shape[1] // heads, 2) / (x.shape[1] // heads)))
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+    def rotated(y: Tensor) -> Tensor:
+        a, b = y.view(n, heads, -1).transpose(0, 1).chunk(2, -1)
+        return torch.cat([a, b], -1) * cos + torch.cat([-b, a], -1) * sin
+
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    instruction = slice(visual.stop, prompt_len + visual.stop - visual.start)
+    rows = F.attention_rows(rotated(x @ wq.T)[:, instruction], rotated(x @ wk.T), visible=seen[instruction])
+    transitions, attention = ttv.sum(0)[0, visual], rows.mean(0)[visual]
+    k = int(n_vis0 * ratios[stage + 1])
+    parts = shares_of(transitions), shares_of(attention)
+    return {
+        "ttv_norm": parts[0],
+        "iga_norm": parts[1],
+        "score": parts[0] + parts[1],
+        "kept_sorted": kept(transprune(transitions, attention, k)),
+    }
+
+
+def call_entropyprune(states: Tensor, matrix: str, start: int, n_vis: int, k: int, heads: int) -> Outputs:
+    assert states.shape[1] == heads
+    rows = states[0].transpose(0, 1)[start : start + n_vis]
+    mask, scores = entropyprune(rows, k, official=True)
+    return {"entropy": scores, "order": F.rank(scores, mask).argsort()[:k], "kept_sorted": kept(mask)}
 
 
 def call_entropyprune_budget(rows: list[list[int]]) -> Outputs:
@@ -337,6 +391,11 @@ def call_entropyprune_budget(rows: list[list[int]]) -> Outputs:
             return min(0, int((depth * average - cut * n) / (depth - cut)))
 
     return {"keep": [keep(*row) for row in rows]}
+
+
+def call_gemfilter(keys: Tensor, q_last: Tensor, k: int, groups: int) -> Outputs:
+    assert len(q_last) == groups * len(keys)
+    return {"kept_sorted": kept(gemfilter(F.attention_logits(q_last[:, None], keys)[0], k, official=True))}
 
 
 TABLE: dict[str, Callable[..., Outputs]] = {

@@ -26,8 +26,11 @@ from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
 from visiontok.recipes.eadp import EADP
+from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
+from visiontok.recipes.fitprune import FitPrune
+from visiontok.recipes.gemfilter import GemFilter
 from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
 from visiontok.recipes.hiprune import HiPrune
@@ -45,6 +48,8 @@ from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
 from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
+from visiontok.recipes.transprune import TransPrune
+from visiontok.recipes.v2drop import V2Drop
 from visiontok.recipes.visiontok import Visiontok
 from visiontok.recipes.visionzip import VisionZip
 from visiontok.recipes.vispruner import VisPruner
@@ -112,12 +117,20 @@ METHODS: list[Method] = [
     Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
     Sieve(),
+    V2Drop(layers=(3,), shares=(0.5,)),
+    TransPrune(layers=(3,), shares=(0.5,)),
+    TransPrune(layers=(3,), shares=(0.5,), guided=False),
+    EntropyPrune(),
+    GemFilter(),
+    FitPrune(layers=(3,), shares=(0.5,)),
+    EntropyPrune(of="states"),
 ]
 
 
 def values(stat: str, layer: float, units: int) -> Tensor:
     """What a tap yields, 9 where no token is."""
-    shape = (3, 30, 2, 4) if stat == "keys" else (3, 30)
+    heads = dict.fromkeys(("keys", "decoder_keys", "decoder_queries", "decoder_values"), (3, 30, 2, 4))
+    shape: tuple[int, ...] = (heads | {"decoder_states": (3, 30, 8)}).get(stat, (3, 30))
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
     padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
     return drawn.masked_fill(padding, 9.0)[:units]
@@ -145,7 +158,7 @@ def context(
         (stat, layer): values(stat, layer, 3)
         for name, layers in asked.items()
         if isinstance(layers, tuple)
-        for stat in [name.removeprefix("vision_").removeprefix("decoder_")]
+        for stat in [name if hasattr(Attention, name) else name.removeprefix("vision_").removeprefix("decoder_")]
         for layer in layers
     }
     rows = torch.arange(3)[units]
@@ -306,6 +319,12 @@ WORDS = {
     "decoder_last_row": "attention of the last prompt token",
     "decoder_text_rows": "attention of the text rows",
     "decoder_received": "attention received in the decoder",
+    "decoder_states": "states on the input of the layer before the cut",
+    "decoder_queries": "queries of the layer before the cut",
+    "decoder_own_peaks": "peaks of attention from the image",
+    "decoder_text_peaks": "peaks of attention from the text",
+    "decoder_ahead": "looked ahead at",
+    "decoder_transition": "inputs and outputs of modules",
     "encoder_features": "projector inputs",
     "projector": "the projector",
     "pixels": "pixels",
@@ -446,6 +465,14 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
+        *(
+            (cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=")
+            for cls in (V2Drop, TransPrune, FitPrune)
+        ),
+        (GemFilter, {"width": 4}, "width=4: an odd number"),
+        (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
+        (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares of the original tokens lie in"),
+        (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares of the original tokens lie in"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:

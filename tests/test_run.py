@@ -62,13 +62,21 @@ LAYERS = {
     "sieve": [144, 144, 36, 36],
     "fastv": [144, 36, 36, 36],
     "vtw": [144, 144, 0, 0],
+    "entropyprune": [144, 36, 36, 36],
+    "v2drop": [144, 142, 1, 1],
+    "transprune": [144, 48, 48, 48],
+    "fitprune": [144, 70, 37, 37],
 }
+# What several cuts keep on average; the layers in front of the first one have all.
+KEEPS = {"v2drop": 0.5, "transprune": 0.5, "fitprune": 0.5}
 
 
 @pytest.mark.parametrize("method", [card.name for card in visiontok.methods()])
 def test_every_method(method: str, tmp_path: Path) -> None:
     path = tmp_path / "overlay.png"
-    result = run.run_job(method=method, overlay=str(path), max_new_tokens=3, repeats=1)
+    keep = KEEPS.get(method)
+    budget = {} if keep is None else {"keep": keep}
+    result = run.run_job(method=method, overlay=str(path), max_new_tokens=3, repeats=1, **budget)
     data = result.to_dict()
     assert data["compressed"]["visual_tokens"] == LAYERS[method]
     assert data["stock"]["visual_tokens"] == [144] * 4

@@ -323,3 +323,57 @@ def test_the_gains_of_coverage_are_those_computed_anew() -> None:
         torch.testing.assert_close(state.gain(), fresh, rtol=1e-9, atol=1e-9)
         state.add(pick)
         best = torch.maximum(best, table[torch.arange(2), :, pick])
+
+
+# ----------------------------------------------------------------------------------------------- states and transitions
+
+
+def test_transition_equals_the_loop() -> None:
+    """Rows of different sizes, padded with values that would matter."""
+    x, y = normal(3, 7, 5), normal(3, 7, 5, seed=1)
+    sizes = (7, 4, 1)
+    valid = torch.arange(7) < torch.tensor(sizes)[:, None]
+    got = F.transition(x.masked_fill(~valid[..., None], 9.0), y.masked_fill(~valid[..., None], -9.0), valid)
+    for b, n in enumerate(sizes):
+        before, after = x[b].double().numpy(), y[b].double().numpy()
+        cosines = [before[i] @ after[i] / np.linalg.norm(before[i]) / np.linalg.norm(after[i]) for i in range(n)]
+        whole = sum(math.exp(1 - c) for c in cosines)
+        expected = [
+            np.linalg.norm(after[i]) / np.linalg.norm(before[i]) * math.exp(1 - cosines[i]) / whole for i in range(n)
+        ] + [0.0] * (7 - n)
+        torch.testing.assert_close(got[b], torch.tensor(expected).float())
+
+
+def test_a_module_that_changes_nothing_moves_all_tokens_alike() -> None:
+    x = normal(6, 4)
+    torch.testing.assert_close(F.transition(x, x), torch.full((6,), 1 / 6))
+    torch.testing.assert_close(F.transition(x, 3 * x), torch.full((6,), 3 / 6))
+    assert F.transition(torch.zeros(6, 4), x).isfinite().all()
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("shape", [(4, 9), (6, 3)])  # fewer heads than channels, and more
+def test_head_entropy_is_that_of_the_covariance_of_channels(
+    shape: tuple[int, int], normalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other Gram matrix, of the width of a head, with zeros for what the smaller one lacks."""
+    monkeypatch.setattr("visiontok.scorers.heads._TILE", 3)
+    heads = normal(2, 5, *shape)
+    expected = []
+    for z in heads.flatten(0, 1).double().numpy():
+        z = z - z.mean(0)
+        values = np.linalg.eigvalsh(z.T @ z / shape[0]).clip(min=0)
+        values = values / values.sum() if normalise else values
+        expected.append(-sum(v * math.log(v) for v in values if v > 1e-12) / math.log(shape[0]))
+    got = F.head_entropy(heads, normalise=normalise)
+    torch.testing.assert_close(got.flatten(), torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
+    turn = torch.linalg.qr(normal(shape[1], shape[1], seed=1))[0]
+    torch.testing.assert_close(F.head_entropy(heads @ turn, normalise=normalise), got, rtol=1e-4, atol=1e-5)
+
+
+def test_variation_is_the_length_of_the_difference() -> None:
+    x, y = normal(2, 6, 5), normal(2, 6, 5, seed=1)
+    expected = [
+        [math.dist(a.tolist(), b.tolist()) for a, b in zip(*rows, strict=True)] for rows in zip(x, y, strict=True)
+    ]
+    torch.testing.assert_close(F.variation(x, y), torch.tensor(expected))

@@ -12,8 +12,8 @@ from .errors import ConfigError, UnsupportedError
 
 
 class Attention:
-    """Attention statistics in float32, head means unless said otherwise, as (U, N) scores of the visual tokens of each
-    image; -1 where a slot has no patch.
+    """What layers computed of the visual tokens of each image: attention statistics in float32, head means unless said
+    otherwise, as (U, N) scores, -1 where a slot has no patch; and at a cut also states, queries, keys and values.
 
     Only what a method declares in :class:`visiontok.Needs` is computed.
     """
@@ -58,6 +58,42 @@ class Attention:
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
         return self._read("decoder_received", offset)
+
+    def own_peaks(self, offset: int = -1) -> torch.Tensor:
+        """Attention that the tokens of its image pay to each token in the decoder layer ``offset`` from the cut: the
+        largest of all heads, mean over the rows."""
+        return self._read("own_peaks", offset)
+
+    def text_peaks(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`own_peaks`, from all text tokens behind the last visual token of the prompt."""
+        return self._read("text_peaks", offset)
+
+    def decoder_states(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, D) hidden states on the input of the decoder layer ``offset`` from the cut."""
+        return self._read("decoder_states", offset)
+
+    def decoder_queries(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, H, d) queries of the decoder layer ``offset`` from the cut, rotary positions applied."""
+        return self._read("decoder_queries", offset)
+
+    def decoder_keys(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`decoder_queries`, the keys, of which there may be fewer heads."""
+        return self._read("decoder_keys", offset)
+
+    def decoder_values(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`decoder_keys`, the values."""
+        return self._read("decoder_values", offset)
+
+    def ahead(self, layer: int | float) -> torch.Tensor:
+        """Before the language model: what the last prompt token would look for in decoder layer ``layer`` (an index, or
+        a fraction of the depth) of the stock model: scaled products of its query with the keys."""
+        return self._read("ahead", layer)
+
+    def transition(self, since: int | float) -> torch.Tensor:
+        """What attention and MLP do to each token, summed over the decoder layers from ``since`` (an index, or a
+        fraction of the depth) to the one just before the cut: :func:`visiontok.functional.transition` among the tokens
+        of its image; with ``fidelity="official"`` among all tokens of the batch."""
+        return self._read("transition", since)
 
 
 @dataclass(frozen=True, kw_only=True)

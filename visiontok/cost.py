@@ -708,6 +708,13 @@ class Account:
         return {**asdict(self), "speed_up_flops": None if ratios is None else ratios.to_dict()}
 
 
+def _looked_ahead(config: Any, tokens: Sequence[int], stop: int, batch: int) -> list[int]:
+    """FLOPs per layer of a run that ends at the attention of layer `stop`."""
+    block, whole = _decoder_blocks(config)[stop], decoder_flops(config, tokens, batch=batch)
+    projected = 2 * batch * tokens[stop] * block.width * (block.query_width + 2 * block.kv_width)
+    return [*whole[:stop], projected, *[0] * (len(whole) - stop - 1)]
+
+
 def account(
     config: Any,
     inputs: VisionInputs,
@@ -719,6 +726,7 @@ def account(
     dtype_bytes: int = 2,
     ran: VisionInputs | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
+    ahead: Sequence[int] = (),
 ) -> Account:
     """The cost of one prefill, before and after compression.
 
@@ -732,6 +740,7 @@ def account(
         dtype_bytes: Bytes per element of the cache.
         ran: What entered the tower as run, if a pixel-stage recipe made it less.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
+        ahead: Decoder layers, up to the queries, keys and values of which the stock tokens ran before.
 
     Raises:
         ConfigError: A list does not have one entry per layer.
@@ -749,6 +758,9 @@ def account(
         cross = _cross_layers(config)
         text_only = [0 if layer in cross else text for layer in range(len(stock))]
         layers = [tuple(decoder_flops(config, counts, batch=batch)) for counts in (stock, kept, text_only)]
+        for stop in ahead:
+            looked = _looked_ahead(config, stock, stop, batch)
+            layers[1] = tuple(a + b for a, b in zip(layers[1] or (), looked, strict=True))
         caches = [kv_bytes(config, counts, dtype_bytes=dtype_bytes, batch=batch) for counts in (stock, kept)]
     except UnsupportedError as error:
         reasons.append(str(error))

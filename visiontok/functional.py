@@ -14,16 +14,19 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
-from .scorers.attention import attention_columns, attention_logits, attention_rows
+from .scorers.attention import attention_columns, attention_logits, attention_peaks, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
+from .scorers.heads import head_entropy
 from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
 from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
 from .scorers.spectrum import effective_rank
+from .scorers.transition import transition
 from .scorers.uniqueness import uniqueness
+from .scorers.variation import variation
 from .selectors.anchors import anchors
 from .selectors.components import components
 from .selectors.coordinates import coordinates
@@ -52,6 +55,7 @@ __all__ = [
     "apportion",
     "attention_columns",
     "attention_logits",
+    "attention_peaks",
     "attention_rows",
     "bipartite",
     "blur",
@@ -66,6 +70,7 @@ __all__ = [
     "effective_rank",
     "facility",
     "foreground",
+    "head_entropy",
     "layer_average",
     "learned",
     "least_similar",
@@ -88,8 +93,10 @@ __all__ = [
     "suppress",
     "thinned",
     "topk",
+    "transition",
     "uniform",
     "uniqueness",
     "unmerge",
+    "variation",
     "widening",
 ]

@@ -70,6 +70,8 @@ class Contract:
         question_independent: the question does not matter, so compressed images can be cached.
         sync_free: selection needs no host synchronisation.
         order_free: a token's fate does not depend on its index, except between equals; where it lies is ``ctx.grid``.
+        prefix_cacheable: what follows an image in the prompt does not matter in models of causal attention, so that the
+            cache of a prefix that ends with it can be shared between questions; by default ``question_independent``.
     """
 
     count_from_grid: bool = True
@@ -77,6 +79,11 @@ class Contract:
     question_independent: bool = True
     sync_free: bool = True
     order_free: bool = True
+    prefix_cacheable: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix_cacheable is None:
+            object.__setattr__(self, "prefix_cacheable", self.question_independent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,9 @@ class Needs:
 
     Attributes:
         vision_cls: layers for ``ctx.attention.cls``; the others name theirs likewise.
+        decoder_transition: decoder layers, indices or fractions of the depth, from which ``ctx.attention.transition``
+            sums up to the one just before the cut.
+        decoder_ahead: decoder layers, indices or fractions of the depth, for ``ctx.attention.ahead`` in a prompt stage.
         encoder_features: ``ctx.encoder_features``.
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
@@ -145,6 +155,14 @@ class Needs:
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
+    decoder_own_peaks: tuple[int, ...] = ()
+    decoder_text_peaks: tuple[int, ...] = ()
+    decoder_states: tuple[int, ...] = ()
+    decoder_queries: tuple[int, ...] = ()
+    decoder_keys: tuple[int, ...] = ()
+    decoder_values: tuple[int, ...] = ()
+    decoder_transition: tuple[Layer, ...] = ()
+    decoder_ahead: tuple[Layer, ...] = ()
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False

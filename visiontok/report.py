@@ -96,6 +96,7 @@ class Report:
             ran=_joined([ran for _, ran in known]),
             stock=ledger.stock,
             kept=ledger.tokens(),
+            ahead=trace.ahead,
             text=text,
             batch=batch,
             dtype_bytes=torch.finfo(dtype).bits // 8,

@@ -27,6 +27,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import UnsupportedError
+from .ahead import look_ahead
 from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
@@ -70,7 +71,15 @@ class Policy(Protocol):
         ...
 
     def wants_state(self, layer: int) -> bool:
-        """Whether an attention tap of ``layer`` must see the call."""
+        """Whether a tap of ``layer`` must see the call."""
+        ...
+
+    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
+        """``x`` (B, M, D) enters ``layer``, whose slots it fills."""
+        ...
+
+    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A module of ``layer`` that is watched has made ``y`` (B, M, D) of ``x``."""
         ...
 
 
@@ -304,6 +313,7 @@ class Attachment:
             embeds=x,
             attended=attended,
             positions=functools.partial(self._positions, kwargs.get("position_ids"), mask_2d, x, past),
+            ahead=functools.partial(self._look_ahead, module, dict(kwargs)),
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and embeds is x
@@ -317,6 +327,11 @@ class Attachment:
         if self._in_layers:
             kwargs[CALL] = call
         return args, kwargs
+
+    @staticmethod
+    def _look_ahead(module: nn.Module, kwargs: dict[str, Any], layer: int, call: Prefill) -> torch.Tensor:
+        with bypass():
+            return look_ahead(module, layer, kwargs, call)
 
     @staticmethod
     def _is_chunk(encoded: Any, records: list[Encoded]) -> bool:
@@ -553,6 +568,7 @@ class Attachment:
         if self._layered:
             self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
+            self.policy.note_state(call, index, x)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.

@@ -48,12 +48,15 @@ class Prefill:
         kept: (B, N) bool, visual positions that are alive.
         positions: makes the positions that the language model gives to the whole prompt, (…, B, N) long; None where
             visual tokens have none.
+        ahead: looks ahead to a decoder layer of the stock model, (B, N) products of the last prompt token's query with
+            the keys; None where that cannot be done.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
         biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
+        notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
         stock: nothing is dropped, and the language model runs untouched.
     """
 
@@ -87,6 +90,7 @@ class Prefill:
         self.kept = self.visual
         self.counts: list[int] = units.sizes
         self.positions: Callable[[], torch.Tensor] | None = None
+        self.ahead: Callable[[int, Prefill], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.promises: Promises = trace.promises
@@ -108,6 +112,7 @@ class Prefill:
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
+        self.notes: dict[tuple[str, int], torch.Tensor] = {}
 
     def row_counts(self, counts: Sequence[int]) -> list[int]:
         """Tokens of each row, text included, if so many of each unit are alive."""

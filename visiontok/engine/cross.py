@@ -67,7 +67,15 @@ class CrossPolicy(StagePolicy):
         return super()._read(call, cut, stat, layer)
 
     def _vision_sink(
-        self, layer: int, stats: frozenset[str], call: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, kwargs: Any
+        self,
+        layer: int,
+        stats: frozenset[str],
+        call: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        kwargs: Any,
     ) -> None:
         """What each place of the tower receives from the tokens of real tiles, which see padding too."""
         record = current_record()

@@ -18,10 +18,20 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, attention_columns, attention_logits, attention_rows, coordinates, nearest_kept
+from ..functional import (
+    absorb,
+    attention_columns,
+    attention_logits,
+    attention_peaks,
+    attention_rows,
+    coordinates,
+    nearest_kept,
+)
 from ..method import Layer, Mass, Needs, Selection, Stage, Tower, resolve_layer
+from .ahead import stop
 from .call import Prefill, counted
 from .host import stops_host, upload
+from .observe import HEADS, heads, turned, visual, watch_modules
 from .pixels import Smaller
 from .probe import Tap, attention_modules
 from .rotary import rotary_tables
@@ -30,7 +40,8 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "decoder_received")
+_DECODER = ("last_row", "text_rows", "decoder_received", "own_peaks", "text_peaks")
+_NOTED = ("decoder_states", *HEADS)
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -102,6 +113,7 @@ class StagePolicy:
             )
         self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
+        stages = _distinct(stages, depth)
         hidden = [False] * depth
         for stage in stages:
             if stage.kind == "cut":
@@ -141,15 +153,20 @@ class StagePolicy:
         self._taps: dict[int, set[str]] = {}
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
-            for stat, offsets in zip(_DECODER, _offsets(needs), strict=True):
-                for offset in offsets:
-                    tapped = layer + offset
-                    if not 0 <= tapped < layer or hidden[tapped]:
-                        raise ConfigError(
-                            f"layer={layer}: {stage.label} reads the attention of layer {tapped}, where no visual "
-                            "token is; cut later"
-                        )
-                    self._taps.setdefault(tapped, set()).add(stat)
+            tapped = [
+                (stat, layer + offset)
+                for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True)
+                for offset in offsets
+            ]
+            for first in needs.decoder_transition:
+                tapped += [("transition", earlier) for earlier in self._since(first, layer)]
+            for stat, earlier in tapped:
+                if not 0 <= earlier < layer or hidden[earlier]:
+                    raise ConfigError(
+                        f"layer={layer}: {stage.label} reads what layer {earlier} computes, where no visual token is; "
+                        "cut later"
+                    )
+                self._taps.setdefault(earlier, set()).add(stat)
 
     def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
@@ -167,10 +184,16 @@ class StagePolicy:
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
         for layer, stats in self._taps.items():
-            module = attention_modules(attachment.layers[layer])
-            if len(module) != 1:
-                raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
-            attachment.add(Tap(module[0], functools.partial(self._decoder_sink, layer, frozenset(stats))))
+            if "transition" in stats:
+                for handle in watch_modules(attachment.layers[layer], layer, self):
+                    attachment.add(handle)
+            if stats <= {"transition", "decoder_states"}:
+                continue
+            attachment.add(
+                Tap(self._attention(attachment, layer), functools.partial(self._decoder_sink, layer, frozenset(stats)))
+            )
+        for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
+            attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
         wanted: dict[int, set[str]] = {}
         tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         for stage in (*self.prompt_stages, *self.cuts.values()):
@@ -187,6 +210,15 @@ class StagePolicy:
             attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
         self.tower_depth = len(tower)
 
+    def _attention(self, attachment: Host, layer: int) -> nn.Module:
+        modules = attention_modules(attachment.layers[layer])
+        if len(modules) != 1:
+            raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
+        return modules[0]
+
+    def _ahead(self, layer: int | float) -> int:
+        return resolve_layer(layer, self.depth, name="decoder_ahead")
+
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
@@ -194,6 +226,23 @@ class StagePolicy:
     def wants_state(self, layer: int) -> bool:
         """Whether a tap of this decoder layer must see the call."""
         return layer in self._taps
+
+    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
+        """``x`` (B, M, D) enters ``layer``; see :class:`visiontok.engine.attach.Policy`."""
+        if "decoder_states" in self._taps.get(layer, ()):
+            call.notes["decoder_states", layer] = visual(call, layer, x.detach())
+
+    @torch.no_grad()
+    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """A module of ``layer`` has made ``y`` of ``x``, both (B, M, D)."""
+        official = self.fidelity == "official"
+        moved = turned(call, layer, x, y, official=official)
+        call.notes["transition", layer] = call.notes.get(("transition", layer), 0) + moved  # attention, then MLP
+
+    def _since(self, first: int | float, cut: int) -> list[int]:
+        """The layers before ``cut``, from ``first`` on, that hold visual tokens; the last one at least."""
+        start = min(resolve_layer(first, self.depth, name="decoder_transition"), cut - 1)
+        return [layer for layer in range(start, cut) if not self.hidden[layer] or layer == cut - 1]
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
@@ -538,6 +587,14 @@ class StagePolicy:
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
             return call.units.gather(found[..., None])[..., 0]
+        if stat == "ahead":
+            return self._looked(call, cut, self._ahead(layer))
+        if stat in _NOTED or stat == "transition":
+            layers = [] if cut is None else self._since(layer, cut) if stat == "transition" else [cut + int(layer)]
+            notes = [call.notes[stat, i] for i in layers if (stat, i) in call.notes]
+            if not notes or len(notes) < len(layers):
+                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method, at a cut")
+            return functools.reduce(torch.add, notes)
         if stat in _OF_CLS and not self.adapter.cls_token:
             raise UnsupportedError(
                 f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
@@ -553,6 +610,20 @@ class StagePolicy:
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
         found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
         return found if stat == "keys" else found[..., 0]
+
+    def _looked(self, call: Prefill, cut: int | None, layer: int) -> torch.Tensor:
+        """(U, N) what the last prompt token looks for in ``layer`` of the stock model."""
+        if cut is not None:
+            raise ConfigError(f"attention.ahead({layer}): at a cut, read the layers before it instead")
+        if call.ahead is None:
+            raise UnsupportedError(
+                f"{self._model}: looking ahead needs the hooks of compress(), a DynamicCache and visual tokens in the "
+                "prompt; leave out cache_implementation and prefill_chunk_size, and call generate() within compress()"
+            )
+        if ("ahead", layer) not in call.notes:
+            call.trace.ahead.append(layer)
+            call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
+        return call.notes["ahead", layer]
 
     def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []
@@ -621,7 +692,15 @@ class StagePolicy:
         attachment.add(module.register_forward_pre_hook(_projector_hook, with_kwargs=True))
 
     def _vision_sink(
-        self, layer: int, stats: frozenset[str], call: Any, q: torch.Tensor, k: torch.Tensor, mask: Any, kwargs: Any
+        self,
+        layer: int,
+        stats: frozenset[str],
+        call: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        kwargs: Any,
     ) -> None:
         record = current_record()
         if record is None or not self._serves():
@@ -649,17 +728,23 @@ class StagePolicy:
         call: Prefill | None,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         mask: Any,
         kwargs: Any,
     ) -> None:
         if not isinstance(call, Prefill) or call.policy is not self:
+            return
+        for name, x in zip(HEADS, (q, k, v), strict=True):
+            if name in stats:
+                call.notes[name, layer] = heads(call, layer, x)
+        if not stats.intersection(_DECODER):
             return
         layout = call.layouts[layer]
         valid = call.entry_valid if layout is None else layout.valid
         visible = _visible(mask, q, k, valid)
         bias = self._bias(call, layer, k)
         scale = kwargs.get("scaling")
-        for stat in stats:
+        for stat in stats.intersection(_DECODER):
             if stat == "last_row":
                 here = torch.arange(q.shape[2], device=q.device)
                 last = (self._occupied(valid, q) * here).argmax(1, keepdim=True)  # right padding lies behind it
@@ -667,11 +752,22 @@ class StagePolicy:
                 query = q.transpose(1, 2)[row, last].transpose(1, 2)
                 total = attention_rows(query, k, scale=scale, visible=visible[row, last], bias=bias)[:, 0]
             else:
-                asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
-                weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
+                image = self._image(call, layer) if stat == "own_peaks" else None
+                if image is not None:
+                    ones = torch.ones_like(image, dtype=torch.float32)
+                    size = ones.new_zeros(len(image), len(call.units) + 1).scatter_add(1, image, ones)
+                    weight = (image > 0) / size.gather(1, image)
+                else:
+                    asks = self._occupied(valid, q) if stat == "decoder_received" else self._asking(call, layer)
+                    weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
+                reduce = attention_peaks if stat.endswith("peaks") else attention_rows
                 total = weight.new_zeros(q.shape[0], k.shape[2])
                 for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
-                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    scores = reduce(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    if image is not None:  # what is behind these rows' own image is not theirs
+                        mine = scores[..., -image.shape[1] :]
+                        scores = mine * (image[:, rows, None] == image[:, None])
+                        scores = torch.nn.functional.pad(scores, (total.shape[1] - image.shape[1], 0))
                     total += (scores * weight[:, rows, None]).sum(1)
             by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
@@ -682,6 +778,18 @@ class StagePolicy:
         # the cache already counts the keys of this call; without one they are all there is
         bias = call.slot_bias(layer) if call.cache is None else call.cache.layers[layer].bias
         return None if bias is None else bias[:, -k.shape[2] :]
+
+    @staticmethod
+    def _image(call: Prefill, layer: int) -> torch.Tensor:
+        """(B, M) long: which image the token in each slot of ``layer`` is of, from 1 on; 0 for text and padding."""
+        units = call.units
+        number = torch.arange(1, len(units) + 1, device=units.row.device)[:, None].expand_as(units.valid)
+        here = call.enter(units.scatter(number * units.valid)) * call.entry_valid_or_ones()
+        layout = call.layouts[layer]
+        if layout is None:
+            return here
+        here = layout.gather(here)
+        return here if layout.valid is None else here * layout.valid
 
     @staticmethod
     def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
@@ -776,9 +884,25 @@ def _needs(stage: Stage) -> Needs:
 
 
 def _earliest_cut(stage: Stage) -> int:
-    return max((-offset for offsets in _offsets(_needs(stage)) for offset in offsets), default=0)
+    needs = _needs(stage)
+    offsets = [offset for offsets in _offsets(needs) for offset in offsets]
+    return max((-offset for offset in offsets), default=1 if needs.decoder_transition else 0)
+
+
+def _distinct(stages: Sequence[Stage], depth: int) -> list[Stage]:
+    """On a shallow model, cuts of one method at fractions of the depth fall on one layer; the last stands for all."""
+
+    def place(stage: Stage) -> tuple[str, int] | None:
+        if stage.kind != "cut" or stage.method is None or not isinstance(stage.layer, float):
+            return None
+        return stage.method.card.name, resolve_layer(stage.layer, depth, name="layer", lowest=_earliest_cut(stage))
+
+    last = {place(stage): i for i, stage in enumerate(stages)}
+    return [stage for i, stage in enumerate(stages) if place(stage) is None or last[place(stage)] == i]
 
 
 def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
-    """Decoder layers a method reads, per statistic of ``_DECODER``."""
-    return needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
+    """Decoder layers a method reads, per statistic of ``_DECODER`` and ``_NOTED``."""
+    attention = needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
+    peaks = needs.decoder_own_peaks, needs.decoder_text_peaks
+    return (*attention, *peaks, needs.decoder_states, needs.decoder_queries, needs.decoder_keys, needs.decoder_values)

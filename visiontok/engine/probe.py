@@ -33,7 +33,7 @@ def _tapped_attention(
     call = kwargs.pop(CALL, None)
     # another thread may have taken the last tap away since this one read the config
     config, taps = module.__dict__.get(_TAPS) or (module.config, ())
-    _show(taps, call, query, key, attention_mask, kwargs)
+    _show(taps, call, query, key, value, attention_mask, kwargs)
     name = config._attn_implementation
     if name not in TAKE_BIAS and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
         name = "sdpa"  # only a bias per key leads to such a mask here
@@ -58,7 +58,7 @@ class Tap:
 
     Args:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
-        sink: called as ``sink(call, query, key, attention_mask, kwargs)`` with query (B, H, Q, d) and key
+        sink: called as ``sink(call, query, key, value, attention_mask, kwargs)`` with query (B, H, Q, d), key and value
             (B, Hkv, K, d); must be picklable. None only lets the module take a bias per key.
     """
 

@@ -32,6 +32,7 @@ def run_prompt_stages(
     embeds: torch.Tensor,
     attended: torch.Tensor,
     positions: Callable[[], torch.Tensor],
+    ahead: Callable[[int, Prefill], torch.Tensor] | None = None,
 ) -> tuple[Prefill, torch.Tensor | None, torch.Tensor]:
     """Ask the methods before the language model.
 
@@ -45,6 +46,7 @@ def run_prompt_stages(
         embeds: (B, N, D) inputs of the language model.
         attended: (B, N) bool on the host, positions that are not padding.
         positions: makes the positions of the prompt in the language model, (…, B, N) long.
+        ahead: looks ahead to a decoder layer; None if that cannot be done.
 
     Returns:
         the call with its books, the (B, N) keep mask over visual positions (None: all), and the embeddings, merged or
@@ -53,7 +55,7 @@ def run_prompt_stages(
     visual = functools.reduce(torch.logical_or, masks.values())
     units = _units(adapter, masks, records)
     call = Prefill(policy, trace, units, records, visual, attended, ids, ids_host, embeds)
-    call.positions = positions
+    call.positions, call.ahead = positions, ahead
     trace.ledger = TokenLedger(call.visual, call.attended, call.units, trace.depth)
     trace.encoders = [record.clock for record in records]
     config: Any = adapter.base.config

@@ -23,6 +23,7 @@ class Trace:
         inputs: what the caller gave the tower in each run, and what it got of that at a pixel stage; None for a family
             outside the cost model.
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
+        ahead: decoder layers that were looked ahead at.
         chunk: whether this was a part of a prompt only.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
@@ -36,6 +37,7 @@ class Trace:
         self.encoders: list[Clock] = []
         self.inputs: list[tuple[VisionInputs, VisionInputs] | None] = []
         self.plane: Literal["hooks", "inputs"] = "hooks"
+        self.ahead: list[int] = []
         self.chunk = False
         self.promises = Promises()
         self.steps: int | None = 0

@@ -51,16 +51,29 @@ def attention_rows(
     Reference:
         FastV, arXiv 2403.06764 (last row); FasterVLM, arXiv 2412.01818 (CLS row).
     """
+    return unrow(_weights(q, k, scale, visible, bias).mean((1, 2)), q, 3)
+
+
+def attention_peaks(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`attention_rows`, the largest over heads instead of the mean.
+
+    Reference:
+        FitPrune, arXiv 2409.10197.
+    """
+    return unrow(_weights(q, k, scale, visible, bias).amax((1, 2)), q, 3)
+
+
+def _weights(q: Tensor, k: Tensor, scale: float | None, visible: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(B, G, H / G, R, N) float32."""
     logits = _logits(q, k, scale)
     if bias is not None:
         logits = logits + rows(bias, 1, "bias").float()[:, None, None, None]
-    if visible is not None:
-        hidden = ~rows(visible, 2, "visible")[:, None, None]
-        logits = logits.masked_fill(hidden, -torch.inf)
-        weights = logits.softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    else:
-        weights = logits.softmax(-1)
-    return unrow(weights.mean((1, 2)), q, 3)
+    if visible is None:
+        return logits.softmax(-1)
+    hidden = ~rows(visible, 2, "visible")[:, None, None]
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
 
 
 def attention_logits(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:

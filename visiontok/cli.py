@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `visiontok methods`, `visiontok check`, `visiontok doctor`.
+"""The command line: `visiontok run`, `methods`, `cost`, `check`, `doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -18,6 +18,7 @@ from visiontok.errors import ConfigError, VisiontokError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from visiontok.conventions import Bill
     from visiontok.method import Card
 
 app = typer.Typer(
@@ -183,6 +184,42 @@ def check(
 
 
 @app.command()
+def cost(
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERSxTOKENS,...",
+            help="Visual tokens per layer: 2x576,30x288. 576>513: dropped behind a layer's attention; kv576: keys and "
+            "values only.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b, qwen2.5-vl-7b, …, or a folder with a config.json.")
+    ] = "llava-1.5-7b",
+    convention: Annotated[
+        list[str] | None, typer.Option(metavar="A|B|C|D", help="Published formula; may be repeated. Default: all.")
+    ] = None,
+    stock: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Visual tokens of the stock model. Default: most of a layer.")
+    ] = None,
+    text: Annotated[int, typer.Option(metavar="TOKENS", help="Text tokens, which every layer sees.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Count a schedule of visual tokens by the formulas of published tables, and exactly."""
+    from visiontok import conventions
+
+    loads = conventions.parse_schedule(schedule)
+    config = conventions.decoder_config(model)
+    names = convention or conventions.CONVENTIONS
+    whole = conventions.parse_schedule(f"{len(loads)}x{max(load.keys for load in loads) if stock is None else stock}")
+    found, before = (conventions.bill(config, one, text=text, conventions=names) for one in (loads, whole))
+    if as_json:
+        _print_json({"model": model, "text": text, "schedule": found.to_dict(), "stock": before.to_dict()})
+    else:
+        _print_bills(found, before, _console())
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Tell what this machine has: versions, devices, kernels."""
     from visiontok.doctor import inspect, render
@@ -234,6 +271,29 @@ def _print_table(cards: list[Card], console: Console) -> None:
         paper = card.paper if card.venue in ("", "-") else f"{card.paper} ({card.venue})"
         table.add_row(*map(escape, (card.name, card.stage, card.needs, paper)))
     console.print(table)
+
+
+def _print_bills(found: Bill, stock: Bill, console: Console) -> None:
+    from rich.table import Table
+
+    from visiontok.conventions import MEANING
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("", f"{stock.schedule}", "schedule", "left"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows: list[tuple[str, float, float, float, str]]
+    rows = [(f"{name}: {MEANING[name]}", stock.published[name], n, 1e12, "T") for name, n in found.published.items()]
+    if found.exact is not None and found.kv is not None and stock.exact is not None and stock.kv is not None:
+        rows.append(("executed FLOPs", stock.exact, found.exact, 1e12, "T"))
+        rows.append(("keys and values, 16 bit", stock.kv, found.kv, 1e6, "MB"))
+    rows.append(("visual tokens per layer", stock.layer_average, found.layer_average, 1, ""))
+    for name, before, after, unit, letter in rows:
+        share = f"{100 * after / before:.1f} %" if before else "-"
+        digits = 1 if unit < 1e12 else 3
+        table.add_row(name, *(f"{n / unit:.{digits}f} {letter}".strip() for n in (before, after)), share)
+    console.print(table)
+    if found.exact is None:
+        console.print("The cost model does not know this family; measure it with torch.utils.flop_counter.")
 
 
 def _print_card(card: Card, console: Console) -> None:

@@ -188,9 +188,9 @@ def cost(
     schedule: Annotated[
         str,
         typer.Option(
-            metavar="LAYERSxTOKENS,...",
+            metavar="SCHEDULE",
             help="Visual tokens per layer: 2x576,30x288. 576>513: dropped behind a layer's attention; kv576: keys and "
-            "values only.",
+            "values only. With --average a shape: single@2, geometric@8,16,24, linear@14, concave@10,14,16,18:10,5,1.",
         ),
     ],
     model: Annotated[
@@ -202,14 +202,28 @@ def cost(
     stock: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Visual tokens of the stock model. Default: most of a layer.")
     ] = None,
+    average: Annotated[
+        float | None, typer.Option(metavar="TOKENS", help="Solve the shape for this mean over all layers.")
+    ] = None,
+    start: Annotated[int, typer.Option(help="With --average: first layer that sees visual tokens.")] = 0,
+    stop: Annotated[int | None, typer.Option(help="With --average: first layer that sees none any more.")] = None,
     text: Annotated[int, typer.Option(metavar="TOKENS", help="Text tokens, which every layer sees.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Count a schedule of visual tokens by the formulas of published tables, and exactly."""
     from visiontok import conventions
+    from visiontok.cost import Widths
 
-    loads = conventions.parse_schedule(schedule)
     config = conventions.decoder_config(model)
+    if average is None:
+        if "@" in schedule or start or stop is not None:
+            raise ConfigError(f"--schedule {schedule}: a shape, --start and --stop need --average, and --stock tokens")
+        loads = conventions.parse_schedule(schedule)
+    elif stock is None:
+        raise ConfigError(f"--average {average:g}: say of how many visual tokens, for example --stock 576")
+    else:
+        depth = Widths.of(config).layers
+        loads = conventions.solve_schedule(schedule, stock, average, depth=depth, start=start, stop=stop)
     names = convention or conventions.CONVENTIONS
     whole = conventions.parse_schedule(f"{len(loads)}x{max(load.keys for load in loads) if stock is None else stock}")
     found, before = (conventions.bill(config, one, text=text, conventions=names) for one in (loads, whole))
@@ -292,6 +306,7 @@ def _print_bills(found: Bill, stock: Bill, console: Console) -> None:
         digits = 1 if unit < 1e12 else 3
         table.add_row(name, *(f"{n / unit:.{digits}f} {letter}".strip() for n in (before, after)), share)
     console.print(table)
+    console.print(f"schedule: {found.schedule}")
     if found.exact is None:
         console.print("The cost model does not know this family; measure it with torch.utils.flop_counter.")
 

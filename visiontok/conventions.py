@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ MEANING = {
     "D": "FLOPs with grouped keys, softmax, norms (LLM-Viewer: AIM, FiCoCo)",
 }
 CONVENTIONS = tuple(MEANING)
+_SHAPE = re.compile(r"(single|geometric|linear|concave)@(\d+(?:,\d+)*)(?::(\d+(?:,\d+)*))?")
 _ITEM = re.compile(r"(?:(\d+)x)?(kv)?(\d+)(?:>(\d+))?")
 
 
@@ -108,6 +109,48 @@ def format_schedule(loads: Sequence[Load]) -> str:
         return f"{load.keys}" if load.out == load.keys else f"{load.keys}>{load.out}"
 
     return ",".join(f"{len(list(run))}x{tokens(load)}" for load, run in groupby(loads))
+
+
+def solve_schedule(
+    text: str, n: int, average: float, *, depth: int, start: int = 0, stop: int | None = None
+) -> list[Load]:
+    """A shape of pruning with the layer average that is wanted; see :mod:`visiontok.schedules`.
+
+    Args:
+        text: "single@2", "geometric@8,16,24", "linear@14" (its first layer), or "concave@10,14,16,18:10,5,1" (cuts, and
+            tokens after each but the first).
+        n: visual tokens of the stock model.
+        average: wanted mean, in tokens per layer.
+        depth: decoder layers.
+        start: first layer that sees visual tokens.
+        stop: first layer that sees none any more; ``depth`` by default.
+
+    Raises:
+        ConfigError: for anything else, or an average that the shape cannot have.
+    """
+    from .functional import concave, geometric, layer_average, linear
+
+    match = _SHAPE.fullmatch(text.replace(" ", ""))
+    if match is None or (match[1] in ("single", "linear") and "," in match[2]):
+        raise ConfigError(
+            f"schedule={text!r}: write single@2, geometric@8,16,24, linear@14 or concave@10,14,16,18:10,5,1 for an "
+            "average"
+        )
+    cuts, tail = ([int(x) for x in (part or "").split(",") if x] for part in match.groups()[1:])
+    limits: dict[str, Any] = {"depth": depth, "start": start, "stop": stop}
+    if match[1] == "linear":
+        counts = linear(n, average, first=cuts[0], **limits)
+        cuts = list(range(cuts[0], cuts[0] + len(counts)))
+    elif match[1] == "concave":
+        counts = concave(n, average, cuts=cuts, tail=tail, **limits)
+    else:
+        counts = (layer_average if match[1] == "single" else geometric)(n, average, cuts=cuts, **limits)
+    end = depth if stop is None else stop
+    edges = [*cuts, end]
+    tokens = [0] * start + [n] * (cuts[0] - start)
+    for count, (a, b) in zip(counts, pairwise(edges), strict=True):
+        tokens += [count] * (b - a)
+    return [Load.all(count) for count in tokens + [0] * (depth - end)]
 
 
 # --------------------------------------------------------------------------------------------------------------- models

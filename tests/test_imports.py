@@ -47,6 +47,7 @@ LAYERS = {
     "visiontok.cli": "cli",
     "visiontok.doctor": "doctor",
     "visiontok.conformance": "conformance",
+    "visiontok.calibration": "calibration",
     "visiontok.eval": "eval",
     "visiontok.demo": "demo",
 }
@@ -82,7 +83,9 @@ MAY_IMPORT = {
     "api": API,
     "run": API | {"package", "overlay", "options", "run", "demo"},
     "conformance": API | {"package", "conformance"},
-    "cli": API | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "cost"},
+    "calibration": API | {"conventions", "images", "calibration", "package", "demo"},
+    "cli": API
+    | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "eval": API | {"package", "eval", "demo"},
     "demo": API | {"package", "options", "demo"},

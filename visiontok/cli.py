@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `methods`, `cost`, `check`, `doctor`.
+"""The command line: `visiontok run`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -231,6 +231,50 @@ def cost(
         _print_json({"model": model, "text": text, "schedule": found.to_dict(), "stock": before.to_dict()})
     else:
         _print_bills(found, before, _console())
+
+
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Argument(help="vtw, shortv, fitprune, entropyprune, hidrop or todre.")],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|JSONL",
+            help='Pictures, each with its question in a .txt of the same name, or lines of {"image": path, "question": '
+            "text}. Default: scenes of the embedded models.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many of them.")] = 20,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Artefact to write; a drawing goes beside it. Default: METHOD.json."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the calibration; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model and recommend layers, in a file that `run --method` takes; goes on where it was interrupted."""
+    options = _parse_options(option or [])
+    from visiontok.calibration.job import run_job
+
+    found, path, drawing = run_job(
+        method=method, model=model, data=data, samples=samples, out=out, device=device, options=options
+    )
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print(f"{found.calibration}: {found.title}\n{found.source}\n")
+    for name, points in found.curves.items():
+        print(f"{name}: " + " ".join(f"{layer}:{value:.3g}" for layer, value in points))
+    for note in found.notes:
+        print(f"note: {note}")
+    said = "nothing" if found.recommended is None else json.dumps(found.recommended)
+    print(f"recommended: {said}\nwritten: {path}, {drawing}")
 
 
 @app.command()

@@ -150,13 +150,20 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
-        """The recipe that :meth:`to_dict` describes.
+        """The recipe that :meth:`to_dict` describes, or that of the method which a calibration was made for.
 
         Raises:
-            ConfigError: for unknown fields, methods, options or values.
+            ConfigError: for unknown fields, methods, options or values, and for a calibration that recommends nothing.
         """
         from .recipes import find
 
+        if isinstance(data, Mapping) and "calibration" in data:
+            if not isinstance(data.get("recommended"), Mapping):
+                raise ConfigError(
+                    f"recommended={data.get('recommended')!r}: this calibration of {data['calibration']} found nothing "
+                    "to recommend; calibrate with other options"
+                )
+            return recipe(data["calibration"], **data["recommended"])
         _check_fields("recipe", data, _FIELDS)
         if not isinstance(data.get("stages"), list):
             raise ConfigError(f"stages={data.get('stages')!r}: a recipe needs a list of stages")

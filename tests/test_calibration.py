@@ -8,6 +8,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -329,9 +330,9 @@ def given(**rows: list[float]) -> Measure:
 @pytest.mark.parametrize(
     ("mass", "found"),
     [
-        ([0.2, 0.5, 0.4, 0.3, 0.09, 0.08, 0.02], {"layer": 4, "tau": 0.1}),
+        ([0.2, 0.5, 0.4, 0.3, 0.09, 0.08, 0.02], {"exit": 4, "tau": 0.1}),
         ([0.2, 0.5, 0.4, 0.3, 0.09, 0.2, 0.02], None),  # one layer alone is no decay
-        ([0.5, 0.01, 0.01, 0.01, 0.2, 0.01, 0.01], {"layer": 5, "tau": 0.1}),  # not in the first half
+        ([0.5, 0.01, 0.01, 0.01, 0.2, 0.01, 0.01], {"exit": 5, "tau": 0.1}),  # not in the first half
         ([0.5] * 7, None),
     ],
 )
@@ -346,11 +347,17 @@ def test_inter_layer_similarity() -> None:
     mass = [0.05, 0.1, 0.4, 0.6, 0.5, 0.3, 0.2, 0.05, 0.02]
     alike = [0.1, 0.2, 0.9, 0.5, 0.8, 0.4, 0.95, 0.1]  # of layers 0 and 1, 1 and 2, …
     outcome = InterLayerSimilarity(cuts=2).find(given(mass=mass, similarity=alike), None)
-    assert outcome.recommended == {"inject": 2, "cuts": [4, 6], "exit": 7}
+    assert outcome.recommended == {"inject": 2, "layers": [4, 6], "exit": 7}
     assert outcome.curves["similarity"] == dict(enumerate(alike, 1))
-    never = InterLayerSimilarity().find(given(mass=[0.5, 0.5, 0.5], similarity=[0.9, 0.8]), None)
-    assert never.recommended == {"inject": 0, "cuts": [1, 2], "exit": None}
-    assert never.notes == ("only 2 layers lie between injection and exit",)
+    never = given(mass=[0.5, 0.5, 0.5], similarity=[0.9, 0.8])
+    fades = "attention to the image never fades: the exit is the last layer"
+    few = "2 layers lie between injection at 0 and exit at 3; ask for fewer cuts"
+    assert InterLayerSimilarity(cuts=1).find(never, None) == Outcome(
+        {"mass": dict(enumerate([0.5] * 3)), "similarity": {1: 0.9, 2: 0.8}},
+        {"inject": 0, "layers": [2], "exit": 3},
+        (fades,),
+    )
+    assert InterLayerSimilarity(cuts=3).find(never, None).notes == (few, fades)
 
 
 def test_what_is_no_papers_code_is_called_a_reconstruction() -> None:
@@ -441,7 +448,10 @@ def test_the_artefact_is_a_recipe(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     assert data["model"] == {"name": "tiny", "type": "llava", "layers": DEPTH, "weights": fingerprint(model)}
     assert (data["options"], data["recommended"]) == ({"eta": 0.003, "first": 5 / 32}, {"layer": 3})
-    assert Recipe.load(file) == visiontok.recipe("vtw", layer=3)
+    loaded = Recipe.load(file)
+    assert loaded == replace(visiontok.recipe("vtw", layer=3), calibrated=("llava", DEPTH))
+    assert loaded == Recipe.from_dict(loaded.to_dict())
+    assert (visiontok.recipe("fastv") + loaded).calibrated == loaded.calibrated
     with visiontok.compress(model, str(file)) as compression:
         model.generate(**prompts(model)[0], max_new_tokens=2)
         assert [sum(layer.tolist()) > 0 for layer in (compression.ledger.alive(k)[0] & compression.ledger.visual[0]
@@ -449,6 +459,19 @@ def test_the_artefact_is_a_recipe(tmp_path: Path) -> None:
     root = ET.parse(drawing).getroot()
     lines = root.findall("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.attrib["points"].split()) for line in lines] == [DEPTH - 1]
+
+
+def test_an_artefact_of_another_model_is_refused(tmp_path: Path) -> None:
+    run(ExitKL(eta=1e9), llava()).save(tmp_path / "vtw.json")
+    other = zoo.build("llava")
+    with pytest.raises(ConfigError, match=r"calibrated=\('llava', 6\): .* this llava of 4 decoder layers; run"):
+        visiontok.compress(other, tmp_path / "vtw.json")
+    data = json.loads((tmp_path / "vtw.json").read_text())
+    for wrong in ("llava", ["llava"], ["llava", "6"]):
+        with pytest.raises(ConfigError, match=r"calibrated=.*\['llava', 32\]"):
+            Recipe.from_dict({"stages": [{"kind": "exit", "layer": 1}], "calibrated": wrong})
+    with pytest.raises(ConfigError, match="calibrated="):
+        Recipe.from_dict(data | {"model": data["model"] | {"layers": None}})
 
 
 def test_an_artefact_that_recommends_nothing_is_no_recipe(tmp_path: Path) -> None:

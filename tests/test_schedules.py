@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visiontok import functional as F
+from visiontok import schedules
+from visiontok.allocators import layer_average
 from visiontok.conventions import format_schedule, solve_schedule
 from visiontok.errors import ConfigError
 
@@ -49,7 +50,7 @@ def test_geometric_is_the_largest_that_fits(n: int, where: dict, data: st.DataOb
     shapes = [at(k, i) for k in range(n + 1) for i in range(1, len(lens) + 1)]
     costs = {sum(c * m for c, m in zip(shape, lens, strict=True)): shape for shape in shapes}
     best = max(cost for cost in costs if spent + cost <= average * where["depth"])
-    assert F.geometric(n, average, **where) == costs[best]
+    assert schedules.geometric(n, average, **where) == costs[best]
 
 
 @given(st.integers(1, 30), places(most=1), st.data())
@@ -62,7 +63,7 @@ def test_linear_is_the_flattest_that_fits(n: int, where: dict, data: st.DataObje
     shapes = [[max(math.floor(n * (1 - i * s)), 0) for i in range(1, layers + 1)] for s in slopes]
     costs = {sum(shape): shape for shape in shapes}
     best = max(cost for cost in costs if (first - where["start"]) * n + cost <= average * where["depth"])
-    assert F.linear(n, average, first=first, **where) == costs[best]
+    assert schedules.linear(n, average, first=first, **where) == costs[best]
 
 
 @given(st.integers(4, 40), places(), st.data())
@@ -74,10 +75,10 @@ def test_concave_is_the_most_that_fits_in_front_of_the_tail(n: int, where: dict,
     spent = (where["cuts"][0] - where["start"]) * n + sum(c * m for c, m in zip(tail, lens[1:], strict=True))
     fits = [k for k in range(max(tail, default=1), n + 1) if spent + k * lens[0] <= average * where["depth"]]
     if fits:
-        assert F.concave(n, average, tail=tail, **where) == [max(fits), *tail]
+        assert schedules.concave(n, average, tail=tail, **where) == [max(fits), *tail]
     else:
         with pytest.raises(ConfigError, match=rf"average={average}: .* fewer than the tail"):
-            F.concave(n, average, tail=tail, **where)
+            schedules.concave(n, average, tail=tail, **where)
 
 
 @given(st.integers(2, 40), places(most=1), st.data())
@@ -86,8 +87,8 @@ def test_every_shape_with_one_cut_is_the_closed_form(n: int, where: dict, data: 
     average = averages(data, n, where)
     (cut,), depth, start, stop = where["cuts"], where["depth"], where["start"], where["stop"]
     k = min((depth * average - (cut - start) * n) // (stop - cut), n)
-    assert F.layer_average(n, average, **where) == F.geometric(n, average, **where) == [k]
-    assert F.concave(n, average, tail=[], **where) == [k]
+    assert layer_average(n, average, **where) == schedules.geometric(n, average, **where) == [k]
+    assert schedules.concave(n, average, tail=[], **where) == [k]
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,8 @@ def test_published_schedules_follow_from_their_average(shape: str, average: floa
 
 def test_an_average_is_read_in_decimal() -> None:
     """0.1 of 30 layers is 3 tokens, not the 3.0000000000000004 or 2.9999999999999996 of binary."""
-    assert F.geometric(5, 0.1, depth=30, cuts=[0], stop=3) == [1]
-    assert F.linear(5, 2.3, depth=10, first=0) == F.linear(5, 2.35, depth=10, first=0)
+    assert schedules.geometric(5, 0.1, depth=30, cuts=[0], stop=3) == [1]
+    assert schedules.linear(5, 2.3, depth=10, first=0) == schedules.linear(5, 2.35, depth=10, first=0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_errors_name_argument_value_and_remedy(wrong: dict, said: str) -> None:
     arguments = {"average": 5, "depth": 8} | wrong
     average = arguments.pop("average")
     with pytest.raises(ConfigError, match=said):
-        (F.concave if "tail" in wrong else F.geometric)(8, average, **arguments)
+        (schedules.concave if "tail" in wrong else schedules.geometric)(8, average, **arguments)
 
 
 @pytest.mark.parametrize("text", ["single", "single@", "single@2,3", "linear@2,3", "cubic@2", "single@-2", "@2"])

@@ -128,7 +128,8 @@ def solve_schedule(
     Raises:
         ConfigError: for anything else, or an average that the shape cannot have.
     """
-    from .functional import concave, geometric, layer_average, linear
+    from .allocators import layer_average
+    from .schedules import concave, geometric, linear
 
     match = _SHAPE.fullmatch(text.replace(" ", ""))
     if match is None or (match[1] in ("single", "linear") and "," in match[2]):

@@ -14,7 +14,6 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
-from .schedules import concave, geometric, linear
 from .scorers.attention import attention_columns, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
@@ -60,7 +59,6 @@ __all__ = [
     "centred",
     "clusters",
     "components",
-    "concave",
     "coordinates",
     "coverage",
     "discount",
@@ -68,11 +66,9 @@ __all__ = [
     "effective_rank",
     "facility",
     "foreground",
-    "geometric",
     "layer_average",
     "learned",
     "least_similar",
-    "linear",
     "maxmin",
     "maxsum",
     "merge",

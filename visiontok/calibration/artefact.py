@@ -76,7 +76,7 @@ class Artefact:
         """The decoder layers among what is recommended."""
         found: list[int] = []
         for name, value in (self.recommended or {}).items():
-            if name in ("layer", "layers", "inject", "cuts", "exit") and value is not None:
+            if name in ("layer", "layers", "inject", "exit"):
                 found += value if isinstance(value, list) else [value]
         return found
 

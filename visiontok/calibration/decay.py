@@ -43,7 +43,7 @@ class MassDecay(Calibrator):
         layer = next((layer for layer in deep if max(mass[layer], mass[layer + 1]) < tau), None)
         if layer is None:
             return Outcome(curves, None, (f"no two layers of the deeper half have a mass below tau={tau:.3g}",))
-        return Outcome(curves, {"layer": layer, "tau": tau})
+        return Outcome(curves, {"exit": layer, "tau": tau})
 
     @staticmethod
     def _mass(probe: Probe, inputs: Mapping[str, Any], sample: int) -> Row:

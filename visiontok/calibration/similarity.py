@@ -56,12 +56,14 @@ class InterLayerSimilarity(Calibrator):
         most = max(mass)
         inject = next(layer for layer, x in enumerate(mass) if x >= self.rise * most)
         last = max(layer for layer, x in enumerate(mass) if x >= self.fall * most)
-        leaves = last + 1 if last + 1 < len(mass) else None
-        inside = range(inject + 1, len(mass) if leaves is None else leaves)
-        cuts = sorted(sorted(inside, key=lambda layer: curves["similarity"][layer])[: self.cuts])
-        found = {"inject": inject, "cuts": cuts, "exit": leaves}
-        notes = () if len(cuts) == self.cuts else (f"only {len(cuts)} layers lie between injection and exit",)
-        return Outcome(curves, found, notes)
+        leaves = last + 1
+        notes = () if leaves < len(mass) else ("attention to the image never fades: the exit is the last layer",)
+        inside = range(inject + 1, leaves)
+        if len(inside) < self.cuts:
+            said = f"{len(inside)} layers lie between injection at {inject} and exit at {leaves}; ask for fewer cuts"
+            return Outcome(curves, None, (said, *notes))
+        layers = sorted(sorted(inside, key=lambda layer: curves["similarity"][layer])[: self.cuts])
+        return Outcome(curves, {"inject": inject, "layers": layers, "exit": leaves}, notes)
 
     @staticmethod
     def _rows(probe: Probe, inputs: Mapping[str, Any], sample: int) -> Row:

@@ -99,6 +99,7 @@ def test_vtw_tries_no_layer_before_the_first() -> None:
     assert run(ExitKL(first=0.5), model).recommended == {"layer": 3}
 
 
+@pytest.mark.engine
 def test_the_divergence_is_that_of_a_stock_model_without_the_columns() -> None:
     model = llava()
     found = run(ExitKL(), model)
@@ -124,6 +125,7 @@ def test_shortv_finds_the_layers_that_do_nothing() -> None:
     assert [layer for layer, kl in found.curves["kl"] if kl > 1e-6] == [0, 2, 4]
 
 
+@pytest.mark.engine
 def test_frozen_visual_tokens_are_attended_to_as_they_entered() -> None:
     """Only the state behind the layer is the old one: what text sees in it are keys and values of the frozen state."""
     model = llava()
@@ -177,6 +179,7 @@ def test_matrix_entropy_is_that_of_the_singular_values(shape: tuple[int, int]) -
 # --------------------------------------------------------------------------------------------------- stock statistics
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_rows_and_states_are_those_of_the_stock_model(name: str) -> None:
     model, eager = zoo.build(name, dtype=torch.float32), zoo.build(name, "eager", torch.float32)
@@ -204,6 +207,7 @@ def test_rows_and_states_are_those_of_the_stock_model(name: str) -> None:
         torch.testing.assert_close(found, states)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 def test_the_largest_of_the_heads_is_that_of_the_stock_model(name: str) -> None:
     model, eager = zoo.build(name, dtype=torch.float32), zoo.build(name, "eager", torch.float32)
@@ -259,6 +263,7 @@ def fit_by_hand(eager: Any, inputs: dict[str, Any], alpha: float) -> list[int]:
     return deleted
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.7])
 def test_fitprune_deletes_as_by_hand(alpha: float) -> None:
     model, eager = llava().float(), llava("eager").float()

@@ -50,7 +50,7 @@ class Probe:
         """(N,) bool, places of the visual tokens in the prompt."""
         with compress(self.model, cuts({0: lambda ctx: ctx.valid})) as compression:
             self.log_probabilities(inputs)
-            return compression.ledger.visual[0]
+            return compression.ledger.visual[0].to(inputs["input_ids"].device)
 
     def states(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Per decoder layer (N, D) float32, the visual tokens on its input."""

@@ -26,8 +26,9 @@ from visiontok.calibration.collapse import EntropyCollapse, matrix_entropy
 from visiontok.calibration.decay import MassDecay
 from visiontok.calibration.fit import FitBisect, _deleted, _masses
 from visiontok.calibration.freeze import LayerKL
+from visiontok.calibration.job import scenes
 from visiontok.calibration.probe import Probe
-from visiontok.calibration.samples import QUESTION, Sample, digest, read, scenes
+from visiontok.calibration.samples import QUESTION, Sample, digest, read
 from visiontok.calibration.similarity import InterLayerSimilarity
 from visiontok.calibration.withdraw import ExitKL
 from visiontok.calibration.work import fingerprint

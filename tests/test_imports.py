@@ -48,6 +48,7 @@ LAYERS = {
     "visiontok.doctor": "doctor",
     "visiontok.conformance": "conformance",
     "visiontok.calibration": "calibration",
+    "visiontok.calibration.job": "run",
     "visiontok.eval": "eval",
     "visiontok.demo": "demo",
 }
@@ -81,9 +82,9 @@ MAY_IMPORT = {
     "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
-    "run": API | {"package", "overlay", "options", "run", "demo"},
+    "run": API | {"package", "overlay", "options", "run", "demo", "calibration"},
     "conformance": API | {"package", "conformance"},
-    "calibration": API | {"conventions", "images", "calibration", "package", "demo"},
+    "calibration": API | {"conventions", "calibration"},
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},

@@ -15,7 +15,7 @@ from ..run import Loaded, find_device, load_model, quiet
 from . import CALIBRATORS
 from .artefact import Artefact
 from .base import Calibrator
-from .samples import Sample, digest, read, scenes
+from .samples import Sample, digest, read
 from .work import calibrate
 
 
@@ -71,6 +71,17 @@ def run_job(
             progress=_say,
         )
     return artefact, path, artefact.save(path)
+
+
+def scenes(number: int) -> list[Sample]:
+    """Scenes of the embedded models, each with one question, of every kind in turn."""
+    from visiontok.demo import scene
+
+    found = []
+    for seed in range(number):
+        picture, questions = scene(seed)
+        found.append(Sample(picture, questions[seed % len(questions)].text))
+    return found
 
 
 def _inputs(loaded: Loaded, sample: Sample) -> Mapping[str, object]:

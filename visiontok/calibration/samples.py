@@ -25,17 +25,6 @@ class Sample:
     question: str
 
 
-def scenes(number: int) -> list[Sample]:
-    """Scenes of the embedded models, each with one question, of every kind in turn."""
-    from visiontok.demo import scene
-
-    found = []
-    for seed in range(number):
-        picture, questions = scene(seed)
-        found.append(Sample(picture, questions[seed % len(questions)].text))
-    return found
-
-
 def read(source: str, number: int) -> list[Sample]:
     """The first ``number`` samples of a folder or a JSON Lines file.
 

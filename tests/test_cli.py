@@ -289,3 +289,51 @@ def test_doctor_tells_why_a_package_does_not_import(
     monkeypatch.syspath_prepend(tmp_path)
     findings = json.loads(call("doctor", "--json").out)
     assert findings["triton"].startswith("cannot be imported: OSError: libcuda.so: cannot open; ")
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+def test_cost_prints_a_published_row(call: Call) -> None:
+    done = call("cost", "--schedule", "2x576,30x288", "--convention", "B")
+    assert (done.code, done.err) == (0, "")
+    head, published, *rest, schedule = done.out.splitlines()
+    assert schedule == "schedule: 2x576,30x288"
+    assert head.split() == ["32x576", "schedule", "left"]
+    assert published.split()[-6:] == ["3.817", "T", "2.007", "T", "52.6", "%"]
+    assert [line.split()[-2] for line in rest] == ["52.6", "53.1", "53.1"]
+    assert "A:" not in done.out
+
+
+def test_cost_solves_a_shape(call: Call) -> None:
+    arguments = ("cost", "--schedule", "single@2", "--average", "192", "--stock", "576", "--stop", "24", "--json")
+    assert json.loads(call(*arguments).out)["schedule"]["schedule"] == "2x576,22x226,8x0"
+
+
+def test_cost_in_json_has_every_convention_and_the_text(call: Call) -> None:
+    arguments = ("cost", "--model", "llava-onevision-7b", "--schedule", "28x100", "--stock", "6272", "--text", "100")
+    found = json.loads(call(*arguments, "--json").out)
+    assert list(found["schedule"]["published"]) == ["A", "B", "C", "D"]
+    assert found["stock"]["schedule"] == "28x6272"
+    assert f"{found['stock']['published']['D'] / 1e12:.2f}" == "99.63"
+    assert found["stock"]["kv"] == 28 * 6372 * 2 * 512 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--schedule", "2x"), "cannot read '2x'"),
+        (("--schedule", "2x5"), "has 2 layers, the model 32"),
+        (("--schedule", "32x5", "--convention", "E"), "convention='E'"),
+        (("--schedule", "32x5", "--model", "m"), "model='m'"),
+        (("--schedule", "32x5", "--text", "-1"), "text=-1"),
+        (("--schedule", "single@2"), "--average"),
+        (("--schedule", "32x5", "--stop", "3"), "--average"),
+        (("--schedule", "single@2", "--average", "64"), "--stock 576"),
+        (("--schedule", "32x5", "--average", "64", "--stock", "576"), "write single@2"),
+    ],
+)
+def test_cost_names_what_is_wrong(call: Call, arguments: tuple[str, ...], said: str) -> None:
+    done = call("cost", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err

@@ -23,7 +23,7 @@ from visiontok.api import Compression
 from visiontok.conformance.schedules import cut, inject, leave, prompt
 from visiontok.conformance.zoo import TEXT, prepare
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.run import _Loaded
+from visiontok.run import Loaded
 
 pytestmark = pytest.mark.engine
 IMAGE, STEPS, DEPTH, CROSS, TILES, PATCHES = 100, 4, 4, (1, 3), 4, 17
@@ -771,7 +771,7 @@ def test_what_is_refused_says_why():
 
 
 def test_the_command_line_comparison_is_refused():
-    loaded = _Loaded("tiny", build(), None, torch.device("cpu"))
+    loaded = Loaded("tiny", build(), None, torch.device("cpu"))
     with pytest.raises(UnsupportedError, match=r"tiny: a model of type mllama .* use visiontok\.compress"):
         _ = loaded.text
 

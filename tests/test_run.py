@@ -52,7 +52,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: object) -> None:
         pytest.fail("the model was loaded before the arguments were checked")
 
-    monkeypatch.setattr(run, "_load", load)
+    monkeypatch.setattr(run, "load_model", load)
 
 
 # tokens per decoder layer at keep = 25 % of 144
@@ -104,7 +104,7 @@ def test_the_stock_side_is_the_stock_model() -> None:
     model, processor = visiontok.demo.load()
     picture, questions = visiontok.demo.scene(0)
     result = run.run_job(max_new_tokens=4, repeats=2)
-    inputs = run._Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, result.question)
+    inputs = run.Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, result.question)
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert result.stock.answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert result.stock.generated == len(ids)
@@ -151,8 +151,8 @@ def test_mass_attention_can_be_asked_for(call: Call) -> None:
 
 
 def test_nothing_stays_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = run._load("tiny", torch.device("cpu"))
-    monkeypatch.setattr(run, "_load", lambda *_: loaded)
+    loaded = run.load_model("tiny", torch.device("cpu"))
+    monkeypatch.setattr(run, "load_model", lambda *_: loaded)
     hooks = []
     for _ in range(2):  # transformers adds one of its own in the first forward
         run.run_job(max_new_tokens=2, repeats=1)

@@ -101,17 +101,45 @@ def layer_average(
     Reference:
         EntropyPrune (one cut, stop = depth) and TwigVLM (one cut and an exit), budget rules of the published code.
     """
-    end = depth if stop is None else stop
     weights = [Fraction(repr(float(s))) for s in (shape if shape is not None else [1.0] * len(cuts))]
+    if len(weights) != len(cuts) or min(weights, default=1) <= 0 or any(a < b for a, b in pairwise(weights)):
+        raise ConfigError(f"shape={shape!r}: give one positive, non-increasing number per cut ({len(cuts)})")
+    room, lengths = room_behind(n, average, depth=depth, cuts=cuts, start=start, stop=stop)
+    counts: list[int] = []
+    for i, weight in enumerate(weights):
+        # What rounding and clamping leave goes to the later cuts: the scale is solved again over what remains.
+        rest = room - sum(c * length for c, length in zip(counts, lengths, strict=False))
+        scale = rest / sum((w * length for w, length in zip(weights[i:], lengths[i:], strict=True)), Fraction(0))
+        affordable = (rest - sum(lengths[i + 1 :])) // lengths[i] if lengths[i] else n
+        counts.append(max(1, min(math.floor(scale * weight), affordable, counts[-1] if counts else n)))
+    return counts
+
+
+def room_behind(
+    n: int, average: float, *, depth: int, cuts: Sequence[int], start: int = 0, stop: int | None = None
+) -> tuple[int, list[int]]:
+    """What an average over all decoder layers leaves for those behind the first cut.
+
+    Args:
+        n: visual tokens of the image, which the layers ``start … cuts[0]-1`` see.
+        average: wanted mean, in tokens per layer.
+        depth: decoder layers.
+        cuts: layers on whose input the set shrinks, ascending.
+        start: first layer that sees visual tokens.
+        stop: first layer that sees none any more; ``depth`` by default.
+
+    Returns:
+        tokens × layers, and for each cut the number of layers up to the next one.
+
+    Raises:
+        ConfigError: if the layers are out of order, or there is not one token for each layer.
+    """
+    end = depth if stop is None else stop
     edges = [start, *cuts, end]
-    ascending = all(a <= b for a, b in pairwise(edges))
-    if not cuts or not ascending or start < 0 or cuts[-1] >= end or end > depth:
+    if not cuts or any(a > b for a, b in pairwise(edges)) or start < 0 or cuts[-1] >= end or end > depth:
         raise ConfigError(
             f"cuts={list(cuts)}: cuts must ascend, from start={start} on and below stop={end} <= depth={depth}"
         )
-    if len(weights) != len(cuts) or weights[-1] <= 0 or any(a < b for a, b in pairwise(weights)):
-        raise ConfigError(f"shape={shape!r}: give one positive, non-increasing number per cut ({len(cuts)})")
-
     lengths = [b - a for a, b in pairwise(edges[1:])]
     # The shortest decimal is what the user wrote; binary rounding must not cost a token.
     room = math.floor(Fraction(repr(float(average))) * depth) - (cuts[0] - start) * n
@@ -121,11 +149,4 @@ def layer_average(
             f"average={average}: with {n} tokens in layers {start} … {cuts[0] - 1} and one token per layer after that "
             f"the average is already {float(least):.2f}; raise the average or cut earlier"
         )
-    counts: list[int] = []
-    for i, weight in enumerate(weights):
-        # What rounding and clamping leave goes to the later cuts: the scale is solved again over what remains.
-        rest = room - sum(c * length for c, length in zip(counts, lengths, strict=False))
-        scale = rest / sum((w * length for w, length in zip(weights[i:], lengths[i:], strict=True)), Fraction(0))
-        affordable = (rest - sum(lengths[i + 1 :])) // lengths[i] if lengths[i] else n
-        counts.append(max(1, min(math.floor(scale * weight), affordable, counts[-1] if counts else n)))
-    return counts
+    return room, lengths

@@ -216,6 +216,12 @@ def _plan(base: nn.Module, recipe: Recipe, kind: type[Adapter] | None = None) ->
     """Adapter (of ``kind``, if given), policy and label of a recipe on a model."""
     adapter = find(base, inside=not _is_before(recipe)) if kind is None else kind(base)
     depth = len(getattr(base, adapter.text).layers)
+    here: Any = base.config
+    if recipe.calibrated not in (None, (here.model_type, depth)):
+        raise ConfigError(
+            f"calibrated={recipe.calibrated}: the layers of {recipe.label} were found on another model than this "
+            f"{here.model_type} of {depth} decoder layers; run `visiontok calibrate` on it"
+        )
     tower = describe_tower(adapter)
     # what really runs: defaults that depend on the model are filled in, and named in the label
     adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)

@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `visiontok methods`, `visiontok check`, `visiontok doctor`.
+"""The command line: `visiontok run`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -18,6 +18,7 @@ from visiontok.errors import ConfigError, VisiontokError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from visiontok.conventions import Bill
     from visiontok.method import Card
 
 app = typer.Typer(
@@ -183,6 +184,100 @@ def check(
 
 
 @app.command()
+def cost(
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="SCHEDULE",
+            help="Visual tokens per layer: 2x576,30x288. 576>513: dropped behind a layer's attention; kv576: keys and "
+            "values only. With --average a shape: single@2, geometric@8,16,24, linear@14, concave@10,14,16,18:10,5,1.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b, qwen2.5-vl-7b, …, or a folder with a config.json.")
+    ] = "llava-1.5-7b",
+    convention: Annotated[
+        list[str] | None, typer.Option(metavar="A|B|C|D", help="Published formula; may be repeated. Default: all.")
+    ] = None,
+    stock: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Visual tokens of the stock model. Default: most of a layer.")
+    ] = None,
+    average: Annotated[
+        float | None, typer.Option(metavar="TOKENS", help="Solve the shape for this mean over all layers.")
+    ] = None,
+    start: Annotated[int, typer.Option(help="With --average: first layer that sees visual tokens.")] = 0,
+    stop: Annotated[int | None, typer.Option(help="With --average: first layer that sees none any more.")] = None,
+    text: Annotated[int, typer.Option(metavar="TOKENS", help="Text tokens, which every layer sees.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Count a schedule of visual tokens by the formulas of published tables, and exactly."""
+    from visiontok import conventions
+    from visiontok.cost import Widths
+
+    config = conventions.decoder_config(model)
+    if average is None:
+        if "@" in schedule or start or stop is not None:
+            raise ConfigError(f"--schedule {schedule}: a shape, --start and --stop need --average, and --stock tokens")
+        loads = conventions.parse_schedule(schedule)
+    elif stock is None:
+        raise ConfigError(f"--average {average:g}: say of how many visual tokens, for example --stock 576")
+    else:
+        depth = Widths.of(config).layers
+        loads = conventions.solve_schedule(schedule, stock, average, depth=depth, start=start, stop=stop)
+    names = convention or conventions.CONVENTIONS
+    whole = conventions.parse_schedule(f"{len(loads)}x{max(load.keys for load in loads) if stock is None else stock}")
+    found, before = (conventions.bill(config, one, text=text, conventions=names) for one in (loads, whole))
+    if as_json:
+        _print_json({"model": model, "text": text, "schedule": found.to_dict(), "stock": before.to_dict()})
+    else:
+        _print_bills(found, before, _console())
+
+
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Argument(help="vtw, shortv, fitprune, entropyprune, hidrop or todre.")],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|JSONL",
+            help='Pictures, each with its question in a .txt of the same name, or lines of {"image": path, "question": '
+            "text}. Default: scenes of the embedded models.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many of them.")] = 20,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Artefact to write; a drawing goes beside it. Default: METHOD.json."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the calibration; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model and recommend layers, in a file that `run --method` takes; goes on where it was interrupted."""
+    options = _parse_options(option or [])
+    from visiontok.calibration.job import run_job
+
+    found, path, drawing = run_job(
+        method=method, model=model, data=data, samples=samples, out=out, device=device, options=options
+    )
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    print(f"{found.calibration}: {found.title}\n{found.source}\n")
+    for name, points in found.curves.items():
+        print(f"{name}: " + " ".join(f"{layer}:{value:.3g}" for layer, value in points))
+    for note in found.notes:
+        print(f"note: {note}")
+    said = "nothing" if found.recommended is None else json.dumps(found.recommended)
+    print(f"recommended: {said}\nwritten: {path}, {drawing}")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Tell what this machine has: versions, devices, kernels."""
     from visiontok.doctor import inspect, render
@@ -234,6 +329,30 @@ def _print_table(cards: list[Card], console: Console) -> None:
         paper = card.paper if card.venue in ("", "-") else f"{card.paper} ({card.venue})"
         table.add_row(*map(escape, (card.name, card.stage, card.needs, paper)))
     console.print(table)
+
+
+def _print_bills(found: Bill, stock: Bill, console: Console) -> None:
+    from rich.table import Table
+
+    from visiontok.conventions import MEANING
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("", f"{stock.schedule}", "schedule", "left"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows: list[tuple[str, float, float, float, str]]
+    rows = [(f"{name}: {MEANING[name]}", stock.published[name], n, 1e12, "T") for name, n in found.published.items()]
+    if found.exact is not None and found.kv is not None and stock.exact is not None and stock.kv is not None:
+        rows.append(("executed FLOPs", stock.exact, found.exact, 1e12, "T"))
+        rows.append(("keys and values, 16 bit", stock.kv, found.kv, 1e6, "MB"))
+    rows.append(("visual tokens per layer", stock.layer_average, found.layer_average, 1, ""))
+    for name, before, after, unit, letter in rows:
+        share = f"{100 * after / before:.1f} %" if before else "-"
+        digits = 1 if unit < 1e12 else 3
+        table.add_row(name, *(f"{n / unit:.{digits}f} {letter}".strip() for n in (before, after)), share)
+    console.print(table)
+    console.print(f"schedule: {found.schedule}")
+    if found.exact is None:
+        console.print("The cost model does not know this family; measure it with torch.utils.flop_counter.")
 
 
 def _print_card(card: Card, console: Console) -> None:

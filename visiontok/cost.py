@@ -13,8 +13,8 @@ skipping of the causal upper triangle or of what lies outside a sliding window i
 A family that is not listed is never guessed: `UnsupportedError` names it, and `account` turns that into a line of
 `Account.not_counted`.
 
-The literature uses four other definitions, all called "FLOPs"; `convention` computes them under the names A to D, for
-comparison with published tables. Only the numbers of this module's other functions are FLOPs that were executed.
+The literature uses four other definitions, all called "FLOPs": `visiontok.conventions` has them. Only the numbers of
+this module are FLOPs that were executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from visiontok.errors import ConfigError, UnsupportedError
 
@@ -58,12 +58,29 @@ _CROSS_ATTENTION = frozenset({"mllama_text_model"})
 _CROSS_TOWERS = frozenset({"mllama_vision_model"})
 _CROSS_PROJECTORS = frozenset({"mllama"})
 
-CONVENTIONS = ("A", "B", "C", "D")
-
 
 def _linear(tokens: int, *widths: int) -> int:
     """FLOPs of a chain of linear maps: `2 * tokens * sum(w[i] * w[i + 1])`."""
     return 2 * tokens * sum(a * b for a, b in pairwise(widths))
+
+
+class Load(NamedTuple):
+    """Tokens in the parts of one decoder layer.
+
+    Attributes:
+        keys: those with keys and values.
+        queries: those that attend.
+        out: those that reach the output projection and the MLP.
+    """
+
+    keys: int
+    queries: int
+    out: int
+
+    @classmethod
+    def all(cls, tokens: int) -> Load:
+        """Every token takes part in everything."""
+        return cls(tokens, tokens, tokens)
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,12 @@ class _Block:
         """FLOPs for `tokens` tokens between which `pairs` (query, key) products are formed."""
         projections = 2 * self.width * (2 * self.query_width + 2 * self.kv_width)
         return tokens * (projections + self.mlp) + 4 * self.query_width * pairs
+
+    def split_flops(self, load: Load) -> int:
+        """The same where not every token takes part in everything."""
+        queries, keys, out = load.queries, load.keys, load.out
+        projections = 2 * self.width * (self.query_width * (queries + out) + 2 * self.kv_width * keys)
+        return projections + out * self.mlp + 4 * self.query_width * queries * keys
 
     def cross_flops(self, text: int, new: int, keys: int) -> int:
         """FLOPs for `text` tokens that attend to `keys` visual ones, `new` of them not cached; without any: skipped."""
@@ -123,6 +146,42 @@ def _decoder_blocks(config: Any) -> list[_Block]:
         mlp = routed if family in _EXPERTS and _is_sparse(text, layer) else dense
         blocks.append(_Block(width, text.num_attention_heads * head, _kv_heads(text) * head, mlp))
     return blocks
+
+
+class Widths(NamedTuple):
+    """What the formulas of published tables are made of.
+
+    Attributes:
+        layers: decoder layers.
+        d: width of the language model.
+        m: inner width of its MLP; of experts, that of their top-k together.
+        kv: width of the keys.
+        heads: query heads.
+    """
+
+    layers: int
+    d: int
+    m: int
+    kv: int
+    heads: int
+
+    @classmethod
+    def of(cls, config: Any) -> Widths:
+        """Read off a configuration.
+
+        Raises:
+            UnsupportedError: if it describes no decoder.
+        """
+        text = _text(config)
+        try:
+            experts = text.model_type in _EXPERTS
+            m = text.moe_intermediate_size * text.num_experts_per_tok if experts else text.intermediate_size
+            kv = _kv_heads(text) * _head_width(text)
+            return cls(text.num_hidden_layers, text.hidden_size, m, kv, text.num_attention_heads)
+        except AttributeError as error:
+            raise UnsupportedError(
+                f"model_type={config.model_type!r}: its config describes no decoder ({error})"
+            ) from error
 
 
 def _cross_layers(config: Any) -> frozenset[int]:
@@ -178,6 +237,30 @@ def decoder_flops(
         batch * (block.cross_flops(text, n, m) if layer in cross else block.flops(n, n * m))
         for layer, (block, n, m) in enumerate(zip(blocks, queries, attended, strict=True))
     ]
+
+
+def load_flops(config: Any, loads: Sequence[Load]) -> list[int]:
+    """FLOPs of every decoder layer where tokens enter only parts of it: drops behind the attention, frozen tokens.
+
+    Args:
+        config: The model's configuration, or its `text_config`.
+        loads: One per layer.
+
+    Returns:
+        One integer per layer.
+
+    Raises:
+        UnsupportedError: The text family is not in the cost model, or has cross-attention.
+        ConfigError: `loads` does not have one entry per layer.
+    """
+    blocks = _decoder_blocks(config)
+    if _cross_layers(config):
+        raise UnsupportedError(
+            f"model_type={_text(config).model_type!r}: its visual tokens are in no decoder layer; use decoder_flops"
+        )
+    if len(loads) != len(blocks):
+        raise ConfigError(f"loads has {len(loads)} entries for {len(blocks)} layers; give one per layer")
+    return [block.split_flops(load) for block, load in zip(blocks, loads, strict=True)]
 
 
 def lm_head_flops(config: Any, tokens: int = 1) -> int:
@@ -504,71 +587,6 @@ def _projector(config: Any, width: int, lengths: Sequence[int], inputs: VisionIn
         merged = sum(t * (h // side) * (w // side) for t, h, w in inputs.grids)
         return _linear(merged, width * side**2, width) + _linear(merged, stacked, out, out)
     return _linear(tokens, stacked, out, out)
-
-
-# --------------------------------------------------------------------------------------------- papers' conventions
-
-
-def convention(
-    name: str, tokens: Sequence[int], *, d: int, m: int, kv_dim: int | None = None, heads: int | None = None
-) -> int:
-    """A published table's "FLOPs" of the decoder layers, by one of the four formulas in circulation.
-
-    * A, `4 n d^2 + 2 n^2 d + 2 n d m`: multiply-accumulates of a 2-matrix MLP, which no LLaMA has. FastV
-      (arXiv 2403.06764, section 4).
-    * B, `4 n d^2 + 2 n^2 d + 3 n d m`: multiply-accumulates. PyramidDrop, SparseVLM, FitPrune.
-    * C, `8 n d^2 + 4 n^2 d + 6 n d m`: FLOPs, twice B. EntropyPrune, calflops.
-    * D, `2 n (2 d^2 + 2 d k + 3 d m) + 4 n^2 d + 5 h n^2 + 18 n d`: FLOPs with grouped keys (k = `kv_dim`), softmax,
-      norms, residuals and activation as LLM-Viewer (arXiv 2402.16363) counts them. AIM, FiCoCo.
-
-    All count the full n^2 and leave out head, tower and projector. Tables by A and B usually count visual tokens only,
-    those by D the text as well: `tokens` decides.
-
-    Args:
-        name: "A", "B", "C" or "D".
-        tokens: Tokens in each layer, n.
-        d: Width of the language model.
-        m: Inner width of its MLP.
-        kv_dim: Width of the keys, k, in D; default `d`.
-        heads: Query heads, h; needed by D.
-
-    Returns:
-        The sum over layers.
-
-    Raises:
-        ConfigError: The name is unknown, or D lacks `heads`.
-    """
-    if name not in CONVENTIONS:
-        raise ConfigError(f"name={name!r} is not a FLOPs convention; choose one of {', '.join(CONVENTIONS)}")
-    linear, squares = sum(tokens), sum(n * n for n in tokens)
-    if name == "A":
-        return linear * (4 * d * d + 2 * d * m) + 2 * d * squares
-    if name == "B":
-        return linear * (4 * d * d + 3 * d * m) + 2 * d * squares
-    if name == "C":
-        return linear * (8 * d * d + 6 * d * m) + 4 * d * squares
-    if heads is None:
-        raise ConfigError(
-            "heads=None, but convention D counts the softmax of every head; give the number of query heads"
-        )
-    kv = d if kv_dim is None else kv_dim
-    return linear * (4 * d * d + 4 * d * kv + 6 * d * m + 18 * d) + squares * (4 * d + 5 * heads)
-
-
-def conventions(config: Any, tokens: Sequence[int]) -> dict[str, int]:
-    """All four conventions for a model; experts enter with the width of their top-k together.
-
-    Args:
-        config: The model's configuration, or its `text_config`.
-        tokens: Tokens in each layer.
-    """
-    text = _text(config)
-    m = text.intermediate_size
-    if text.model_type in _EXPERTS:
-        m = text.moe_intermediate_size * text.num_experts_per_tok
-    kv_dim = _kv_heads(text) * _head_width(text)
-    heads = text.num_attention_heads
-    return {name: convention(name, tokens, d=text.hidden_size, m=m, kv_dim=kv_dim, heads=heads) for name in CONVENTIONS}
 
 
 # -------------------------------------------------------------------------------------- time to first token, account

@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .method import Mass, Method, Stage
 
 Fidelity = Literal["fixed", "official"]
-_FIELDS = {"name", "stages", "average", "seed", "fidelity"}
+_FIELDS = {"name", "stages", "average", "seed", "fidelity", "calibrated"}
 _STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass", "reserve"}
 
 
@@ -29,6 +29,7 @@ class Recipe:
         name: what reports call it; the labels of its methods joined by ``+`` if empty.
         seed: of stochastic methods.
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
+        calibrated: model type and number of decoder layers that its layers were found on; other models are refused.
     """
 
     stages: tuple[Stage, ...]
@@ -36,6 +37,7 @@ class Recipe:
     name: str = ""
     seed: int = 0
     fidelity: Fidelity = "fixed"
+    calibrated: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -68,7 +70,8 @@ class Recipe:
                     "stages; give each stage its own keep, or add without it and compress(model, sum, keep=...)"
                 )
         name = f"{self.label}+{other.label}" if self.name or other.name else ""
-        return replace(self, stages=self.stages + other.stages, name=name)
+        calibrated = self.calibrated or other.calibrated
+        return replace(self, stages=self.stages + other.stages, name=name, calibrated=calibrated)
 
     def with_keep(self, keep: Budget) -> Recipe:
         """The recipe with a total budget.
@@ -146,17 +149,27 @@ class Recipe:
             out["seed"] = self.seed
         if self.fidelity != "fixed":
             out["fidelity"] = self.fidelity
+        if self.calibrated is not None:
+            out["calibrated"] = list(self.calibrated)
         return out
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
-        """The recipe that :meth:`to_dict` describes.
+        """The recipe that :meth:`to_dict` describes, or that of the method which a calibration was made for.
 
         Raises:
-            ConfigError: for unknown fields, methods, options or values.
+            ConfigError: for unknown fields, methods, options or values, and for a calibration that recommends nothing.
         """
         from .recipes import find
 
+        if isinstance(data, Mapping) and "calibration" in data:
+            if not isinstance(data.get("recommended"), Mapping):
+                raise ConfigError(
+                    f"recommended={data.get('recommended')!r}: this calibration of {data['calibration']} found nothing "
+                    "to recommend; calibrate with other options"
+                )
+            made = recipe(data["calibration"], **data["recommended"])
+            return replace(made, calibrated=_calibrated([data["model"]["type"], data["model"]["layers"]]))
         _check_fields("recipe", data, _FIELDS)
         if not isinstance(data.get("stages"), list):
             raise ConfigError(f"stages={data.get('stages')!r}: a recipe needs a list of stages")
@@ -186,6 +199,7 @@ class Recipe:
             name=data.get("name", ""),
             seed=data.get("seed", 0),
             fidelity=data.get("fidelity", "fixed"),
+            calibrated=_calibrated(data["calibrated"]) if "calibrated" in data else None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -258,6 +272,12 @@ def of_method(method: Method) -> Recipe:
     """The stages of a method, under its name unless a single one of them carries it."""
     stages = method.stages()
     return Recipe(stages=stages, name="" if sum(s.method is not None for s in stages) == 1 else method.label)
+
+
+def _calibrated(data: Any) -> tuple[str, int]:
+    if not isinstance(data, list) or [type(part) for part in data] != [str, int]:
+        raise ConfigError(f"calibrated={data!r}: give the model's type and its number of decoder layers, ['llava', 32]")
+    return data[0], data[1]
 
 
 def _check_fields(what: str, data: Any, known: set[str]) -> None:

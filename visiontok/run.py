@@ -314,11 +314,11 @@ def run_job(
         raise ConfigError(f"max_new_tokens={max_new_tokens}: give at least 1")
     if overlay is not None:
         _check_png(overlay)
-    place = _device(device)
+    place = find_device(device)
     subject = _scene_or_file(image, ask, seed)
-    with _quiet():
+    with quiet():
         try:
-            loaded = _load(model, place)
+            loaded = load_model(model, place)
             return _compare(loaded, recipe, subject, overlay, max_new_tokens, repeats)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -362,7 +362,7 @@ def _check_png(path: str) -> None:
         raise ConfigError(f"--overlay {path!r}: not writable; choose another place")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -418,7 +418,7 @@ def _scene_or_file(image: str | None, ask: str | None, seed: int) -> _Subject:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """A model, its processor and where they run."""
 
     name: str
@@ -468,7 +468,7 @@ class _Loaded:
             torch.accelerator.synchronize(self.device)
 
 
-def _load(name: str, device: torch.device) -> _Loaded:
+def load_model(name: str, device: torch.device) -> Loaded:
     if name in TINY:
         from visiontok.demo import load
 
@@ -476,7 +476,7 @@ def _load(name: str, device: torch.device) -> _Loaded:
             embedded: tuple[Any, Any] = load(TINY[name])
         except FileNotFoundError as error:
             raise ConfigError(f"--model {name}: the embedded model is not installed: {error}") from error
-        return _Loaded(name, embedded[0].to(device), embedded[1], device)
+        return Loaded(name, embedded[0].to(device), embedded[1], device)
     path = Path(name).expanduser()
     source = str(path) if path.exists() else name
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
@@ -506,11 +506,11 @@ def _load(name: str, device: torch.device) -> _Loaded:
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConfigError(f"--model {name!r}: has no processor for pictures and text; add its processor files")
-    return _Loaded(name, model.to(device).eval(), processor, device)
+    return Loaded(name, model.to(device).eval(), processor, device)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep standard error for this command's own messages: no advice, and no bar for every loading."""
     loggers = (transformers.utils.logging, huggingface_hub.utils.logging)
     levels, bar = [logging.get_verbosity() for logging in loggers], loggers[0].is_progress_bar_enabled()
@@ -536,7 +536,7 @@ class _Stopwatch(transformers.StoppingCriteria):
     They only look: what they see is handed on untouched, so the stock model stays stock.
     """
 
-    def __init__(self, loaded: _Loaded) -> None:
+    def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.clock, self.first_token = loaded, Clock(), 0.0
 
     def mark(self, name: str) -> None:
@@ -585,7 +585,7 @@ class _Stopwatch(transformers.StoppingCriteria):
         return self.clock.seconds(start, end) or 0.0
 
 
-def _run(loaded: _Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
+def _run(loaded: Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
     """One answer from picture to last token."""
     watch = _Stopwatch(loaded)
     loaded.synchronize()
@@ -615,7 +615,7 @@ def _run(loaded: _Loaded, picture: Image, question: str, longest: int, compressi
     return Side(answer, len(new), seconds)
 
 
-def _text_prefill(loaded: _Loaded, ids: torch.Tensor) -> float:
+def _text_prefill(loaded: Loaded, ids: torch.Tensor) -> float:
     """Seconds of the stock language model's prefill over (1, T) text tokens alone."""
     embeds = loaded.base.get_input_embeddings()(ids)
     loaded.synchronize()
@@ -625,7 +625,7 @@ def _text_prefill(loaded: _Loaded, ids: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _choose(loaded: _Loaded, subject: _Subject) -> tuple[str, str | None]:
+def _choose(loaded: Loaded, subject: _Subject) -> tuple[str, str | None]:
     """The first question that the embedded model answers rightly as it is: only what works can be seen to break."""
     if loaded.name in TINY and len(subject.questions) > 1:
         for question, expected in subject.questions:
@@ -636,7 +636,7 @@ def _choose(loaded: _Loaded, subject: _Subject) -> tuple[str, str | None]:
 
 @torch.inference_mode()
 def _compare(
-    loaded: _Loaded,
+    loaded: Loaded,
     recipe: Recipe,
     subject: _Subject,
     overlay: str | None,
@@ -691,7 +691,7 @@ def _compare(
     )
 
 
-def _draw(loaded: _Loaded, picture: Image, inputs: Any, compression: Compression, path: str) -> Drawn:
+def _draw(loaded: Loaded, picture: Image, inputs: Any, compression: Compression, path: str) -> Drawn:
     report = compression.report
     title = f"{report.recipe} ({report.requested})"
     made = draw_overlay(
@@ -702,7 +702,7 @@ def _draw(loaded: _Loaded, picture: Image, inputs: Any, compression: Compression
 
 
 def _notes(
-    loaded: _Loaded, recipe: Recipe, report: Report, speed_up: SpeedUp, text_ids: torch.Tensor, questions: int
+    loaded: Loaded, recipe: Recipe, report: Report, speed_up: SpeedUp, text_ids: torch.Tensor, questions: int
 ) -> tuple[str, ...]:
     notes = [*report.warnings, *report.account.not_counted]
     if any(stage.kind == "cut" for stage in recipe.stages):

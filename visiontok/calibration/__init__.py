@@ -1,0 +1,24 @@
+"""Calibration: measure a model on pictures and questions, and recommend the layers that a method asks for.
+
+`calibrate` makes an artefact, a small JSON document, which
+:meth:`visiontok.Recipe.load` reads as a recipe of the method.
+"""
+
+from __future__ import annotations
+
+from .artefact import Artefact
+from .base import Calibrator
+from .collapse import EntropyCollapse
+from .decay import MassDecay
+from .fit import FitBisect
+from .freeze import LayerKL
+from .similarity import InterLayerSimilarity
+from .withdraw import ExitKL
+from .work import calibrate
+
+__all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate"]
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    one.method: one for one in (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay)
+}
+"""By the method that they are for."""

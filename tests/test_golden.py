@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import visiontok
 import visiontok.functional as F
+from visiontok.engine.probe import Tap, glance
 from visiontok.errors import ConfigError
 from visiontok.recipes.aim_merge import aim_merge
 from visiontok.recipes.cdpruner import cdpruner
@@ -137,6 +139,47 @@ def call_fastv(attn_last_row: Tensor, start: int, n_vis: int, r: float) -> Outpu
     keep = torch.ones(attn_last_row.shape[1], dtype=torch.bool)
     keep[start : start + n_vis] = fastv(score, round(n_vis * (1 - r)))
     return {"score": score, "keep_indices": kept(keep)}
+
+
+def decoder_layer(ln: Tensor, wq: Tensor, wk: Tensor, heads: int, kv_heads: int) -> tuple[Any, Any]:
+    """A stock Llama layer of these weights, whose attention can be asked, and its rotary tables."""
+    config = LlamaConfig(
+        hidden_size=len(ln), num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5,
+        intermediate_size=8, num_hidden_layers=1, vocab_size=8, attn_implementation="sdpa",
+    )  # fmt: skip
+    layer = LlamaDecoderLayer(config, 0)
+    layer.load_state_dict(
+        {"input_layernorm.weight": ln, "self_attn.q_proj.weight": wq, "self_attn.k_proj.weight": wk}, strict=False
+    )
+    Tap(layer.self_attn, None)
+    return layer, LlamaRotaryEmbedding(config)
+
+
+def call_pyramiddrop(
+    hidden: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    ln: Tensor,
+    heads: int,
+    ratios: list[float],
+    stage: int,
+    n_vis0: int,
+    start: int,
+    prompt_len: int,
+    labels: Tensor | None = None,
+    training: bool = False,
+) -> Outputs:
+    layer, rotary = decoder_layer(ln, wq, wk, heads, heads)
+    tables = rotary(hidden, torch.arange(hidden.shape[1])[None])
+    q, k, scale = glance(layer, hidden, {"position_embeddings": tables})
+    n = int(n_vis0 * ratios[stage])
+    rows = torch.tensor([prompt_len + n - 1])
+    if labels is not None and training:
+        rows = ((labels[0, 1:] != -100) & (labels[0, :-1] == -100)).nonzero()[:, 0]
+    visible = torch.arange(hidden.shape[1]) <= rows[:, None]
+    score = F.attention_rows(q[:, :, rows], k, scale=scale, visible=visible[None])[0].mean(0)[start : start + n]
+    keep = F.topk(score, int(n_vis0 * ratios[stage + 1]))
+    return {"score": score, "kept_sorted": kept(keep), "new_len": hidden.shape[1] - n + int(keep.sum())}
 
 
 def call_cdpruner(features: Tensor, image_embeds: Tensor, text_embeds: Tensor, k: int) -> Outputs:

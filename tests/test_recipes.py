@@ -40,6 +40,7 @@ from visiontok.recipes.norm import Norm
 from visiontok.recipes.prumerge import PruMerge
 from visiontok.recipes.prumerge_plus import PruMergePlus
 from visiontok.recipes.prunesid import PruneSID
+from visiontok.recipes.pyramiddrop import PyramidDrop
 from visiontok.recipes.random import Random
 from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
@@ -109,6 +110,7 @@ METHODS: list[Method] = [
     Agile().adapt(CLIP),
     Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
+    PyramidDrop(),
     Sieve(),
 ]
 
@@ -278,10 +280,11 @@ class TestEveryMethod:
         assert cls is type(method)
         assert cls.build(method.options()) == method
 
-    def test_one_selecting_stage(self, method: Method) -> None:
-        [stage] = method.stages()
-        assert stage.method is method
-        assert (stage.kind == "prompt") == (method.card.stage == "prompt")
+    def test_its_stages(self, method: Method) -> None:
+        selecting = [stage for stage in method.stages() if stage.method is not None]
+        assert all(stage.method is method for stage in selecting)
+        assert {stage.kind for stage in selecting} == {"prompt" if method.card.stage == "prompt" else "cut"}
+        assert len(selecting) == 1 or all(stage.keep is not None for stage in selecting)
 
 
 @pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
@@ -303,6 +306,8 @@ WORDS = {
     "vision_received": "received attention",
     "decoder_last_row": "attention of the last prompt token",
     "decoder_text_rows": "attention of the text rows",
+    "decoder_text_heads": "attention of every head and question token",
+    "decoder_unturned_row": "attention without rotary positions",
     "decoder_received": "attention received in the decoder",
     "encoder_features": "projector inputs",
     "projector": "the projector",
@@ -444,6 +449,8 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"shares": (1.9, 0.5, 0.4, 0.1)}, "shares=.*: shares lie in"),
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
+        (PyramidDrop, {"shares": [0.5, 0.25]}, "shares=.*: give one per layer, of which there are 3"),
+        (PyramidDrop, {"layers": [1, 2], "shares": [0.2, 0.5]}, "shares=.*: shares lie in"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:

@@ -61,6 +61,7 @@ LAYERS = {
     "erase": [57, 36, 36, 36],  # its own share for a picture as plain as this
     "sieve": [144, 144, 36, 36],
     "fastv": [144, 36, 36, 36],
+    "pyramiddrop": [144, 72, 36, 18],
     "vtw": [144, 144, 0, 0],
 }
 

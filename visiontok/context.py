@@ -48,12 +48,23 @@ class Attention:
         return self._read("received", layer)
 
     def last_row(self, offset: int = -1) -> torch.Tensor:
-        """What the last prompt token looks at in the decoder layer ``offset`` from the cut (-1: just before it)."""
+        """What the last prompt token looks at in the decoder layer ``offset`` from the cut (-1: just before it; 0: the
+        first layer that sees the reduced set, on its input, with all tokens that are still there)."""
         return self._read("last_row", offset)
+
+    def unturned_row(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`last_row`, of queries and keys without rotary positions, softmax over the visual tokens of the
+        prompt alone; ``offset`` below 0."""
+        return self._read("unturned_row", offset)
 
     def text_rows(self, offset: int = -1) -> torch.Tensor:
         """As :meth:`last_row`, averaged over all text tokens behind the last visual token of the prompt."""
         return self._read("text_rows", offset)
+
+    def text_heads(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, H, Q): as :meth:`last_row`, of every token of ``ctx.question()``, which the method must ask for, too;
+        every head and row for itself."""
+        return self._read("text_heads", offset)
 
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""

@@ -14,7 +14,7 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
-from .scorers.attention import attention_columns, attention_logits, attention_rows
+from .scorers.attention import attention_columns, attention_heads, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.learned import learned
@@ -51,6 +51,7 @@ __all__ = [
     "anchors",
     "apportion",
     "attention_columns",
+    "attention_heads",
     "attention_logits",
     "attention_rows",
     "bipartite",

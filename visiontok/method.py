@@ -126,7 +126,8 @@ class Needs:
     """What a method reads beyond the features; everything else is not computed.
 
     Vision layers are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers
-    are offsets from the cut: ``-1`` is the layer just before it. What they yield is said at the method of
+    are offsets from the cut: ``-1`` is the layer just before it, ``0`` the first that sees the reduced set, asked what
+    it would attend to without the cut. What they yield is said at the method of
     :class:`visiontok.context.Attention` that reads it.
 
     Attributes:
@@ -144,7 +145,9 @@ class Needs:
     vision_received: tuple[Layer, ...] = ()
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
+    decoder_text_heads: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
+    decoder_unturned_row: tuple[int, ...] = ()
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False

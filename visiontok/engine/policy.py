@@ -18,7 +18,15 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, attention_columns, attention_logits, attention_rows, coordinates, nearest_kept
+from ..functional import (
+    absorb,
+    attention_columns,
+    attention_heads,
+    attention_logits,
+    attention_rows,
+    coordinates,
+    nearest_kept,
+)
 from ..method import Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
@@ -30,7 +38,7 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "decoder_received")
+_DECODER = ("last_row", "text_rows", "text_heads", "decoder_received", "unturned_row")
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -106,7 +114,7 @@ class StagePolicy:
         for stage in stages:
             if stage.kind == "cut":
                 layer = resolve_layer(_layer(stage), depth, name="layer", lowest=_earliest_cut(stage))
-                if layer in self.cuts:
+                if layer in self.cuts and not _meet(self.cuts[layer], stage):
                     raise ConfigError(f"layer={layer}: two cuts at one layer; merge them or move one")
                 self.cuts[layer] = stage
             elif stage.kind == "inject":
@@ -139,17 +147,24 @@ class StagePolicy:
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
         self._taps: dict[int, set[str]] = {}
+        self._ahead: dict[int, set[str]] = {}
+        self._unturned: set[int] = set()
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
             for stat, offsets in zip(_DECODER, _offsets(needs), strict=True):
                 for offset in offsets:
                     tapped = layer + offset
-                    if not 0 <= tapped < layer or hidden[tapped]:
+                    if offset > 0 or (stat == "unturned_row" and not offset):
+                        raise ConfigError(f"decoder_{stat}=({offset},): {stage.label} may read earlier layers only")
+                    if tapped < 0 or hidden[tapped]:
                         raise ConfigError(
                             f"layer={layer}: {stage.label} reads the attention of layer {tapped}, where no visual "
                             "token is; cut later"
                         )
-                    self._taps.setdefault(tapped, set()).add(stat)
+                    if stat == "unturned_row":
+                        self._unturned.add(tapped)
+                    else:
+                        (self._taps if offset else self._ahead).setdefault(tapped, set()).add(stat)
 
     def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
@@ -166,11 +181,13 @@ class StagePolicy:
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
-        for layer, stats in self._taps.items():
+        for layer in sorted({*self._taps, *self._ahead, *self._unturned}):
             module = attention_modules(attachment.layers[layer])
             if len(module) != 1:
                 raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
-            attachment.add(Tap(module[0], functools.partial(self._decoder_sink, layer, frozenset(stats))))
+            stats = self._taps.get(layer)
+            sink = None if stats is None else functools.partial(self._decoder_sink, layer, frozenset(stats))
+            attachment.add(Tap(module[0], sink))
         wanted: dict[int, set[str]] = {}
         tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         for stage in (*self.prompt_stages, *self.cuts.values()):
@@ -194,6 +211,14 @@ class StagePolicy:
     def wants_state(self, layer: int) -> bool:
         """Whether a tap of this decoder layer must see the call."""
         return layer in self._taps
+
+    def asks_ahead(self, layer: int) -> bool:
+        """Whether a cut on the input of this layer is decided by what the layer itself would attend to."""
+        return layer in self._ahead
+
+    def asks_unturned(self, layer: int) -> bool:
+        """Whether queries and keys of this layer without rotary positions are wanted."""
+        return layer in self._unturned
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
@@ -537,7 +562,8 @@ class StagePolicy:
                 raise ConfigError(
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
-            return call.units.gather(found[..., None])[..., 0]
+            rows = call.units.gather(found.flatten(2) if found.ndim > 2 else found[..., None])
+            return rows.unflatten(-1, found.shape[2:]) if found.ndim > 2 else rows[..., 0]
         if stat in _OF_CLS and not self.adapter.cls_token:
             raise UnsupportedError(
                 f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
@@ -654,20 +680,58 @@ class StagePolicy:
     ) -> None:
         if not isinstance(call, Prefill) or call.policy is not self:
             return
+        self._score(call, layer, stats, q, k, mask, kwargs.get("scaling"), self._bias(call, layer, k))
+
+    def attended(
+        self,
+        call: Prefill,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Score the tokens before the cut of this layer; see :class:`visiontok.engine.attach.Policy`."""
+        self._score(call, layer, frozenset(self._ahead[layer]), q, k, mask, scale, bias)
+
+    def unturned(self, call: Prefill, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float | None) -> None:
+        """Score them by their meaning alone; see :class:`visiontok.engine.attach.Policy`."""
         layout = call.layouts[layer]
-        valid = call.entry_valid if layout is None else layout.valid
-        visible = _visible(mask, q, k, valid)
-        bias = self._bias(call, layer, k)
-        scale = kwargs.get("scaling")
+        shown = call.enter(call.visual)
+        shown = (shown if layout is None else layout.gather(shown)) & self._slots_in_use(call, layer, q)
+        found = attention_rows(
+            self._last(q, self._slots_in_use(call, layer, q)), k, scale=scale, visible=shown[:, None]
+        )
+        call.attention[("unturned_row", layer)] = call.to_prompt(layer, found[:, 0])
+
+    def _score(
+        self,
+        call: Prefill,
+        layer: int,
+        stats: frozenset[str],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Note the statistics of the queries (B, H, M, d) and keys (B, G, K, d) of the slots of ``layer``."""
+        layout = call.layouts[layer]
+        used = self._slots_in_use(call, layer, q)
+        visible = _visible(mask, q, k, call.entry_valid if layout is None else layout.valid)
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
         for stat in stats:
             if stat == "last_row":
-                here = torch.arange(q.shape[2], device=q.device)
-                last = (self._occupied(valid, q) * here).argmax(1, keepdim=True)  # right padding lies behind it
-                row = torch.arange(q.shape[0], device=q.device)[:, None]
-                query = q.transpose(1, 2)[row, last].transpose(1, 2)
-                total = attention_rows(query, k, scale=scale, visible=visible[row, last], bias=bias)[:, 0]
+                seen = visible[row, _last(used)]
+                total = attention_rows(self._last(q, used), k, scale=scale, visible=seen, bias=bias)[:, 0]
+            elif stat == "text_heads":
+                at = self._question_slots(call, layer)
+                words = q.transpose(1, 2)[row, at].transpose(1, 2)
+                heads = attention_heads(words, k, scale=scale, visible=visible[row, at], bias=bias)
+                total = heads.permute(0, 3, 1, 2)  # (B, K, H, Q)
             else:
-                asks = self._asking(call, layer) if stat == "text_rows" else self._occupied(valid, q)
+                asks = self._asking(call, layer) if stat == "text_rows" else used.float()
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
                 total = weight.new_zeros(q.shape[0], k.shape[2])
                 for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
@@ -677,6 +741,20 @@ class StagePolicy:
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
 
     @staticmethod
+    def _last(q: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """(B, H, 1, d): the query of each row's last token; right padding lies behind it."""
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        return q.transpose(1, 2)[row, _last(used)].transpose(1, 2)
+
+    def _question_slots(self, call: Prefill, layer: int) -> torch.Tensor:
+        """(B, Q) long: slots of ``layer`` in which the words of the question stand."""
+        at, _ = call.question(self.adapter.special_ids())
+        for layout in (call.entry, call.layouts[layer]):
+            if layout is not None:
+                at = layout.slot_of().gather(1, at)
+        return at
+
+    @staticmethod
     def _bias(call: Prefill, layer: int, k: torch.Tensor) -> torch.Tensor | None:
         """(B, K) float: what is added to the logits of the keys of ``layer``."""
         # the cache already counts the keys of this call; without one they are all there is
@@ -684,9 +762,11 @@ class StagePolicy:
         return None if bias is None else bias[:, -k.shape[2] :]
 
     @staticmethod
-    def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
-        """(B, M) float: slots that hold a token."""
-        return torch.ones(q.shape[0], q.shape[2], device=q.device) if valid is None else valid.float()
+    def _slots_in_use(call: Prefill, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """(B, M) bool: slots of ``layer`` that hold a token."""
+        layout = call.layouts[layer]
+        valid = call.entry_valid if layout is None else layout.valid
+        return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if valid is None else valid
 
     @staticmethod
     def _asking(call: Prefill, layer: int) -> torch.Tensor:
@@ -759,6 +839,17 @@ def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | 
     return allowed.expand(batch, rows, columns)
 
 
+def _last(used: torch.Tensor) -> torch.Tensor:
+    """(B, 1) long: the last slot of each row that is ``used`` (B, M)."""
+    return (used * torch.arange(used.shape[1], device=used.device)).argmax(1, keepdim=True)
+
+
+def _meet(one: Stage, next_: Stage) -> bool:
+    """Whether two cuts of one method, at fractions of the depth, are one in a model this shallow: the later."""
+    fractions = isinstance(one.layer, float) and isinstance(next_.layer, float)
+    return fractions and one.method.card is next_.method.card  # type: ignore[union-attr]
+
+
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
 
@@ -773,4 +864,10 @@ def _earliest_cut(stage: Stage) -> int:
 
 def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
     """Decoder layers a method reads, per statistic of ``_DECODER``."""
-    return needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
+    return (
+        needs.decoder_last_row,
+        needs.decoder_text_rows,
+        needs.decoder_text_heads,
+        needs.decoder_received,
+        needs.decoder_unturned_row,
+    )

@@ -51,6 +51,20 @@ def attention_rows(
     Reference:
         FastV, arXiv 2403.06764 (last row); FasterVLM, arXiv 2412.01818 (CLS row).
     """
+    return attention_heads(q, k, scale=scale, visible=visible, bias=bias).mean(-3)
+
+
+def attention_heads(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`attention_rows`, every head for itself.
+
+    Returns:
+        (H, R, N) or (B, H, R, N) float32.
+
+    Reference:
+        SparseVLM+, github.com/Gumpest/SparseVLMs (the heads that look at the image most).
+    """
     logits = _logits(q, k, scale)
     if bias is not None:
         logits = logits + rows(bias, 1, "bias").float()[:, None, None, None]
@@ -60,7 +74,7 @@ def attention_rows(
         weights = logits.softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
     else:
         weights = logits.softmax(-1)
-    return unrow(weights.mean((1, 2)), q, 3)
+    return unrow(weights.flatten(1, 2), q, 3)
 
 
 def attention_logits(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:

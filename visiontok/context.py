@@ -66,6 +66,12 @@ class Attention:
         every head and row for itself."""
         return self._read("text_heads", offset)
 
+    def rotary_pull(self) -> torch.Tensor:
+        """(U, N, Q): mean over the rotary frequencies of the cosine of the angle between each visual token and each
+        token of ``ctx.question()``, what attention would be drawn by if only places counted; 1 at distance 0. All axes
+        of M-RoPE have equal weight."""
+        return self._read("rotary_pull", 0)
+
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
         return self._read("decoder_received", offset)
@@ -88,6 +94,7 @@ class Context:
         size: (U,) long, how many visual tokens each image had originally.
         grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
         has_grid: whether any of ``grid`` is known.
+        place: (U, N) long, prompt position of each visual token.
         row: (U,) long, prompt row of each image.
         image: (U,) long, which image of its row it is.
         attention: attention statistics the method asked for.
@@ -106,6 +113,7 @@ class Context:
             hidden states on the cut layer's input at a cut; None unless asked for.
         question_ids: (B, Q) long, their token ids, or None if the caller gave embeddings or nobody asked.
         question_valid: (B, Q) bool, which of them exist.
+        question_place: (B, Q) long, their prompt positions, or None if nobody asked.
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
@@ -119,6 +127,7 @@ class Context:
     size: torch.Tensor
     grid: torch.Tensor
     has_grid: bool
+    place: torch.Tensor
     row: torch.Tensor
     image: torch.Tensor
     attention: Attention
@@ -133,6 +142,7 @@ class Context:
     question_features: torch.Tensor | None
     question_ids: torch.Tensor | None
     question_valid: torch.Tensor | None
+    question_place: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
 
@@ -145,6 +155,17 @@ class Context:
         if self.question_features is None or self.question_valid is None:
             raise ConfigError("ctx.question(): declare question=True in needs() of the method")
         return self.question_features[self.row], self.question_valid[self.row]
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings before the language model: (U, N, D) of each image's original tokens, (U, Q, D) of its question.
+
+        Raises:
+            ConfigError: if the method's needs() does not declare the question.
+        """
+        if self.question_place is None:
+            raise ConfigError("ctx.before(): declare question=True in needs() of the method")
+        row = self.row[:, None]
+        return self.text_features[row, self.place], self.text_features[row, self.question_place[self.row]]
 
     def need_grid(self) -> torch.Tensor:
         """``grid``, if it is known.

@@ -14,6 +14,7 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
+from .mergers.peaks import density_peaks
 from .scorers.attention import attention_columns, attention_heads, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
@@ -37,6 +38,7 @@ from .selectors.mmr import mmr
 from .selectors.pivots import least_similar
 from .selectors.product import product
 from .selectors.quota import quota
+from .selectors.soft import soft_topk
 from .selectors.spaced import spaced
 from .selectors.suppress import suppress
 from .selectors.thinned import thinned
@@ -62,6 +64,7 @@ __all__ = [
     "components",
     "coordinates",
     "coverage",
+    "density_peaks",
     "discount",
     "dpp",
     "effective_rank",
@@ -85,6 +88,7 @@ __all__ = [
     "rank_within",
     "residual",
     "sensitivity",
+    "soft_topk",
     "spaced",
     "suppress",
     "thinned",

@@ -183,7 +183,8 @@ class Selection:
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
         into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
-            that went nowhere. Mass attention counts such tokens there and moves them no further.
+            that went nowhere. Mass attention counts such tokens there and moves them no further. At a cut, a kept
+            token's state becomes the mean of those that went into it; its own is one of them if ``into`` says so.
     """
 
     keep: torch.Tensor

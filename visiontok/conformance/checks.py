@@ -401,7 +401,8 @@ def against_oracle(
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
-        sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log))
+        sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
         raise Failed(
@@ -469,6 +470,23 @@ def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
             keep = asked.answer.keep & asked.context.valid
             merged[units.row[:, None].expand_as(keep)[keep], units.slots[keep]] = features[keep]
     return merged
+
+
+def _means(ledger: TokenLedger, log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
+    """Per cut that merges: prompt row, position of a token, and positions of those whose mean it becomes."""
+    units = ledger.units
+    means: dict[int, list[tuple[int, int, list[int]]]] = {}
+    for asked in log:
+        into, layer = asked.answer.into, asked.context.layer
+        if into is None or layer is None:
+            continue
+        found = means.setdefault(layer, [])
+        for u, row in enumerate(units.row.tolist()):
+            homes = torch.where(asked.context.valid[u], into[u], -1)
+            for home in sorted(set(homes[homes >= 0].tolist())):
+                members = units.slots[u][homes == home].tolist()
+                found.append((row, int(units.slots[u, home]), members))
+    return means
 
 
 def _moved(asked: Asked, *, scattered: bool) -> float:

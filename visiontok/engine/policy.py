@@ -252,17 +252,34 @@ class StagePolicy:
             if answer is not None:
                 if answer.features is not None:
                     raise UnsupportedError(
-                        f"{stage.label}: returned features at decoder layer {layer}; only prompt stages may"
+                        f"{stage.label}: returned features at decoder layer {layer}; only prompt stages may. What a "
+                        "cut merges, Selection.into says"
                     )
                 before, call.kept = call.kept, call.kept & call.units.scatter(answer.keep)
+                edits = []
+                if answer.into is not None:
+                    edits.append(self._merge(call, answer.keep, answer.into))
+                    full = edits[0](full)
                 if stage.mass is not None:
-                    edit = self._weigh(call, stage.mass, full, before, call.kept)
-                    call.edits[layer] = functools.partial(_in_entry, call, edit)
+                    edits.append(self._weigh(call, stage.mass, full, before, call.kept, answer.into))
+                if edits:
+                    call.edits[layer] = functools.partial(_in_entry, call, edits)
         return torch.zeros_like(call.kept) if self.hidden[layer] else call.kept
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees; see :class:`visiontok.engine.attach.Policy`."""
         return [0] * len(call.counts) if self.hidden[layer] else call.counts
+
+    @staticmethod
+    def _merge(call: Prefill, keep: torch.Tensor, into: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives the tokens ``keep`` (U, N) the mean of those that went ``into`` (U, N) them; can be repeated."""
+        units = call.units
+        here = torch.arange(keep.shape[1], device=keep.device)
+        group = torch.where(into >= 0, into, torch.where(keep, here, -1))
+        arrives = ((group >= 0) & (group != here)).long()
+        joined = keep & (torch.zeros_like(group).scatter_add(1, group.clamp_min(0), arrives) > 0)
+        one = torch.ones_like(group)
+        return lambda x: units.put(x, absorb(units.gather(x), group, one, 1.0)[0], joined)
 
     @staticmethod
     def _weigh(
@@ -407,7 +424,7 @@ class StagePolicy:
                 "load the model in bfloat16 or float32 if it overflows in float16"
             ),
         )
-        encoder_features = project = asked = asked_ids = asks = None
+        encoder_features = project = asked = asked_ids = asks = at = None
         if needs.encoder_features or needs.projector:
             patches = self._encoder_features(call)  # (U, N, m, C)
             encoder_features = patches.flatten(2)
@@ -425,6 +442,7 @@ class StagePolicy:
             size=upload(torch.tensor(units.sizes), device),
             grid=units.grid,
             has_grid=units.has_grid,
+            place=units.slots,
             row=units.row,
             image=upload(torch.tensor(units.ordinal), device),
             attention=Attention(functools.partial(self._read, call, layer)),
@@ -439,6 +457,7 @@ class StagePolicy:
             question_features=asked,
             question_ids=asked_ids,
             question_valid=asks,
+            question_place=at,
             fidelity=self.fidelity,
             generator=functools.partial(self._generator, call),
         )
@@ -556,6 +575,8 @@ class StagePolicy:
     # ---- taps
 
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
+        if stat == "rotary_pull":
+            return self._pull(call)
         if stat in _DECODER:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:
@@ -579,6 +600,18 @@ class StagePolicy:
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
         found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
         return found if stat == "keys" else found[..., 0]
+
+    def _pull(self, call: Prefill) -> torch.Tensor:
+        """(U, N, Q) mean cosine between the rotary angles of visual tokens and words."""
+        if call.positions is None:
+            raise UnsupportedError(f"{self._model}: its visual tokens have no positions in the prompt")
+        text, units = getattr(self.adapter.base, self.adapter.text), call.units
+        at = call.question(self.adapter.special_ids())[0][units.row]
+        pull: Any = 0.0
+        for table in rotary_tables(text, call.positions(), call.batch):
+            words = table[units.row[:, None], at]
+            pull = pull + units.gather(table) @ words.mT / table.shape[-1]
+        return pull
 
     def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []
@@ -782,11 +815,14 @@ class StagePolicy:
         return asks.float()
 
 
-def _in_entry(call: Prefill, edit: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Apply ``edit``, which works on the whole prompt, to the states of the tokens that entered."""
-    if call.entry is None:
-        return edit(states)
-    return call.entry.gather(edit(call.entry.fill(states)))
+def _in_entry(
+    call: Prefill, edits: Sequence[Callable[[torch.Tensor], torch.Tensor]], states: torch.Tensor
+) -> torch.Tensor:
+    """Apply ``edits``, which work on the whole prompt, to the states of the tokens that entered."""
+    whole = states if call.entry is None else call.entry.fill(states)
+    for edit in edits:
+        whole = edit(whole)
+    return whole if call.entry is None else call.entry.gather(whole)
 
 
 def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

@@ -26,3 +26,9 @@ def cuts(method: Method, layers: Sequence[Layer], shares: Sequence[float]) -> tu
         Stage(kind="cut", method=method, layer=layer, keep=Budget.ratio(share))
         for layer, share in zip(layers, shares, strict=True)
     )
+
+
+def listed(method: Method, *names: str) -> None:
+    """Make tuples of the lists that JSON gave the options ``names``; for ``__post_init__``."""
+    for name in names:
+        object.__setattr__(method, name, tuple(getattr(method, name)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional import topk
 from ..method import Card, Contract, Layer, Method, Needs, Stage
-from ._schedule import cuts
+from ._schedule import cuts, listed
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -40,18 +40,17 @@ class PyramidDrop(Method):
         "numbered anew, in every layer by itself. In training the rows are those before an answer.",
         bugs="Queries and keys are multiplied head by head, which fails where heads share keys; one image per row; "
         "masks keep the old length behind a cut.",
-        departures="Heads may share keys; any number of images, each with its own budget, rounded half up. Kept "
-        "tokens keep their positions, which the engine has for nothing; numbering them anew is not offered. Trained "
-        "within compress(), the row is the last one, too. A budget is the average over all decoder layers, shared "
-        "out in the proportion of shares.",
+        departures="Heads may share keys; any number of images, each with its own budget, rounded half up. Kept tokens "
+        "keep their positions, which the engine has for nothing; numbering them anew is not offered. Trained within "
+        "compress(), the row is the last one, too. A budget is the average over all decoder layers, shared out in the "
+        "proportion of shares.",
         defaults="layers=8/32, 16/32, 24/32 of the depth, shares=0.5, 0.25, 0.125, without keep.",
         cost="per cut: queries, keys and values of one layer again, O(ND²), and one attention row, O(HNd)",
         contract=Contract(question_independent=False, per_image=False),
     )
 
     def __post_init__(self) -> None:
-        for name in ("layers", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, from JSON
+        listed(self, "layers", "shares")
         self.stages()
 
     def needs(self) -> Needs:

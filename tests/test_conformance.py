@@ -14,6 +14,7 @@ from visiontok.conformance.adapter_checks import ADAPTER_CHECKS, AdapterCase
 from visiontok.conformance.checks import CHECKS, Case
 from visiontok.conformance.matrix import DEFAULT, run, try_check
 from visiontok.conformance.zoo import ARCHITECTURES, batch, build
+from visiontok.recipes import find as find_method
 
 pytestmark = pytest.mark.engine
 
@@ -38,16 +39,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prumerge, adaptive": ("prumerge", {"adaptive": True}),
     "prumerge_plus, adaptive": ("prumerge_plus", {"adaptive": True}),
     "vscan, small windows": ("vscan", {"window": 2}),
+    "vscan, both stages": ("vscan", {"cut": 0.5}),
+    "sparsevlm, one cut": ("sparsevlm", {"layers": (2,), "shares": (0.5,)}),
 }
 
 
-def inapplicable(card: Card) -> set[str]:
-    """The checks that a method's card excuses it from."""
-    claims, excused = card.contract, set()
-    stages = visiontok.recipe(card.name).stages
-    if not any(stage.method for stage in stages):
+def inapplicable(recipe: Recipe, card: Card) -> set[str]:
+    """The checks that the cards of a recipe's methods, and its stages, excuse it from."""
+    excused, stages = set(), recipe.stages
+    methods = [stage.method.card for stage in stages if stage.method]
+    if not methods:
         excused |= {"image alone", "permutation", "NaN", "padding", "inputs untouched", "question"}
-    if not all(stage.method for stage in stages):  # layers without visual tokens, whatever the budget
+    if len(methods) < len(stages):  # layers without visual tokens, whatever the budget
         excused |= {"identity"}
     if len(stages) > 1:  # then a budget is an average over layers
         excused |= {"K = 1"}
@@ -55,14 +58,19 @@ def inapplicable(card: Card) -> set[str]:
         excused |= {"identity", "budget", "K = 1"}
     if card.stochastic:
         excused |= {"permutation"}
-    named = {"image alone": claims.per_image, "question": claims.question_independent, "count": claims.count_from_grid}
-    return excused | {check for check, claimed in (named | {"permutation": claims.order_free}).items() if not claimed}
+    for claims in (mine.contract for mine in (card, *methods)):
+        named = {
+            "image alone": claims.per_image, "question": claims.question_independent,
+            "count": claims.count_from_grid, "permutation": claims.order_free,
+        }  # fmt: skip
+        excused |= {check for check, claimed in named.items() if not claimed}
+    return excused
 
 
 def assert_conforms(recipe: Recipe, card: Card, architecture: str, excused: Collection[str] = ()) -> None:
     results = run(recipe.label, {architecture: Case(recipe, architecture)}).results
     assert [r for r in results if r.outcome == "fail"] == []
-    assert {r.check for r in results if r.outcome == "n/a"} == inapplicable(card).union(excused)
+    assert {r.check for r in results if r.outcome == "n/a"} == inapplicable(recipe, card).union(excused)
     assert len(results) == len(CHECKS)
 
 
@@ -100,9 +108,7 @@ ONE_AND_ANOTHER = ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)]
 def test_variants(variant: str, architecture: str) -> None:
     name, options = VARIANTS[variant]
     recipe = visiontok.recipe(name, **options)
-    [stage] = recipe.stages
-    assert stage.method is not None
-    assert_conforms(recipe, stage.method.card, architecture)
+    assert_conforms(recipe, find_method(name).card, architecture)
 
 
 @pytest.mark.parametrize("architecture", ONE_AND_ANOTHER)

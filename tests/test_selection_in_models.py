@@ -266,14 +266,8 @@ def of_cut(name: str) -> tuple[Any, dict[str, Any], list[Cut]]:
             torch.einsum("hd,nhd->hn", q[b, -1], k[b, everyone]) * module.scaling,
         )  # fmt: skip
         places = [(int(r), int(c)) for _, r, c in ctx.grid[u][ctx.valid[u]].tolist()]
-        found.append(
-            Cut(
-                *(x.double().numpy() for x in arrays),
-                [everyone.index(i) for i in here],
-                np.cos(apart[..., None] * angle).mean(-1),
-                places,
-            )  # fmt: skip
-        )
+        pull = np.cos(apart[..., None] * angle).mean(-1)
+        found.append(Cut(*(x.double().numpy() for x in arrays), [everyone.index(i) for i in here], pull, places))
     return model, inputs, found
 
 

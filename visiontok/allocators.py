@@ -102,7 +102,10 @@ def layer_average(
         EntropyPrune (one cut, stop = depth) and TwigVLM (one cut and an exit), budget rules of the published code.
     """
     end = depth if stop is None else stop
-    weights = [Fraction(repr(float(s))) for s in (shape if shape is not None else [1.0] * len(cuts))]
+    # 1/3 means a third, though it cannot be written so.
+    weights = [
+        Fraction(repr(float(s))).limit_denominator(10**6) for s in (shape if shape is not None else [1.0] * len(cuts))
+    ]
     edges = [start, *cuts, end]
     ascending = all(a <= b for a, b in pairwise(edges))
     if not cuts or not ascending or start < 0 or cuts[-1] >= end or end > depth:

@@ -66,11 +66,16 @@ class Attention:
         every head and row for itself."""
         return self._read("text_heads", offset)
 
-    def rotary_pull(self) -> torch.Tensor:
+    def rotary_pull(self, offset: int = 0) -> torch.Tensor:
         """(U, N, Q): mean over the rotary frequencies of the cosine of the angle between each visual token and each
         token of ``ctx.question()``, what attention would be drawn by if only places counted; 1 at distance 0. All axes
-        of M-RoPE have equal weight."""
-        return self._read("rotary_pull", 0)
+        of M-RoPE have equal weight; the same in every layer."""
+        return self._read("rotary_pull", offset)
+
+    def flow(self, offset: int = -1) -> torch.Tensor:
+        """Where attention leads in five steps in the decoder layer ``offset`` from the cut; see
+        :func:`visiontok.functional.attention_flow`."""
+        return self._read("flow", offset)
 
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""

@@ -15,7 +15,7 @@ from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
 from .mergers.peaks import density_peaks
-from .scorers.attention import attention_columns, attention_heads, attention_logits, attention_rows
+from .scorers.attention import attention_columns, attention_flow, attention_heads, attention_logits, attention_rows
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.learned import learned
@@ -53,6 +53,7 @@ __all__ = [
     "anchors",
     "apportion",
     "attention_columns",
+    "attention_flow",
     "attention_heads",
     "attention_logits",
     "attention_rows",

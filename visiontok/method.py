@@ -147,6 +147,7 @@ class Needs:
     decoder_text_rows: tuple[int, ...] = ()
     decoder_text_heads: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
+    decoder_flow: tuple[int, ...] = ()
     decoder_unturned_row: tuple[int, ...] = ()
     encoder_features: bool = False
     projector: bool = False

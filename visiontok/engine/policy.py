@@ -21,6 +21,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..functional import (
     absorb,
     attention_columns,
+    attention_flow,
     attention_heads,
     attention_logits,
     attention_rows,
@@ -38,7 +39,7 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "text_heads", "decoder_received", "unturned_row")
+_DECODER = ("last_row", "text_rows", "text_heads", "decoder_received", "flow", "unturned_row")
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -129,8 +130,11 @@ class StagePolicy:
                 if until <= start:
                     raise ConfigError(f"until={stage.until}: a skip must end behind its layer {start}")
                 hidden[start:until] = [True] * (until - start)
-        for layer in self.cuts:
-            if hidden[layer]:
+        gone = [s.layer for s in stages if s.kind == "exit" and isinstance(s.layer, float)]
+        for layer, stage in list(self.cuts.items()):
+            if hidden[layer] and isinstance(stage.layer, float) and any(stage.layer < last for last in gone):
+                del self.cuts[layer]  # both are in one layer of a model this shallow
+            elif hidden[layer]:
                 raise ConfigError(
                     f"layer={layer}: a cut where the visual tokens are absent (injected later, skipped or gone) has "
                     "nothing to score; move the cut"
@@ -763,6 +767,9 @@ class StagePolicy:
                 words = q.transpose(1, 2)[row, at].transpose(1, 2)
                 heads = attention_heads(words, k, scale=scale, visible=visible[row, at], bias=bias)
                 total = heads.permute(0, 3, 1, 2)  # (B, K, H, Q)
+            elif stat == "flow":
+                new = q.shape[2]  # cached tokens have no rows of their own
+                total = attention_flow(q, k[:, :, -new:], scale=scale, visible=visible[..., -new:], valid=used)
             else:
                 asks = self._asking(call, layer) if stat == "text_rows" else used.float()
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
@@ -905,5 +912,6 @@ def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
         needs.decoder_text_rows,
         needs.decoder_text_heads,
         needs.decoder_received,
+        needs.decoder_flow,
         needs.decoder_unturned_row,
     )

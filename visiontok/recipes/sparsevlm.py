@@ -62,10 +62,16 @@ def recycle(
         (B, N) long, the place of the token around which each is grouped, -1 for none.
     """
     gone = valid & ~keep
-    again = gone & (rank(scores, gone) < ((gone.sum(-1) * share).long() + 1)[:, None])
-    number = torch.as_tensor(clusters, device=features.device).expand(len(features))
-    grouped = density_peaks(features, number.clamp_min(1), again)
-    return torch.where((number > 0)[:, None], grouped, -1)
+    again = torch.where(gone.any(-1), (gone.sum(-1).double() * share).long() + 1, 0)
+    # The best first, so that of equal peaks the one with more attention counts.
+    order = rank(scores, gone).argsort(-1)[:, : max([1, *again.tolist()])]
+    there = torch.arange(order.shape[1], device=order.device) < again[:, None]
+    number = torch.as_tensor(clusters, device=order.device).expand(len(order))
+    group = density_peaks(
+        features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])), number.clamp_min(1), there
+    )
+    home = torch.where((group >= 0) & (number > 0)[:, None], order.gather(1, group.clamp_min(0)), -1)
+    return torch.full_like(gone, -1, dtype=torch.long).scatter(1, order, home)
 
 
 def shared_out(count: Tensor, size: Tensor, *, share: float = 0.3) -> Tensor:
@@ -73,7 +79,7 @@ def shared_out(count: Tensor, size: Tensor, *, share: float = 0.3) -> Tensor:
     clusters = torch.zeros_like(count)
     for _ in range(4):  # one more dropped token is 0.03 more clusters
         dropped = size - count + clusters
-        clusters = ((dropped * share).long() + 1) // 10 + 1
+        clusters = ((dropped.double() * share).long() + 1) // 10 + 1
     return torch.minimum(clusters, count - 1).clamp_min(0)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.batching import rows, unrow
 
+_TILE = 256  # query rows whose attention is held at a time
+
 
 def attention_columns(
     q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
@@ -75,6 +77,57 @@ def attention_heads(
     else:
         weights = logits.softmax(-1)
     return unrow(weights.flatten(1, 2), q, 3)
+
+
+def attention_flow(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    visible: Tensor | None = None,
+    valid: Tensor | None = None,
+    temperature: float = 0.1,
+    rounds: int = 5,
+) -> Tensor:
+    """Where attention leads: a walk over the tokens that starts anywhere and follows sharpened attention.
+
+    p ← p · softmax(logits / temperature), ``rounds`` times in every head; the root of the mean over heads of p². The
+    N × N map is computed anew in every round, some rows at a time, and never held.
+
+    Args:
+        q: (H, N, d) or (B, H, N, d) queries.
+        k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G.
+        scale: factor on the logits; 1/√d by default.
+        visible: (N, N) or (B, N, N) bool, what each row may see; all by default.
+        valid: (N,) or (B, N) bool, tokens at which the walk may start.
+        temperature: below 1 sharpens.
+        rounds: steps of the walk.
+
+    Returns:
+        (N,) or (B, N) float32.
+
+    Reference:
+        AIM, arXiv 2412.03248; PageRank without damping.
+    """
+    qs, ks = rows(q, 3, "q"), rows(k, 3, "k")
+    ok = (
+        torch.ones(len(qs), qs.shape[2], dtype=torch.bool, device=q.device)
+        if valid is None
+        else rows(valid, 1, "valid")
+    )
+    seen = None if visible is None else rows(visible, 2, "visible")
+    sharp = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
+    walk = (ok / ok.sum(-1, keepdim=True).clamp_min(1))[:, None].expand(-1, qs.shape[1], -1)  # (B, H, N)
+    for _ in range(rounds):
+        step = torch.zeros_like(walk)
+        for tile in torch.arange(qs.shape[2], device=q.device).split(_TILE):
+            shown = None if seen is None else seen[:, tile]
+            step = (
+                step
+                + (walk[..., None, tile] @ attention_heads(qs[:, :, tile], ks, scale=sharp, visible=shown))[..., 0, :]
+            )
+        walk = step
+    return unrow(walk.square().mean(1).sqrt(), q, 3)
 
 
 def attention_logits(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:

@@ -58,6 +58,6 @@ def soft_topk(
         spread = (torch.where(ok, s - mean, 0.0).square().sum(-1) / n.clamp_min(1)).sqrt().detach()
         width = (temperature * spread).clamp_min(1e-12)[:, None, None]
         soft = torch.where(pair, ((known[:, :, None] - known[:, None]) / width).sigmoid(), 0.0).sum(-1)
-        place = place + soft - soft.detach()
+        place = place + (soft - soft.detach())  # in this order nothing is rounded
     soft_mask = torch.where(ok, (sharpness * (place - (n - counts)[:, None])).sigmoid(), 0.0)
     return unrow(kept, scores, 1), unrow(soft_mask, scores, 1)

@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prumerge_plus, adaptive": ("prumerge_plus", {"adaptive": True}),
     "vscan, small windows": ("vscan", {"window": 2}),
     "vscan, both stages": ("vscan", {"cut": 0.5}),
+    "todre_exit, at once": ("todre_exit", {"threshold": 1.0}),
     "sparsevlm, one cut": ("sparsevlm", {"layers": (2,), "shares": (0.5,)}),
 }
 
@@ -61,7 +62,7 @@ def inapplicable(recipe: Recipe, card: Card) -> set[str]:
     for claims in (mine.contract for mine in (card, *methods)):
         named = {
             "image alone": claims.per_image, "question": claims.question_independent,
-            "count": claims.count_from_grid, "permutation": claims.order_free,
+            "count": claims.count_from_grid, "permutation": claims.order_free, "no silent no-op": claims.keeps_some,
         }  # fmt: skip
         excused |= {check for check, claimed in named.items() if not claimed}
     return excused

@@ -52,6 +52,7 @@ from visiontok.recipes.sparsevlm import SparseVLM
 from visiontok.recipes.sparsevlm_plus import SparseVLMPlus
 from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
+from visiontok.recipes.todre_exit import ToDREExit
 from visiontok.recipes.visionzip import VisionZip
 from visiontok.recipes.vispruner import VisPruner
 from visiontok.recipes.vscan import VScan
@@ -326,6 +327,7 @@ WORDS = {
     "decoder_text_heads": "attention of every head and question token",
     "decoder_unturned_row": "attention without rotary positions",
     "decoder_flow": "where attention leads",
+    "decoder_to_text": "attention to text",
     "decoder_received": "attention received in the decoder",
     "encoder_features": "projector inputs",
     "projector": "the projector",
@@ -469,6 +471,7 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
         (SparseVLM, {"recycled": 1.5}, "recycled=1.5: a share"),
         (SparseVLMPlus, {"heads": 0.0}, "heads=0.0: a share"),
+        (ToDREExit, {"threshold": 0.0}, "threshold=0.0: a share"),
         (Aim, {"merged": 0.0}, "merged=0.0: a share"),
         (VScan, {"left": 0.0}, "left=0.0: a share"),
         (Feather, {"stride": 0}, "stride=0: at least 1"),
@@ -575,6 +578,22 @@ def test_cuts_that_meet_in_a_shallow_model_are_one() -> None:
             StagePolicy(PyramidDrop(layers=layers, shares=(0.5, 0.2)).stages(), 4)
     with pytest.raises(ConfigError, match="two cuts at one layer"):
         StagePolicy((*FastV(layer=0.25).stages(), *PyramidDrop(layers=(0.25,), shares=(0.5,)).stages()), 4)
+
+
+def test_todre_exit_asks_both_ways_of_all_pictures_of_a_prompt() -> None:
+    method = ToDREExit(threshold=0.1)
+    ctx = dataclasses.replace(context(method), row=torch.tensor([0, 0, 1]))
+
+    def left(from_text: float, to_text: float) -> list[bool]:
+        """Which images stay; ``from_text`` is the attention of the second image alone, ``to_text`` a token's."""
+        told = {"text_rows": torch.full((3, 30), 0.0), "to_text": torch.full((3, 30), to_text)}
+        told["text_rows"][1, :12] = from_text / 12
+        read = Attention(lambda stat, layer: told[stat])
+        return method.select(dataclasses.replace(ctx, attention=read)).any(1).tolist()  # type: ignore[union-attr]
+
+    assert left(0.05, 0.05) == [False, False, False]
+    assert left(0.2, 0.05) == [True, True, False]
+    assert left(0.05, 0.2) == [True, True, True]
 
 
 def test_random_differs_between_seeds_and_is_uniform() -> None:

@@ -319,14 +319,23 @@ class Asker(Reader):
         own = Needs(decoder_last_row=(0,), decoder_text_rows=(0,), decoder_received=(0,), question=True)
         if self.alone:
             return dataclasses.replace(own, decoder_text_heads=(0,))
-        return dataclasses.replace(own, decoder_text_heads=(-1, 0), decoder_unturned_row=(-1,), decoder_flow=(-1,))
+        return dataclasses.replace(
+            own, decoder_text_heads=(-1, 0), decoder_unturned_row=(-1,), decoder_flow=(-1,), decoder_to_text=(-1,)
+        )
 
     def select(self, ctx):
         read = ctx.attention
         self.seen.update(last=read.last_row(0), text=read.text_rows(0), all=read.decoder_received(0))
         self.seen["heads0"] = read.text_heads(0)
         if not self.alone:
-            self.seen.update({"heads-1": read.text_heads(-1), "unturned": read.unturned_row(-1), "flow": read.flow(-1)})
+            self.seen.update(
+                {
+                    "heads-1": read.text_heads(-1),
+                    "unturned": read.unturned_row(-1),
+                    "flow": read.flow(-1),
+                    "to": read.to_text(-1),
+                }
+            )
         return super().select(ctx)
 
 
@@ -391,6 +400,8 @@ def test_a_layer_tells_beforehand_what_it_would_attend_to(name, schedule, monkey
             walk = walk @ sharp
         flow = walk[:, 0].square().mean(0).sqrt().float()
         close(asker.seen["flow"][u, here], flow[[everyone.index(c) for c in columns]])
+        read = [slot[p] for p in positions if attended[row, p] and not seen[row, p]]
+        close(asker.seen["to"][u, here], maps[2][row].mean(0)[columns][:, read].sum(-1))
         module = text.layers[2].self_attn
         with torch.no_grad():
             x = text.layers[2].input_layernorm(states["x"][row])

@@ -72,6 +72,11 @@ class Attention:
         of M-RoPE have equal weight; the same in every layer."""
         return self._read("rotary_pull", offset)
 
+    def to_text(self, offset: int = -1) -> torch.Tensor:
+        """The share of its attention that each visual token pays to text in the decoder layer ``offset`` from the
+        cut."""
+        return self._read("to_text", offset)
+
     def flow(self, offset: int = -1) -> torch.Tensor:
         """Where attention leads in five steps in the decoder layer ``offset`` from the cut; see
         :func:`visiontok.functional.attention_flow`."""

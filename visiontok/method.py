@@ -70,6 +70,7 @@ class Contract:
         question_independent: the question does not matter, so compressed images can be cached.
         sync_free: selection needs no host synchronisation.
         order_free: a token's fate does not depend on its index, except between equals; where it lies is ``ctx.grid``.
+        keeps_some: at least one token of every image stays; without, a cut may be an exit.
     """
 
     count_from_grid: bool = True
@@ -77,6 +78,7 @@ class Contract:
     question_independent: bool = True
     sync_free: bool = True
     order_free: bool = True
+    keeps_some: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,7 @@ class Needs:
     decoder_text_heads: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
     decoder_flow: tuple[int, ...] = ()
+    decoder_to_text: tuple[int, ...] = ()
     decoder_unturned_row: tuple[int, ...] = ()
     encoder_features: bool = False
     projector: bool = False

@@ -39,7 +39,7 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "text_heads", "decoder_received", "flow", "unturned_row")
+_DECODER = ("last_row", "text_rows", "text_heads", "decoder_received", "flow", "to_text", "unturned_row")
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
 _TILE = 256  # query rows whose attention is held at a time
@@ -359,7 +359,8 @@ class StagePolicy:
         wanted = [min(n, known) for n, known in zip(counts, call.counts, strict=True)]
         fixed = budgeted and self.fidelity == "fixed" and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
         found_counts = counted(keep, wanted if fixed else None)
-        if any(known and not n for n, known in zip(found_counts, call.counts, strict=True)):
+        empty = any(known and not n for n, known in zip(found_counts, call.counts, strict=True))
+        if empty and stage.method.card.contract.keeps_some:  # type: ignore[union-attr]
             raise ConfigError(f"{name}: select() kept no token of an image; keep at least one, or use an exit stage")
         if fixed and stops_host(keep.device):
             call.promises.expect(
@@ -770,6 +771,14 @@ class StagePolicy:
             elif stat == "flow":
                 new = q.shape[2]  # cached tokens have no rows of their own
                 total = attention_flow(q, k[:, :, -new:], scale=scale, visible=visible[..., -new:], valid=used)
+            elif stat == "to_text":
+                layout, past = call.layouts[layer], k.shape[2] - q.shape[2]
+                shown = call.enter(call.visual)
+                shown = (shown if layout is None else layout.gather(shown)) & used
+                total = torch.zeros(q.shape[0], k.shape[2], device=q.device)
+                for rows in shown.any(0).nonzero().flatten().split(_TILE):
+                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    total[:, past + rows] = (scores[..., past:] * (used & ~shown)[:, None]).sum(-1)
             else:
                 asks = self._asking(call, layer) if stat == "text_rows" else used.float()
                 weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
@@ -913,5 +922,6 @@ def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
         needs.decoder_text_heads,
         needs.decoder_received,
         needs.decoder_flow,
+        needs.decoder_to_text,
         needs.decoder_unturned_row,
     )

@@ -220,12 +220,12 @@ def permutation(case: Case) -> None:
 
 def something_dropped(case: Case) -> None:
     """A recipe that is asked for fewer tokens drops some."""
+    if not all(contract(method).keeps_some for method in case.selecting):
+        raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
     if not any(bool((case.plain.ledger.visual & ~alive).any()) for alive in case.plain.alive):
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
-        if not all(contract(method).keeps_some for method in case.selecting):
-            raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
         raise Failed(f"{asked} it silently keeps every visual token in every layer")
 

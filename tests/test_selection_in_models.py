@@ -16,6 +16,7 @@ import pytest
 import torch
 from naive import Array, softmax
 from torch import Tensor
+from transformers import DynamicCache
 from visiontok.adapters.base import find
 
 import visiontok
@@ -315,6 +316,24 @@ def test_cuts_follow_the_published_rule(name: str, method: str) -> None:
     for u, cut in enumerate(cuts):
         kept = alive[units.row[u]][units.slots[u][units.valid[u]]].nonzero()[:, 0].tolist()
         assert kept == sorted(rule(cut, k))
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "feather", "sparsevlm"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_cuts_count_what_is_cached_already(name: str, method: str) -> None:
+    """The first words in a turn of their own: keys of a layer that is asked beforehand include the stored ones."""
+    model = build(name)
+    inputs = batch(name, model, rows=1, pad=0)
+    shape, cache = inputs["input_ids"].shape, DynamicCache(config=model.config.get_text_config())
+    words = {k: v[:, :2] for k, v in inputs.items() if v.shape[:2] == shape}
+    rest = {k: v[:, 2:] if v.shape[:2] == shape and k != "attention_mask" else v for k, v in inputs.items()}
+    with visiontok.compress(model, method) as compression, torch.no_grad():
+        whole, alive = model(**inputs).logits, compression.ledger.alive
+        expected = [alive(layer)[:, 2:] for layer in range(4)]
+        model(**words, past_key_values=cache)
+        logits = model(**rest, past_key_values=cache).logits
+        assert all(torch.equal(compression.ledger.alive(layer), expected[layer]) for layer in range(4))
+    torch.testing.assert_close(logits[:, -1], whole[:, -1])
 
 
 def test_what_has_no_patch_is_kept_last() -> None:

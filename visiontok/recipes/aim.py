@@ -47,9 +47,10 @@ class Aim(Method):
         "eighth of these, counted at its end. Tokens are hidden by a mask and never dropped, so that neither time nor "
         "memory is saved. Needs eager attention.",
         bugs="Costs are reported as if the layer that scores saw the smaller set already.",
-        departures="Tokens are dropped. Attention is computed some rows at a time and never held. The layers, which "
-        "are numbers in the paper, are fractions of the depth; those that meet in a shallow model are one. A budget is "
-        "the average over all decoder layers. Merging as in aim_merge.",
+        departures="Tokens are dropped. Attention is computed some rows at a time and never held; tokens of earlier "
+        "turns, which have no rows, are left out of the walk. The layers, which are numbers in the paper, are "
+        "fractions of the depth; those that meet in a shallow model are one. A budget is the average over all decoder "
+        "layers. Merging as in aim_merge.",
         defaults="merged=0.25, layers=15/28 … 21/28, shares=7/8 … 1/8, exit=22/28.",
         cost="aim_merge; O(HN²d) five times per cut",
         contract=Contract(question_independent=False, per_image=False, sync_free=False, order_free=False),

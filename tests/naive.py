@@ -232,3 +232,50 @@ def sieve_naive(v: Array, t: Array, a: Array, k: int) -> list[int]:
         order.append(int(np.argmax([-1 if i in order else s for i, s in enumerate(score)])))
         score = score * np.array([1 - cos(r, left[order[-1]]) ** 2 for r in left])
     return order
+
+
+def raters_naive(v: Array, t: Array) -> list[int]:
+    shares = np.array([softmax(t @ x) for x in v]).mean(0)
+    return [i for i, share in enumerate(shares) if share > shares.mean()] or list(range(len(t)))
+
+
+def peaks_naive(x: Array, k: int) -> dict[int, list[int]]:
+    """Members of each of ``k`` density peaks, by the place of the peak."""
+    n, near = len(x), max(k, 3)
+    far = [[float(np.linalg.norm(a - b)) / math.sqrt(x.shape[1]) for b in x] for a in x]
+    dense = [math.exp(-sum(f * f for f in sorted(row)[:near]) / near) for row in far]
+    lead = [min([far[i][j] for j in range(n) if dense[j] > dense[i]], default=max(map(max, far))) for i in range(n)]
+    peaks = sorted(range(n), key=lambda i: (-dense[i] * lead[i], i))[:k]
+    groups: dict[int, list[int]] = {peak: [peak] for peak in peaks}
+    for i in set(range(n)) - set(peaks):
+        groups[min(peaks, key=lambda peak: far[i][peak])].append(i)
+    return {peak: sorted(members) for peak, members in groups.items()}
+
+
+def sparsevlm_naive(x: Array, s: Array, k: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Kept tokens, and what is merged into which others: as many kept ones as leave room for their merged tokens."""
+    n, ranked = len(x), sorted(range(len(s)), key=lambda i: (-s[i], i))
+    for kept in range(k, 0, -1):
+        again = int(0.3 * (n - kept)) + 1
+        if kept + again // 10 + 1 <= k:
+            break
+    chosen = sorted(ranked[kept : kept + again])
+    groups = peaks_naive(x[chosen], k - kept)
+    return sorted(ranked[:kept]), {chosen[p]: [chosen[i] for i in members] for p, members in groups.items()}
+
+
+def sparsevlm_plus_naive(attention: Array, raters: list[int], pull: Array, share: float) -> Array:
+    """``attention`` (H, Q, N), ``pull`` (Q, N)."""
+    told = sorted(range(len(attention)), key=lambda h: -attention[h][raters].sum())
+    heads = told[: max(1, round(share * len(attention)))]
+    n = attention.shape[2]
+    return np.array(
+        [np.mean([attention[h][t][i] / max(pull[t][i], 0.05) for h in heads for t in raters]) for i in range(n)]
+    )
+
+
+def feather_naive(s: Array, places: list[tuple[int, int]], k: int, stride: int = 3) -> list[int]:
+    step = max(stride, math.ceil(math.sqrt(2 * len(s) / k)))
+    grid = [i for i, (row, column) in enumerate(places) if row % step == 0 and column % step == 0]
+    rest = sorted(set(range(len(s))) - set(grid), key=lambda i: (-s[i], i))
+    return sorted(grid + rest[: k - len(grid)])

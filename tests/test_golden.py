@@ -6,9 +6,11 @@ tested with VISIONTOK_GOLDEN=folder.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import visiontok
 import visiontok.functional as F
+from visiontok.context import Attention, Context
+from visiontok.engine.policy import StagePolicy
+from visiontok.engine.probe import Tap, glance
 from visiontok.errors import ConfigError
 from visiontok.recipes.aim_merge import aim_merge
 from visiontok.recipes.cdpruner import cdpruner
@@ -28,8 +34,10 @@ from visiontok.recipes.dart import dart
 from visiontok.recipes.divprune import divprune
 from visiontok.recipes.entropyprune import entropyprune
 from visiontok.recipes.fastv import fastv
+from visiontok.recipes.feather import Feather
 from visiontok.recipes.gemfilter import gemfilter
 from visiontok.recipes.globalcom2 import crops, globalcom2_official
+from visiontok.recipes.hidrop import HiDrop
 from visiontok.recipes.hiprune import hiprune, hiprune_official
 from visiontok.recipes.idpruner import idpruner
 from visiontok.recipes.m3_pool import m3_pool
@@ -37,6 +45,7 @@ from visiontok.recipes.mmtok import cover_table, mmtok
 from visiontok.recipes.prumerge import outliers, prumerge
 from visiontok.recipes.prumerge_plus import prumerge_plus_official
 from visiontok.recipes.scope import scope
+from visiontok.recipes.sparsevlm import raters, recycle
 from visiontok.recipes.textmonkey import textmonkey
 from visiontok.recipes.transprune import shares_of, transprune
 from visiontok.recipes.v2drop import v2drop
@@ -141,6 +150,140 @@ def call_fastv(attn_last_row: Tensor, start: int, n_vis: int, r: float) -> Outpu
     keep = torch.ones(attn_last_row.shape[1], dtype=torch.bool)
     keep[start : start + n_vis] = fastv(score, round(n_vis * (1 - r)))
     return {"score": score, "keep_indices": kept(keep)}
+
+
+def decoder_layer(ln: Tensor, wq: Tensor, wk: Tensor, heads: int, kv_heads: int) -> tuple[Any, Any]:
+    """A stock Llama layer of these weights, whose attention can be asked, and its rotary tables."""
+    config = LlamaConfig(
+        hidden_size=len(ln), num_attention_heads=heads, num_key_value_heads=kv_heads, rms_norm_eps=1e-5,
+        intermediate_size=8, num_hidden_layers=1, vocab_size=8, attn_implementation="sdpa",
+    )  # fmt: skip
+    layer = LlamaDecoderLayer(config, 0)
+    layer.load_state_dict(
+        {"input_layernorm.weight": ln, "self_attn.q_proj.weight": wq, "self_attn.k_proj.weight": wk}, strict=False
+    )
+    Tap(layer.self_attn, None)
+    return layer, LlamaRotaryEmbedding(config)
+
+
+def call_pyramiddrop(
+    hidden: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    ln: Tensor,
+    heads: int,
+    ratios: list[float],
+    stage: int,
+    n_vis0: int,
+    start: int,
+    prompt_len: int,
+    labels: Tensor | None = None,
+    training: bool = False,
+) -> Outputs:
+    layer, rotary = decoder_layer(ln, wq, wk, heads, heads)
+    tables = rotary(hidden, torch.arange(hidden.shape[1])[None])
+    q, k, scale = glance(layer, hidden, {"position_embeddings": tables})
+    n = int(n_vis0 * ratios[stage])
+    rows = torch.tensor([prompt_len + n - 1])
+    if labels is not None and training:
+        rows = ((labels[0, 1:] != -100) & (labels[0, :-1] == -100)).nonzero()[:, 0]
+    visible = torch.arange(hidden.shape[1]) <= rows[:, None]
+    score = F.attention_rows(q[:, :, rows], k, scale=scale, visible=visible[None])[0].mean(0)[start : start + n]
+    keep = F.topk(score, int(n_vis0 * ratios[stage + 1]))
+    return {"score": score, "kept_sorted": kept(keep), "new_len": hidden.shape[1] - n + int(keep.sum())}
+
+
+def call_feather(
+    hidden: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    ln: Tensor,
+    heads: int,
+    kv_heads: int,
+    r: float,
+    stride: int,
+    n_vis: int,
+    start: int,
+    prev_positions: Tensor | None = None,
+) -> Outputs:
+    layer, rotary = decoder_layer(ln, wq, wk, heads, kv_heads)
+    cos, sin = rotary(hidden, torch.arange(hidden.shape[1])[None])
+    still = torch.ones_like(cos), torch.zeros_like(sin)
+    q, k, scale = glance(layer, hidden, {"position_embeddings": still})
+    score = F.attention_rows(q[:, :, -1:], k[:, :, start : start + n_vis], scale=scale)[0, 0]
+    method = Feather(stride=stride, reduction=r, part="first" if prev_positions is None else "later")
+    grid = raster(round(n_vis**0.5), round(n_vis**0.5)) if prev_positions is None else torch.zeros(n_vis, 3).long()
+    attention = Attention(lambda stat, layer: score[None])
+    empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Context))
+    told = {"attention": attention, "valid": torch.ones(1, n_vis, dtype=torch.bool), "grid": grid[None]}
+    keep = method.select(Context(**empty | told | {"has_grid": True, "fidelity": "official"}))
+    place = torch.arange(n_vis) if prev_positions is None else prev_positions
+    return {"score": score, "kept_original": place[kept(keep)]}
+
+
+def call_hidrop_topk(scores: Tensor, k: int, lam: float) -> Outputs:
+    keep, mask = F.soft_topk(scores, k, sharpness=lam)
+    assert torch.equal(keep, mask > 0.5)
+    tied = len(scores.unique()) < len(scores)  # then the published code keeps more than k
+    return {"kept_sorted": kept(keep), "right_kept_sorted": kept(keep), "soft_mask": None if tied else mask}
+
+
+def call_hidrop_schedule(config: dict[str, Any]) -> Outputs:
+    schedules = {}
+    for name in (key for key in config if key.startswith("Tok")):
+        stages = HiDrop(preset=int(name.removeprefix("Tok"))).stages()
+        policy = StagePolicy(stages, 32)
+        assert list(policy.cuts) == config[name]["layer_list"]
+        counts, now = [], 576
+        for layer in range(32):
+            if layer in policy.cuts:
+                now = int(policy.cuts[layer].keep.counts([576])[0])  # type: ignore[union-attr]
+            counts.append(0 if policy.hidden[layer] else now)
+        schedules[name] = counts
+    return {
+        "visual_tokens_per_layer": schedules,
+        "average": {name: sum(counts) / 32 for name, counts in schedules.items()},
+    }
+
+
+def call_sparsevlm_raters(hidden: Tensor, start: int, n_vis: int) -> Outputs:
+    chosen, fit = raters(hidden[0, start : start + n_vis], hidden[0, start + n_vis :])
+    return {"raters": kept(chosen), "relevance": fit}
+
+
+SPARSE = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+
+
+def call_sparsevlm_cut(
+    attn_rows: Tensor, raters: Tensor, layer_out: Tensor, start: int, n_vis: int, retain: int, layer: int
+) -> Outputs:
+    score = attn_rows.mean(0)[raters].mean(0)[start : start + n_vis]
+    keep = F.topk(score, min(SPARSE[retain][(2, 6, 15).index(layer)], n_vis - 1))
+    again = int(0.3 * int((~keep).sum())) + 1
+    x, everyone = layer_out[None, start : start + n_vis], torch.ones(1, n_vis, dtype=torch.bool)
+    into = recycle(x, score[None], keep[None], again // 10 + 1, valid=everyone)[0]
+    centres = kept(into == torch.arange(n_vis))
+    means = torch.stack([x[0, into == centre].mean(0) for centre in centres])
+    # the published code lists merged tokens by how good a centre is, ours stand where their centres stood
+    order = peak_order(x[0, into >= 0], len(centres))
+    place = kept(into >= 0)[order]
+    rows = [centres.tolist().index(c) for c in place.tolist()]
+    return {
+        "score": score,
+        "kept_sorted": kept(keep),
+        "merged": means[rows],
+        "recycled_candidates": F.rank(score, into >= 0).argsort()[:again],
+    }
+
+
+def peak_order(x: Tensor, k: int) -> list[int]:
+    """The ``k`` density peaks of x (N, D), best first, in plain loops."""
+    n, d = x.shape
+    far = [[float((x[i] - x[j]).norm()) / d**0.5 for j in range(n)] for i in range(n)]
+    dense = [math.exp(-sum(f * f for f in sorted(row)[:k]) / k) for row in far]
+    widest = max(map(max, far))
+    lead = [min((far[i][j] for j in range(n) if dense[j] > dense[i]), default=widest) for i in range(n)]
+    return sorted(range(n), key=lambda i: -dense[i] * lead[i])[:k]
 
 
 def call_cdpruner(features: Tensor, image_embeds: Tensor, text_embeds: Tensor, k: int) -> Outputs:
@@ -439,7 +582,9 @@ def value(entry: dict[str, Any], data: dict[str, Tensor]) -> Any:
 
 def check(name: str, mine: Any, entry: dict[str, Any], data: dict[str, Tensor], bounds: dict[str, Any]) -> None:
     theirs = value(entry, data)
-    if entry["compare"] == "exact":
+    if isinstance(theirs, dict):
+        assert mine == theirs, name
+    elif entry["compare"] == "exact":
         mine, theirs = torch.as_tensor(mine).long(), torch.as_tensor(theirs).long()
         assert mine.shape == theirs.shape, f"{name}: {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
         assert torch.equal(mine, theirs), f"{name}: {int((mine != theirs).sum())} entries differ"

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 import visiontok
-from visiontok import Context, Method
+from visiontok import Budget, Context, Method
 from visiontok.context import Attention
+from visiontok.engine.policy import StagePolicy
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.method import Card, Selection, Tower, VectorMethod
+from visiontok.method import Card, Selection, Stage, Tower, VectorMethod
 from visiontok.recipes import find
 from visiontok.recipes.agile import Agile
+from visiontok.recipes.aim import Aim
 from visiontok.recipes.aim_merge import AimMerge
 from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
@@ -29,10 +31,12 @@ from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
 from visiontok.recipes.fastv import FastV
+from visiontok.recipes.feather import Feather
 from visiontok.recipes.fitprune import FitPrune
 from visiontok.recipes.gemfilter import GemFilter
 from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
+from visiontok.recipes.hidrop import HiDrop
 from visiontok.recipes.hiprune import HiPrune
 from visiontok.recipes.holov import HoloV
 from visiontok.recipes.idpruner import IDPruner
@@ -43,11 +47,15 @@ from visiontok.recipes.norm import Norm
 from visiontok.recipes.prumerge import PruMerge
 from visiontok.recipes.prumerge_plus import PruMergePlus
 from visiontok.recipes.prunesid import PruneSID
+from visiontok.recipes.pyramiddrop import PyramidDrop
 from visiontok.recipes.random import Random
 from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
+from visiontok.recipes.sparsevlm import SparseVLM
+from visiontok.recipes.sparsevlm_plus import SparseVLMPlus
 from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
+from visiontok.recipes.todre_exit import ToDREExit
 from visiontok.recipes.transprune import TransPrune
 from visiontok.recipes.v2drop import V2Drop
 from visiontok.recipes.visiontok import Visiontok
@@ -116,6 +124,15 @@ METHODS: list[Method] = [
     Agile().adapt(CLIP),
     Agile(rate=1.0, most=1.5).adapt(QWEN),
     FastV(),
+    PyramidDrop(),
+    SparseVLM(),
+    SparseVLM(recycled=0.0),
+    SparseVLMPlus(),
+    Feather(),
+    Feather(part="later"),
+    HiDrop(),
+    Aim(),
+    VScan(cut=0.5).adapt(CLIP),
     Sieve(),
     V2Drop(layers=(3,), shares=(0.5,)),
     TransPrune(layers=(3,), shares=(0.5,)),
@@ -129,8 +146,9 @@ METHODS: list[Method] = [
 
 def values(stat: str, layer: float, units: int) -> Tensor:
     """What a tap yields, 9 where no token is."""
-    heads = dict.fromkeys(("keys", "decoder_keys", "decoder_queries", "decoder_values"), (3, 30, 2, 4))
-    shape: tuple[int, ...] = (heads | {"decoder_states": (3, 30, 8)}).get(stat, (3, 30))
+    heads = dict.fromkeys(("keys", "decoder_keys", "decoder_queries", "decoder_values"), (2, 4))
+    wide: dict[str, tuple[int, ...]] = heads | {"decoder_states": (8,), "text_heads": (2, 3), "rotary_pull": (3,)}
+    shape = (3, 30, *wide.get(stat, ()))
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
     padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
     return drawn.masked_fill(padding, 9.0)[:units]
@@ -175,7 +193,8 @@ def context(
     def read(stat: str, layer: float) -> Tensor:
         if stat == "cls" and not has_cls:
             raise UnsupportedError("no CLS")
-        return scores[stat, layer][units, :width]
+        found = values(stat, layer, 3) if stat == "rotary_pull" else scores[stat, layer]
+        return found[units, :width]
 
     empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Context))
     return Context(
@@ -188,6 +207,9 @@ def context(
             "size": torch.tensor(SIZES)[units],
             "grid": grid[units, :width],
             "row": rows,
+            "place": torch.arange(30).expand(3, 30)[units, :width],
+            "text_features": torch.randn(3, 33, 8, generator=g),
+            "question_place": 30 + torch.arange(3).expand(3, 3),
             "encoder_features": encoder[units, :width],
             "project": lambda x: (x @ projector.to(x)).tanh(),
             "pixels": pixels[units, :width],
@@ -209,7 +231,7 @@ class TestEveryMethod:
         ctx = context(method, has_cls=bool(method.needs().vision_cls))
         answer = method.select(ctx)
         keep = keeps(answer)
-        if isinstance(answer, Selection):
+        if isinstance(answer, Selection) and method.card.stage == "prompt":
             assert answer.features is not None
             assert answer.features[keep].isfinite().all()
             # where nothing is dropped nothing is merged
@@ -225,9 +247,8 @@ class TestEveryMethod:
             single = method.select(context(method, units=slice(u, u + 1)))
             kept = keeps(batch)[u, : SIZES[u]]
             assert torch.equal(kept, keeps(single)[0])
-            if isinstance(batch, Selection) and isinstance(single, Selection):
+            if isinstance(batch, Selection) and isinstance(single, Selection) and batch.features is not None:
                 mine, alone = batch.features, single.features
-                assert mine is not None
                 assert alone is not None
                 torch.testing.assert_close(mine[u, : SIZES[u]][kept], alone[0][kept])
 
@@ -293,10 +314,11 @@ class TestEveryMethod:
         assert cls is type(method)
         assert cls.build(method.options()) == method
 
-    def test_one_selecting_stage(self, method: Method) -> None:
-        [stage] = method.stages()
-        assert stage.method is method
-        assert (stage.kind == "prompt") == (method.card.stage == "prompt")
+    def test_its_stages(self, method: Method) -> None:
+        selecting = [stage for stage in method.stages() if stage.method is not None]
+        mine = [stage for stage in selecting if type(stage.method) is type(method)]
+        assert {stage.kind for stage in mine} == {"prompt" if method.card.stage == "prompt" else "cut"}
+        assert len(selecting) == 1 or all(stage.keep is not None for stage in selecting)
 
 
 @pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
@@ -318,6 +340,10 @@ WORDS = {
     "vision_received": "received attention",
     "decoder_last_row": "attention of the last prompt token",
     "decoder_text_rows": "attention of the text rows",
+    "decoder_text_heads": "attention of every head and question token",
+    "decoder_unturned_row": "attention without rotary positions",
+    "decoder_flow": "where attention leads",
+    "decoder_to_text": "attention to text",
     "decoder_received": "attention received in the decoder",
     "decoder_states": "states on the input of the layer before the cut",
     "decoder_queries": "queries of the layer before the cut",
@@ -466,13 +492,24 @@ def test_only_what_is_read_is_asked_for() -> None:
         (Erase, {"final": 0.0}, "final=0.0"),
         (Sieve, {"energy": 0.0}, "energy=0.0: a share"),
         *(
-            (cls, {"layers": (1, 2)}, "shares=.*: give one for each of layers=")
+            (cls, {"layers": (1, 2)}, "shares=.*: give one per layer, of which there are 2")
             for cls in (V2Drop, TransPrune, FitPrune)
         ),
         (GemFilter, {"width": 4}, "width=4: an odd number"),
         (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
-        (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares of the original tokens lie in"),
-        (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares of the original tokens lie in"),
+        (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares lie in"),
+        (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares lie in"),
+        (SparseVLM, {"recycled": 1.5}, "recycled=1.5: a share"),
+        (SparseVLMPlus, {"heads": 0.0}, "heads=0.0: a share"),
+        (ToDREExit, {"threshold": 0.0}, "threshold=0.0: a share"),
+        (Aim, {"merged": 0.0}, "merged=0.0: a share"),
+        (VScan, {"left": 0.0}, "left=0.0: a share"),
+        (Feather, {"stride": 0}, "stride=0: at least 1"),
+        (Feather, {"reduction": 1.0}, "reduction=1.0: a share"),
+        (Feather, {"part": "last"}, "part='last'"),
+        (HiDrop, {"preset": 50}, "preset=50: use one of 48, 64, 80"),
+        (PyramidDrop, {"shares": [0.5, 0.25]}, "shares=.*: give one per layer, of which there are 3"),
+        (PyramidDrop, {"layers": [1, 2], "shares": [0.2, 0.5]}, "shares=.*: shares lie in"),
     ],
 )
 def test_bad_options_are_refused(cls: type[Method], options: dict[str, Any], message: str) -> None:
@@ -540,6 +577,53 @@ def test_vtw_takes_no_budget() -> None:
     assert (stage.kind, stage.layer) == ("exit", 3)
     with pytest.raises(ConfigError, match="no budget"):
         visiontok.recipe("vtw", keep=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "average", "counts"),
+    [
+        ("vscan", {"cut": 16 / 32}, 64, [96, 32]),
+        ("hidrop", {}, 48, [87, 10, 5, 1]),
+        ("hidrop", {"preset": 64}, 64, [215, 10, 5, 1]),
+        ("pyramiddrop", {}, 270, [288, 144, 72]),
+        ("sparsevlm", {}, 206.53125, [309, 204, 113]),
+    ],
+)
+def test_published_averages_are_shared_out_as_published(
+    name: str, options: dict[str, Any], average: float, counts: list[int]
+) -> None:
+    """On LLaVA-1.5: 576 tokens, 32 layers."""
+    recipe = visiontok.recipe(name, keep=Budget.layer_average(average), **options)
+    policy = StagePolicy(recipe.stages, 32, average=recipe.average)
+    units = [stage for stage in recipe.stages if stage.method is not None]
+    assert [policy._share(stage, 576) for stage in units] == counts
+
+
+def test_cuts_that_meet_in_a_shallow_model_are_one() -> None:
+    stages = (*HiDrop().stages(), Stage(kind="exit", layer=0.75))
+    assert {layer: stage.keep.value * 576 for layer, stage in StagePolicy(stages, 4).cuts.items()} == {1: 10, 2: 1}  # type: ignore[union-attr]
+    assert sorted(StagePolicy(Aim().stages(), 4).cuts) == [2]  # the exit is where the last cut would be
+    for layers in ((1, 1), (1, 0.25)):
+        with pytest.raises(ConfigError, match="two cuts at one layer"):
+            StagePolicy(PyramidDrop(layers=layers, shares=(0.5, 0.2)).stages(), 4)
+    with pytest.raises(ConfigError, match="two cuts at one layer"):
+        StagePolicy((*FastV(layer=0.25).stages(), *PyramidDrop(layers=(0.25,), shares=(0.5,)).stages()), 4)
+
+
+def test_todre_exit_asks_both_ways_of_all_pictures_of_a_prompt() -> None:
+    method = ToDREExit(threshold=0.1)
+    ctx = dataclasses.replace(context(method), row=torch.tensor([0, 0, 1]))
+
+    def left(from_text: float, to_text: float) -> list[bool]:
+        """Which images stay; ``from_text`` is the attention of the second image alone, ``to_text`` a token's."""
+        told = {"text_rows": torch.full((3, 30), 0.0), "to_text": torch.full((3, 30), to_text)}
+        told["text_rows"][1, :12] = from_text / 12
+        read = Attention(lambda stat, layer: told[stat])
+        return method.select(dataclasses.replace(ctx, attention=read)).any(1).tolist()  # type: ignore[union-attr]
+
+    assert left(0.05, 0.05) == [False, False, False]
+    assert left(0.2, 0.05) == [True, True, False]
+    assert left(0.05, 0.2) == [True, True, True]
 
 
 def test_random_differs_between_seeds_and_is_uniform() -> None:

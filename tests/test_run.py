@@ -61,6 +61,13 @@ LAYERS = {
     "erase": [57, 36, 36, 36],  # its own share for a picture as plain as this
     "sieve": [144, 144, 36, 36],
     "fastv": [144, 36, 36, 36],
+    "pyramiddrop": [144, 72, 36, 18],
+    "sparsevlm": [144, 51, 28, 28],
+    "sparsevlm_plus": [144, 50, 29, 29],
+    "feather": [144, 54, 5, 5],
+    "hidrop": [0, 3, 1, 0],
+    "aim": [36, 36, 9, 0],
+    "todre_exit": [144, 144, 144, 144],  # random weights look everywhere
     "vtw": [144, 144, 0, 0],
     "entropyprune": [144, 36, 36, 36],
     "v2drop": [144, 142, 1, 1],

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from naive import peaks_naive
 from torch import Tensor
 
 import visiontok.functional as F
 from visiontok import kernels
+from visiontok.errors import ConfigError
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -377,3 +379,101 @@ def test_variation_is_the_length_of_the_difference() -> None:
         [math.dist(a.tolist(), b.tolist()) for a, b in zip(*rows, strict=True)] for rows in zip(x, y, strict=True)
     ]
     torch.testing.assert_close(F.variation(x, y), torch.tensor(expected))
+
+
+# ------------------------------------------------------------------------------------------------------- density peaks
+
+
+class TestDensityPeaks:
+    @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (9, 1), (12, 3), (20, 6), (7, 7), (5, 9)])
+    def test_groups_are_those_of_the_loop(self, n: int, k: int) -> None:
+        x = normal(n, 5, seed=n + k)
+        group = F.density_peaks(x, k)
+        expected = peaks_naive(x.double().numpy(), min(k, n))
+        assert {c: (group == c).nonzero()[:, 0].tolist() for c in group.unique().tolist()} == expected
+
+    def test_rows_with_other_sizes_and_numbers_do_not_touch_each_other(self) -> None:
+        x, valid = normal(3, 12, 5), torch.arange(12) < torch.tensor([12, 6, 0])[:, None]
+        group = F.density_peaks(x.masked_fill(~valid[..., None], 99.0), torch.tensor([4, 2, 1]), valid)
+        for b, (n, k) in enumerate(((12, 4), (6, 2))):
+            assert torch.equal(group[b, :n], F.density_peaks(x[b, :n], k))
+        assert (group[~valid] == -1).all()
+
+
+# ------------------------------------------------------------------------------------------------------ attention flow
+
+
+def test_attention_flow_is_a_walk_over_the_sharpened_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = normal(4, 9, 6), normal(2, 9, 6, seed=1)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    walks = []
+    for h in range(4):
+        p = np.full(9, 1 / 9)
+        for _ in range(3):
+            rows = [
+                np.exp([float(q[h, i] @ k[h // 2, j]) * 0.4 / 0.2 if j <= i else -np.inf for j in range(9)])
+                for i in range(9)
+            ]
+            p = sum(p[i] * row / row.sum() for i, row in enumerate(rows))
+        walks.append(p)
+    options = {"scale": 0.4, "visible": seen, "temperature": 0.2, "rounds": 3}
+    expected = torch.tensor(np.sqrt(np.square(walks).mean(0))).float()
+    torch.testing.assert_close(F.attention_flow(q, k, **options), expected)
+    monkeypatch.setattr("visiontok.scorers.attention._TILE", 2)
+    torch.testing.assert_close(F.attention_flow(q, k, **options), expected)
+    torch.testing.assert_close(F.attention_flow(q, k, valid=seen[8], **options), expected)
+    assert not F.attention_flow(q, k, valid=seen[4], **options)[5:].any()  # nobody starts there, nobody sees them
+
+
+# ---------------------------------------------------------------------------------------------------- soft_topk
+
+
+class TestSoftTopK:
+    @pytest.mark.parametrize("k", [1, 4, 9, 10, 20])
+    def test_the_mask_is_above_a_half_for_the_best(self, k: int) -> None:
+        scores = normal(2, 10).requires_grad_()
+        valid = torch.arange(10) < torch.tensor([10, 6])[:, None]
+        keep, mask = F.soft_topk(scores, k, valid)
+        assert torch.equal(keep, F.topk(scores.detach(), k, valid))
+        assert torch.equal(mask > 0.5, keep)
+        assert not mask[~valid].any()
+        assert torch.equal(mask.detach(), F.soft_topk(scores.detach(), k, valid)[1])
+
+    def test_equal_scores_keep_k(self) -> None:
+        assert F.soft_topk(torch.ones(8), 3)[0].tolist() == [True] * 3 + [False] * 5
+
+    def test_the_gradient_is_that_of_the_places(self) -> None:
+        """By finite differences of the smooth places, at the mask's slope."""
+        scores = normal(7).double().requires_grad_()
+        F.soft_topk(scores, 3, sharpness=0.5, temperature=0.7)[1][2].backward()
+        width = 0.7 * float(scores.detach().std(correction=0))
+
+        def place(s: Tensor) -> float:
+            return sum(1 / (1 + math.exp(-float(s[2] - s[j]) / width)) for j in range(7))
+
+        rank = float((scores <= scores[2]).sum())
+        m = 1 / (1 + math.exp(-0.5 * (rank - 4)))
+        for i in range(7):
+            step = torch.zeros(7).double()
+            step[i] = 1e-5
+            slope = (place(scores.detach() + step) - place(scores.detach() - step)) / 2e-5
+            assert scores.grad is not None
+            assert float(scores.grad[i]) == pytest.approx(m * (1 - m) * 0.5 * slope, rel=1e-3, abs=1e-7)
+
+    def test_learning_changes_which_tokens_are_kept(self) -> None:
+        """A scorer learns, through the kept values alone, to keep what the loss wants."""
+        values = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+        scores = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1, 0.0], requires_grad=True)
+        optimiser = torch.optim.Adam([scores], lr=0.05)
+        for _ in range(60):
+            keep, mask = F.soft_topk(scores, 2)
+            gate = keep + mask - mask.detach()
+            optimiser.zero_grad()
+            (-(gate * values * keep).sum() + (gate * (1 - values) * keep).sum()).backward()
+            optimiser.step()
+        assert F.soft_topk(scores, 2)[0].nonzero()[:, 0].tolist() == [3, 4]
+
+    @pytest.mark.parametrize("options", [{"sharpness": 0.0}, {"temperature": -1.0}])
+    def test_bad_options(self, options: dict[str, float]) -> None:
+        with pytest.raises(ConfigError, match="must be positive"):
+            F.soft_topk(torch.ones(3), 1, **options)

@@ -14,8 +14,10 @@ import naive
 import numpy as np
 import pytest
 import torch
-from naive import Array
+from naive import Array, softmax
 from torch import Tensor
+from transformers import DynamicCache
+from visiontok.adapters.base import find
 
 import visiontok
 from visiontok import Method, Needs
@@ -212,6 +214,126 @@ def test_sieve_cuts_by_the_published_rule(name: str) -> None:
         hidden, attention = out.hidden_states[2][b].double().numpy(), out.attentions[1][b].mean(0)[behind].mean(0)
         kept = naive.sieve_naive(hidden[places], hidden[words], attention[places].double().numpy(), K)
         assert alive[b][places].nonzero()[:, 0].tolist() == sorted(kept)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one image is to a cut on the input of layer 2 of an eager model, as NumPy arrays."""
+
+    hidden: Array  # (N, D)
+    own: Array  # (H, N) the last token in layer 2
+    words: Array  # (H, Q, N) the question in layer 1
+    visual: Array  # (N, D) embeddings
+    text: Array  # (Q, D)
+    unturned: Array  # (H, N) products of the last token in layer 1, without rotary positions, over all images
+    mine: list[int]  # which of these columns are of this image
+    pull: Array  # (Q, N)
+    places: list[tuple[int, int]]
+
+
+def of_cut(name: str) -> tuple[Any, dict[str, Any], list[Cut]]:
+    model, inputs = build(name, "eager", torch.float32), batch(name, build(name))
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    text, seen = model.model.language_model, {}
+    hooks = [
+        text.register_forward_pre_hook(lambda m, a, k: seen.update(embeds=k["inputs_embeds"]), with_kwargs=True),
+        text.layers[1].input_layernorm.register_forward_hook(lambda m, a, out: seen.update(normed=out)),
+        text.layers[2].input_layernorm.register_forward_pre_hook(lambda m, a: seen.update(hidden=a[0])),
+    ]
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+        for hook in hooks:
+            hook.remove()
+        reader = Reader()
+        with visiontok.compress(model, reader):
+            model(**inputs)
+        module = text.layers[1].self_attn
+        q, k = (w(seen["normed"]).unflatten(-1, (-1, module.head_dim)) for w in (module.q_proj, module.k_proj))
+        if hasattr(module, "q_norm"):
+            q, k = module.q_norm(q), module.k_norm(k)
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    special, ctx, found = find(model.model).special_ids(), reader.seen["ctx"], []
+    mask = inputs["attention_mask"]
+    position = (mask.cumsum(1) - 1).double().numpy()
+    angle = 10000.0 ** -(np.arange(0, module.head_dim, 2) / module.head_dim)
+    for u, b in enumerate(ctx.row.tolist()):
+        ids, here = inputs["input_ids"][b].tolist(), ctx.place[u][ctx.valid[u]].tolist()
+        everyone = visual(inputs)[b].nonzero()[:, 0].tolist()
+        words = [i for i in range(everyone[-1] + 1, len(ids)) if ids[i] not in special]
+        apart = position[b][words][:, None] - position[b][here]
+        arrays = (
+            seen["hidden"][b][here], maps[2][b][:, -1, here], maps[1][b][:, words][..., here],
+            seen["embeds"][b][here], seen["embeds"][b][words],
+            torch.einsum("hd,nhd->hn", q[b, -1], k[b, everyone]) * module.scaling,
+        )  # fmt: skip
+        places = [(int(r), int(c)) for _, r, c in ctx.grid[u][ctx.valid[u]].tolist()]
+        pull = np.cos(apart[..., None] * angle).mean(-1)
+        found.append(Cut(*(x.double().numpy() for x in arrays), [everyone.index(i) for i in here], pull, places))
+    return model, inputs, found
+
+
+def unturned(cut: Cut) -> Array:
+    return np.array([softmax(row) for row in cut.unturned]).mean(0)[cut.mine]
+
+
+def plus(cut: Cut) -> Array:
+    return naive.sparsevlm_plus_naive(cut.words, naive.raters_naive(cut.visual, cut.text), cut.pull, 14 / 32)
+
+
+def best(scores: Array, k: int) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+
+
+def sparse(cut: Cut, k: int) -> list[int]:
+    scores = cut.words.mean(0)[naive.raters_naive(cut.visual, cut.text)].mean(0)
+    kept, groups = naive.sparsevlm_naive(cut.hidden, scores, k)
+    return kept + list(groups)
+
+
+CUTS: dict[str, tuple[dict[str, Any], Callable[[Cut, int], list[int]]]] = {
+    "pyramiddrop": ({}, lambda cut, k: best(cut.own.mean(0), k)),
+    "sparsevlm": ({}, sparse),
+    "sparsevlm_plus": ({}, lambda cut, k: best(plus(cut), k)),
+    "feather": ({"stride": 2}, lambda cut, k: naive.feather_naive(unturned(cut), cut.places, k, 2)),
+}
+
+
+@pytest.mark.parametrize("method", CUTS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_cuts_follow_the_published_rule(name: str, method: str) -> None:
+    """One cut at layer 2: hidden states and attention of an eager model without it, and the rule in plain loops."""
+    if method == "sparsevlm_plus" and name != "llava":
+        pytest.skip("the twin knows rotary positions on one axis, of one base")
+    model, inputs, cuts = of_cut(name)
+    options, rule = CUTS[method]
+    k = 2 if name == "gemma3" else K  # of 4 tokens
+    with (
+        visiontok.compress(model, method, keep=k, layers=(2,), shares=(0.5,), **options) as compression,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+        alive, units = compression.ledger.alive(2), compression.ledger.units
+    for u, cut in enumerate(cuts):
+        kept = alive[units.row[u]][units.slots[u][units.valid[u]]].nonzero()[:, 0].tolist()
+        assert kept == sorted(rule(cut, k))
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "feather", "sparsevlm"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_cuts_count_what_is_cached_already(name: str, method: str) -> None:
+    """The first words in a turn of their own: keys of a layer that is asked beforehand include the stored ones."""
+    model = build(name)
+    inputs = batch(name, model, rows=1, pad=0)
+    shape, cache = inputs["input_ids"].shape, DynamicCache(config=model.config.get_text_config())
+    words = {k: v[:, :2] for k, v in inputs.items() if v.shape[:2] == shape}
+    rest = {k: v[:, 2:] if v.shape[:2] == shape and k != "attention_mask" else v for k, v in inputs.items()}
+    with visiontok.compress(model, method) as compression, torch.no_grad():
+        whole, alive = model(**inputs).logits, compression.ledger.alive
+        expected = [alive(layer)[:, 2:] for layer in range(4)]
+        model(**words, past_key_values=cache)
+        logits = model(**rest, past_key_values=cache).logits
+        assert all(torch.equal(compression.ledger.alive(layer), expected[layer]) for layer in range(4))
+    torch.testing.assert_close(logits[:, -1], whole[:, -1])
 
 
 def test_what_has_no_patch_is_kept_last() -> None:

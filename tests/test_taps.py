@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -305,6 +307,110 @@ def test_decoder_taps_equal_eager_attention(name, schedule, monkeypatch):
                     everyone = [slot[q] for q in positions if inputs["attention_mask"][row, q]]
                     expected = probabilities[row, everyone, slot[p]].mean()
                     torch.testing.assert_close(taken["received-1"][u, n], expected, rtol=1e-3, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Asker(Reader):
+    """A cut that reads what attention could not be read of without the cut's own layer, or turned."""
+
+    alone: bool = False  # no visual token is in the layer before
+
+    def needs(self):
+        own = Needs(decoder_last_row=(0,), decoder_text_rows=(0,), decoder_received=(0,), question=True)
+        if self.alone:
+            return dataclasses.replace(own, decoder_text_heads=(0,))
+        return dataclasses.replace(
+            own, decoder_text_heads=(-1, 0), decoder_unturned_row=(-1,), decoder_flow=(-1,), decoder_to_text=(-1,)
+        )
+
+    def select(self, ctx):
+        read = ctx.attention
+        self.seen.update(last=read.last_row(0), text=read.text_rows(0), all=read.decoder_received(0))
+        self.seen["heads0"] = read.text_heads(0)
+        if not self.alone:
+            self.seen.update(
+                {
+                    "heads-1": read.text_heads(-1),
+                    "unturned": read.unturned_row(-1),
+                    "flow": read.flow(-1),
+                    "to": read.to_text(-1),
+                }
+            )
+        return super().select(ctx)
+
+
+@pytest.mark.parametrize("schedule", ["cut", "prompt and cut", "two cuts", "inject and cut", "inject at the cut"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v"])
+def test_a_layer_tells_beforehand_what_it_would_attend_to(name, schedule, monkeypatch):
+    """The attention of the layer behind the cut, had there been none, in an eager model; and that of the words."""
+    model, eager = build(name, "sdpa", torch.float32), build(name, "eager", torch.float32)
+    inputs = batch(name, model)
+    asker = Asker(alone=schedule == "inject at the cut")
+    stages: tuple[Stage, ...] = {
+        "cut": (),
+        "prompt and cut": (Stage(kind="prompt", method=Reader()),),
+        "two cuts": (Stage(kind="cut", layer=1, method=Reader()),),
+        "inject and cut": (Stage(kind="inject", layer=1),),
+        "inject at the cut": (Stage(kind="inject", layer=3),),
+    }[schedule]
+    recipe = visiontok.Recipe(stages=(*stages, Stage(kind="cut", method=asker, layer=3)))
+    with visiontok.compress(model, recipe) as compression, torch.no_grad():
+        model(**inputs)
+    units = compression.ledger.units
+
+    text = eager.model.text_model if hasattr(eager.model, "text_model") else eager.model.language_model
+    calls, states = spy_on_eager(monkeypatch, eager, text), {}
+    hook = text.layers[2].input_layernorm.register_forward_pre_hook(lambda module, args: states.update(x=args[0]))
+    attended = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        if stages:
+            with visiontok.compress(eager, visiontok.Recipe(stages=stages)) as compression:
+                eager(**inputs)
+            alive = compression.ledger.alive(3)
+        else:
+            eager(**inputs)
+            alive = attended
+    hook.remove()
+    maps = {layer: calls[text.layers[layer].self_attn][0] for layer in (2, 3)}  # (B, H, M, M) in slots
+    if maps[3].shape[-1] == alive.shape[1]:  # slots are positions, padding too
+        alive = torch.ones_like(alive)
+    ctx, seen, special = asker.seen["ctx"], visual(inputs), find(eager.model).special_ids()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
+    for u, row in enumerate(ctx.row.tolist()):
+        positions = alive[row].nonzero().flatten().tolist()
+        slot = {p: maps[3].shape[-1] - len(positions) + i for i, p in enumerate(positions)}
+        asking = [p for p in positions if p > int(seen[row].nonzero().max())]
+        words = [slot[p] for p in asking if int(inputs["input_ids"][row, p]) not in special]
+        everyone = [slot[p] for p in positions if attended[row, p]]
+        pictures = [slot[p] for p in positions if seen[row, p]]
+        mean = maps[3].mean(1)[row]
+        here = ctx.valid[u].nonzero().flatten().tolist()
+        columns = [slot[p] for p in units.slots[u][here].tolist()]
+        close(asker.seen["last"][u, here], mean[-1, columns])
+        close(asker.seen["text"][u, here], mean[[slot[p] for p in asking]].mean(0)[columns])
+        close(asker.seen["all"][u, here], mean[everyone].mean(0)[columns])
+        close(asker.seen["heads0"][u, here][..., : len(words)], maps[3][row][:, words][..., columns].permute(2, 0, 1))
+        if schedule == "inject at the cut":  # no visual token was in the layer before
+            continue
+        close(asker.seen["heads-1"][u, here][..., : len(words)], maps[2][row][:, words][..., columns].permute(2, 0, 1))
+        sharp = maps[2][row].double() ** 10
+        sharp = (sharp / sharp.sum(-1, keepdim=True))[:, everyone][:, :, everyone]
+        walk = torch.full((len(sharp), 1, len(everyone)), 1 / len(everyone)).double()
+        for _ in range(5):
+            walk = walk @ sharp
+        flow = walk[:, 0].square().mean(0).sqrt().float()
+        close(asker.seen["flow"][u, here], flow[[everyone.index(c) for c in columns]])
+        read = [slot[p] for p in positions if attended[row, p] and not seen[row, p]]
+        close(asker.seen["to"][u, here], maps[2][row].mean(0)[columns][:, read].sum(-1))
+        module = text.layers[2].self_attn
+        with torch.no_grad():
+            x = text.layers[2].input_layernorm(states["x"][row])
+            q, k = (w(x).unflatten(-1, (-1, module.head_dim)) for w in (module.q_proj, module.k_proj))
+            if hasattr(module, "q_norm"):
+                q, k = module.q_norm(q), module.k_norm(k)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)[pictures]
+        weights = (torch.einsum("hd,nhd->hn", q[-1], k) * module.scaling).softmax(-1).mean(0)
+        close(asker.seen["unturned"][u, here], weights[[pictures.index(c) for c in columns]])
 
 
 @pytest.mark.parametrize("stat", ["vision_cls", "vision_cls_joined", "vision_cls_logits"])

@@ -101,7 +101,10 @@ def layer_average(
     Reference:
         EntropyPrune (one cut, stop = depth) and TwigVLM (one cut and an exit), budget rules of the published code.
     """
-    weights = [Fraction(repr(float(s))) for s in (shape if shape is not None else [1.0] * len(cuts))]
+    # 1/3 means a third, though it cannot be written so.
+    weights = [
+        Fraction(repr(float(s))).limit_denominator(10**6) for s in (shape if shape is not None else [1.0] * len(cuts))
+    ]
     if len(weights) != len(cuts) or min(weights, default=1) <= 0 or any(a < b for a, b in pairwise(weights)):
         raise ConfigError(f"shape={shape!r}: give one positive, non-increasing number per cut ({len(cuts)})")
     room, lengths = room_behind(n, average, depth=depth, cuts=cuts, start=start, stop=stop)

@@ -48,12 +48,39 @@ class Attention:
         return self._read("received", layer)
 
     def last_row(self, offset: int = -1) -> torch.Tensor:
-        """What the last prompt token looks at in the decoder layer ``offset`` from the cut (-1: just before it)."""
+        """What the last prompt token looks at in the decoder layer ``offset`` from the cut (-1: just before it; 0: the
+        first layer that sees the reduced set, on its input, with all tokens that are still there)."""
         return self._read("last_row", offset)
+
+    def unturned_row(self, offset: int = -1) -> torch.Tensor:
+        """As :meth:`last_row`, of queries and keys without rotary positions, softmax over the visual tokens of the
+        prompt alone; ``offset`` below 0."""
+        return self._read("unturned_row", offset)
 
     def text_rows(self, offset: int = -1) -> torch.Tensor:
         """As :meth:`last_row`, averaged over all text tokens behind the last visual token of the prompt."""
         return self._read("text_rows", offset)
+
+    def text_heads(self, offset: int = -1) -> torch.Tensor:
+        """(U, N, H, Q): as :meth:`last_row`, of every token of ``ctx.question()``, which the method must ask for, too;
+        every head and row for itself."""
+        return self._read("text_heads", offset)
+
+    def rotary_pull(self, offset: int = 0) -> torch.Tensor:
+        """(U, N, Q): mean over the rotary frequencies of the cosine of the angle between each visual token and each
+        token of ``ctx.question()``, what attention would be drawn by if only places counted; 1 at distance 0. All axes
+        of M-RoPE have equal weight; the same in every layer."""
+        return self._read("rotary_pull", offset)
+
+    def to_text(self, offset: int = -1) -> torch.Tensor:
+        """The share of its attention that each visual token pays to text in the decoder layer ``offset`` from the
+        cut."""
+        return self._read("to_text", offset)
+
+    def flow(self, offset: int = -1) -> torch.Tensor:
+        """Where attention leads in five steps in the decoder layer ``offset`` from the cut; see
+        :func:`visiontok.functional.attention_flow`."""
+        return self._read("flow", offset)
 
     def decoder_received(self, offset: int = -1) -> torch.Tensor:
         """Mean attention each token receives from all prompt tokens in the decoder layer ``offset`` from the cut."""
@@ -113,6 +140,7 @@ class Context:
         size: (U,) long, how many visual tokens each image had originally.
         grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
         has_grid: whether any of ``grid`` is known.
+        place: (U, N) long, prompt position of each visual token.
         row: (U,) long, prompt row of each image.
         image: (U,) long, which image of its row it is.
         attention: attention statistics the method asked for.
@@ -131,6 +159,7 @@ class Context:
             hidden states on the cut layer's input at a cut; None unless asked for.
         question_ids: (B, Q) long, their token ids, or None if the caller gave embeddings or nobody asked.
         question_valid: (B, Q) bool, which of them exist.
+        question_place: (B, Q) long, their prompt positions, or None if nobody asked.
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
@@ -144,6 +173,7 @@ class Context:
     size: torch.Tensor
     grid: torch.Tensor
     has_grid: bool
+    place: torch.Tensor
     row: torch.Tensor
     image: torch.Tensor
     attention: Attention
@@ -158,6 +188,7 @@ class Context:
     question_features: torch.Tensor | None
     question_ids: torch.Tensor | None
     question_valid: torch.Tensor | None
+    question_place: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
 
@@ -170,6 +201,17 @@ class Context:
         if self.question_features is None or self.question_valid is None:
             raise ConfigError("ctx.question(): declare question=True in needs() of the method")
         return self.question_features[self.row], self.question_valid[self.row]
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings before the language model: (U, N, D) of each image's original tokens, (U, Q, D) of its question.
+
+        Raises:
+            ConfigError: if the method's needs() does not declare the question.
+        """
+        if self.question_place is None:
+            raise ConfigError("ctx.before(): declare question=True in needs() of the method")
+        row = self.row[:, None]
+        return self.text_features[row, self.place], self.text_features[row, self.question_place[self.row]]
 
     def need_grid(self) -> torch.Tensor:
         """``grid``, if it is known.

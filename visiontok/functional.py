@@ -14,7 +14,15 @@ from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
-from .scorers.attention import attention_columns, attention_logits, attention_peaks, attention_rows
+from .mergers.peaks import density_peaks
+from .scorers.attention import (
+    attention_columns,
+    attention_flow,
+    attention_heads,
+    attention_logits,
+    attention_peaks,
+    attention_rows,
+)
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.heads import head_entropy
@@ -40,6 +48,7 @@ from .selectors.mmr import mmr
 from .selectors.pivots import least_similar
 from .selectors.product import product
 from .selectors.quota import quota
+from .selectors.soft import soft_topk
 from .selectors.spaced import spaced
 from .selectors.suppress import suppress
 from .selectors.thinned import thinned
@@ -54,6 +63,8 @@ __all__ = [
     "anchors",
     "apportion",
     "attention_columns",
+    "attention_flow",
+    "attention_heads",
     "attention_logits",
     "attention_peaks",
     "attention_rows",
@@ -65,6 +76,7 @@ __all__ = [
     "components",
     "coordinates",
     "coverage",
+    "density_peaks",
     "discount",
     "dpp",
     "effective_rank",
@@ -89,6 +101,7 @@ __all__ = [
     "rank_within",
     "residual",
     "sensitivity",
+    "soft_topk",
     "spaced",
     "suppress",
     "thinned",

@@ -72,6 +72,7 @@ class Contract:
         order_free: a token's fate does not depend on its index, except between equals; where it lies is ``ctx.grid``.
         prefix_cacheable: what follows an image in the prompt does not matter in models of causal attention, so that the
             cache of a prefix that ends with it can be shared between questions; by default ``question_independent``.
+        keeps_some: at least one token of every image stays; without, a cut may be an exit.
     """
 
     count_from_grid: bool = True
@@ -79,6 +80,7 @@ class Contract:
     question_independent: bool = True
     sync_free: bool = True
     order_free: bool = True
+    keeps_some: bool = True
     prefix_cacheable: bool | None = None
 
     def __post_init__(self) -> None:
@@ -133,7 +135,8 @@ class Needs:
     """What a method reads beyond the features; everything else is not computed.
 
     Vision layers are indices into the tower (0-based, negative from the end) or fractions of its depth. Decoder layers
-    are offsets from the cut: ``-1`` is the layer just before it. What they yield is said at the method of
+    are offsets from the cut: ``-1`` is the layer just before it, ``0`` the first that sees the reduced set, asked what
+    it would attend to without the cut. What they yield is said at the method of
     :class:`visiontok.context.Attention` that reads it.
 
     Attributes:
@@ -154,7 +157,11 @@ class Needs:
     vision_received: tuple[Layer, ...] = ()
     decoder_last_row: tuple[int, ...] = ()
     decoder_text_rows: tuple[int, ...] = ()
+    decoder_text_heads: tuple[int, ...] = ()
     decoder_received: tuple[int, ...] = ()
+    decoder_flow: tuple[int, ...] = ()
+    decoder_to_text: tuple[int, ...] = ()
+    decoder_unturned_row: tuple[int, ...] = ()
     decoder_own_peaks: tuple[int, ...] = ()
     decoder_text_peaks: tuple[int, ...] = ()
     decoder_states: tuple[int, ...] = ()
@@ -198,7 +205,8 @@ class Selection:
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
         into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
-            that went nowhere. Mass attention counts such tokens there and moves them no further.
+            that went nowhere. Mass attention counts such tokens there and moves them no further. At a cut, a kept
+            token's state becomes the mean of those that went into it; its own is one of them if ``into`` says so.
     """
 
     keep: torch.Tensor

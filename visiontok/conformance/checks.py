@@ -220,6 +220,8 @@ def permutation(case: Case) -> None:
 
 def something_dropped(case: Case) -> None:
     """A recipe that is asked for fewer tokens drops some."""
+    if not all(contract(method).keeps_some for method in case.selecting):
+        raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
     if not any(bool((case.plain.ledger.visual & ~alive).any()) for alive in case.plain.alive):
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
@@ -401,7 +403,8 @@ def against_oracle(
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
-        sequences, logits = greedy(model, inputs, alive, STEPS, banned, DenseMasked(model, alive, _merged(ledger, log)))
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log))
+        sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
         raise Failed(
@@ -451,7 +454,8 @@ def _average(case: Case, recipe: Recipe, keep: Budget) -> None:
     except ConfigError:
         return  # too little for these stages; the error says so
     for image in run.report.images:
-        wanted = min(float(keep.value * image.tokens if keep.kind == "ratio" else keep.value), image.tokens)
+        most = image.tokens * sum(map(bool, image.kept)) / len(image.kept)  # of layers that may see any
+        wanted = min(float(keep.value * image.tokens if keep.kind == "ratio" else keep.value), most)
         if image.average > wanted or (case.exact and image.average <= wanted - 1):
             raise Failed(
                 f"asked for {wanted:g} tokens per image on layer average (keep={keep}) it keeps {image.average:g}"
@@ -469,6 +473,23 @@ def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
             keep = asked.answer.keep & asked.context.valid
             merged[units.row[:, None].expand_as(keep)[keep], units.slots[keep]] = features[keep]
     return merged
+
+
+def _means(ledger: TokenLedger, log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
+    """Per cut that merges: prompt row, position of a token, and positions of those whose mean it becomes."""
+    units = ledger.units
+    means: dict[int, list[tuple[int, int, list[int]]]] = {}
+    for asked in log:
+        into, layer = asked.answer.into, asked.context.layer
+        if into is None or layer is None:
+            continue
+        found = means.setdefault(layer, [])
+        for u, row in enumerate(units.row.tolist()):
+            homes = torch.where(asked.context.valid[u], into[u], -1)
+            for home in sorted(set(homes[homes >= 0].tolist())):
+                members = units.slots[u][homes == home].tolist()
+                found.append((row, int(units.slots[u, home]), members))
+    return means
 
 
 def _moved(asked: Asked, *, scattered: bool) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,19 @@ class DenseMasked:
     """Context manager: mask a stock model by ``alive``, per layer a (B, N) bool; later positions are always alive.
 
     ``merged`` are the embeddings (B, N, D) that a merging method put in the place of the model's own, NaN where it left
-    them.
+    them. ``means`` are per decoder layer (row, position, positions): on its input, the state becomes
+    the mean of those.
     """
 
-    def __init__(self, model: Any, alive: Sequence[torch.Tensor], merged: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        alive: Sequence[torch.Tensor],
+        merged: torch.Tensor | None = None,
+        means: Mapping[int, Sequence[tuple[int, int, list[int]]]] | None = None,
+    ) -> None:
         base, text = model.model, model.get_decoder()
-        self.alive, self.merged = alive, merged
+        self.alive, self.merged, self.means = alive, merged, means or {}
         self.handles = [
             base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -57,7 +64,14 @@ class DenseMasked:
         return torch.cat([known, known.new_ones(known.shape[0], length - known.shape[1])], 1)
 
     def _pre(self, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.before = args[0] if args else kwargs["hidden_states"]
+        given = args[0] if args else kwargs["hidden_states"]
+        self.before = given.clone()
+        for row, place, members in self.means.get(index, ()):
+            self.before[row, place] = given[row, members].mean(0)
+        if args:
+            args = (self.before, *args[1:])
+        else:
+            kwargs["hidden_states"] = self.before
         length = self.before.shape[-2]  # Gemma 3n stacks states in front of the batch
         given = kwargs.get("attention_mask")
         if given is not None and given.ndim == 4:

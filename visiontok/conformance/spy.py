@@ -13,7 +13,7 @@ from ..method import Card, Contract, Method, Needs, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
-PER_TOKEN = ("features", "valid", "grid", "encoder_features", "pixels")
+PER_TOKEN = ("features", "valid", "grid", "place", "encoder_features", "pixels")
 PER_IMAGE = (*PER_TOKEN, "count", "size", "row", "image")
 
 
@@ -184,6 +184,7 @@ def padded(ctx: Context, value: float, slots: int = 3) -> Context:
         ctx,
         valid=valid,
         grid=widen(ctx.grid, -1),
+        place=widen(ctx.place, 0),
         features=poison(ctx.features),
         encoder_features=None if ctx.encoder_features is None else poison(ctx.encoder_features),
         pixels=None if ctx.pixels is None else poison(ctx.pixels),

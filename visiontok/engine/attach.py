@@ -32,7 +32,7 @@ from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
-from .probe import CALL, Tap, attention_modules
+from .probe import CALL, Tap, attention_modules, glance
 from .prompt import run_prompt_stages
 from .trace import Trace, Traces
 from .vision import Encoded, begin_forward, record_features, take_records
@@ -80,6 +80,31 @@ class Policy(Protocol):
 
     def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """A module of ``layer`` that is watched has made ``y`` (B, M, D) of ``x``."""
+        ...
+
+    def asks_beforehand(self, layer: int) -> bool:
+        """Whether a cut on the input of ``layer`` is decided by what that layer itself would attend to."""
+        ...
+
+    def asks_unturned(self, layer: int) -> bool:
+        """Whether queries and keys of ``layer`` without rotary positions are wanted."""
+        ...
+
+    def attended(
+        self,
+        call: Prefill,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Take queries (B, H, M, d) and keys (B, G, K, d) that ``layer`` would compute before its cut."""
+        ...
+
+    def unturned(self, call: Prefill, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float | None) -> None:
+        """Take queries and keys (B, H or G, M, d) that ``layer`` computes, without rotary positions."""
         ...
 
 
@@ -594,7 +619,10 @@ class Attachment:
         """Give layer ``index`` the tokens it is to see; returns its hidden states and rewrites masks and positions."""
         before = call.layouts[index - 1]
         x, states = self._add_level(call, index - 1, x, call.states.get(index - 1))
-        if index not in call.layouts:  # else this is a replay by gradient checkpointing
+        replay = index in call.layouts  # by gradient checkpointing
+        if not replay:
+            if self.policy.asks_beforehand(index):
+                self._ask_beforehand(call, index, x, states, kwargs)
             self._decide(call, index, x, states)
         layout, edit = call.layouts[index], call.edits.get(index)
         if layout is not before or edit is not None:
@@ -626,7 +654,52 @@ class Attachment:
             cache.layers[index].note_prefill(
                 call.length, call.slots(index), valid, bias, call.batch, x.device, call.history, call.tail
             )
+        if not replay and self.policy.asks_unturned(index):
+            cos, sin = self._rotary(index, kwargs)
+            still = torch.ones_like(cos), torch.zeros_like(sin)
+            self.policy.unturned(call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still}))
         return x
+
+    def _rotary(self, index: int, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosines and sines that decoder layer ``index`` is given.
+
+        Raises:
+            UnsupportedError: if it is given none.
+        """
+        tables = kwargs.get("position_embeddings")
+        if not isinstance(tables, tuple | list) or len(tables) != 2:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: decoder layer {index} is given no rotary tables, so what it would "
+                "attend to cannot be asked beforehand; use a method that reads the layer before the cut, as fastv does"
+            )
+        return tables[0], tables[1]
+
+    @torch.no_grad()
+    def _ask_beforehand(
+        self, call: Prefill, index: int, x: torch.Tensor, states: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Show the policy what layer ``index`` would compute of the tokens that stand before its cut."""
+        layout = before = call.layouts[index - 1]
+        if index and not any(self.policy.counts(call, index - 1)) and any(call.counts):  # injected on this very input
+            keep = call.enter(torch.where(call.visual, call.kept, call.attended)) & call.entry_valid_or_ones()
+            layout = Layout(keep, counted(keep, call.row_counts(call.counts)))
+            x = layout.gather(x if before is None else before.scatter(states, x))  # type: ignore[arg-type]
+        tables = self._rotary(index, kwargs)
+        mine = dict(kwargs)
+        if layout is not None:
+            self._gather_inputs(layout, mine)
+            mine["position_embeddings"] = self._gathered(call, layout, tables)
+            mine.pop("position_ids", None)
+        q, k, scale = glance(self.layers[index], x, mine)
+        call.layouts[index], call.biases[index] = layout, call.bias  # until the cut is decided
+        mask, bias = self.masks.prefill(call, index, x, layout), call.slot_bias(index)
+        stored = None if call.cache is None else call.cache.layers[index]
+        if stored is not None and stored.physical_length():
+            k = torch.cat([stored.keys, k], 2)
+            bias = stored.bias_with(bias, x.shape[1])
+            bias = None if bias is None else bias[:, -k.shape[2] :]
+        self.policy.attended(call, index, q, k, mask, scale, bias)
+        del call.layouts[index], call.biases[index]
 
     # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17 runs
     # these hooks again, must save the same tensors although it chooses no more.

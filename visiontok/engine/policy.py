@@ -21,6 +21,8 @@ from ..errors import ConfigError, UnsupportedError
 from ..functional import (
     absorb,
     attention_columns,
+    attention_flow,
+    attention_heads,
     attention_logits,
     attention_peaks,
     attention_rows,
@@ -40,7 +42,8 @@ from .vision import BeforeTower, Encoded, current_record
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter, Record, Shape
 
-_DECODER = ("last_row", "text_rows", "decoder_received", "own_peaks", "text_peaks")
+_BEFOREHAND = ("last_row", "text_rows", "text_heads", "decoder_received", "flow", "to_text", "own_peaks", "text_peaks")
+_DECODER = (*_BEFOREHAND, "unturned_row")
 _NOTED = ("decoder_states", *HEADS)
 _OF_CLS = ("cls", "cls_joined", "cls_logits")
 _VISION = (*_OF_CLS, "keys", "received")
@@ -113,12 +116,11 @@ class StagePolicy:
             )
         self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
-        stages = _distinct(stages, depth)
         hidden = [False] * depth
         for stage in stages:
             if stage.kind == "cut":
                 layer = resolve_layer(_layer(stage), depth, name="layer", lowest=_earliest_cut(stage))
-                if layer in self.cuts:
+                if layer in self.cuts and not _meet(self.cuts[layer], stage):
                     raise ConfigError(f"layer={layer}: two cuts at one layer; merge them or move one")
                 self.cuts[layer] = stage
             elif stage.kind == "inject":
@@ -133,8 +135,11 @@ class StagePolicy:
                 if until <= start:
                     raise ConfigError(f"until={stage.until}: a skip must end behind its layer {start}")
                 hidden[start:until] = [True] * (until - start)
-        for layer in self.cuts:
-            if hidden[layer]:
+        gone = [s.layer for s in stages if s.kind == "exit" and isinstance(s.layer, float)]
+        for layer, stage in list(self.cuts.items()):
+            if hidden[layer] and isinstance(stage.layer, float) and any(stage.layer < last for last in gone):
+                del self.cuts[layer]  # both are in one layer of a model this shallow
+            elif hidden[layer]:
                 raise ConfigError(
                     f"layer={layer}: a cut where the visual tokens are absent (injected later, skipped or gone) has "
                     "nothing to score; move the cut"
@@ -151,22 +156,28 @@ class StagePolicy:
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
         self._taps: dict[int, set[str]] = {}
+        self._beforehand: dict[int, set[str]] = {}
+        self._unturned: set[int] = set()
         for layer, stage in self.cuts.items():
             needs = _needs(stage)
-            tapped = [
-                (stat, layer + offset)
-                for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True)
-                for offset in offsets
-            ]
+            tapped = []
+            for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True):
+                for offset in offsets:
+                    if offset > 0 or (not offset and stat not in _BEFOREHAND):
+                        raise ConfigError(f"{stat}({offset}): {stage.label} may read earlier layers only")
+                    tapped.append((stat, layer + offset))
             for first in needs.decoder_transition:
                 tapped += [("transition", earlier) for earlier in self._since(first, layer)]
-            for stat, earlier in tapped:
-                if not 0 <= earlier < layer or hidden[earlier]:
+            for stat, read in tapped:
+                if read < 0 or hidden[read]:
                     raise ConfigError(
-                        f"layer={layer}: {stage.label} reads what layer {earlier} computes, where no visual token is; "
+                        f"layer={layer}: {stage.label} reads what layer {read} computes, where no visual token is; "
                         "cut later"
                     )
-                self._taps.setdefault(earlier, set()).add(stat)
+                if stat == "unturned_row":
+                    self._unturned.add(read)
+                else:
+                    (self._beforehand if read == layer else self._taps).setdefault(read, set()).add(stat)
 
     def attach(self, attachment: Host) -> None:
         """Add the attention taps the methods asked for.
@@ -183,15 +194,16 @@ class StagePolicy:
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
-        for layer, stats in self._taps.items():
+        glanced = self._beforehand.keys() | self._unturned
+        for layer in sorted(self._taps.keys() | glanced):
+            stats = self._taps.get(layer, set())
             if "transition" in stats:
                 for handle in watch_modules(attachment.layers[layer], layer, self):
                     attachment.add(handle)
-            if stats <= {"transition", "decoder_states"}:
-                continue
-            attachment.add(
-                Tap(self._attention(attachment, layer), functools.partial(self._decoder_sink, layer, frozenset(stats)))
-            )
+            shown = stats.intersection((*_DECODER, *HEADS))
+            if shown or layer in glanced:
+                sink = functools.partial(self._decoder_sink, layer, frozenset(shown)) if shown else None
+                attachment.add(Tap(self._attention(attachment, layer), sink))
         for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
             attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
         wanted: dict[int, set[str]] = {}
@@ -244,6 +256,14 @@ class StagePolicy:
         start = min(resolve_layer(first, self.depth, name="decoder_transition"), cut - 1)
         return [layer for layer in range(start, cut) if not self.hidden[layer] or layer == cut - 1]
 
+    def asks_beforehand(self, layer: int) -> bool:
+        """Whether a cut on the input of this layer is decided by what the layer itself would attend to."""
+        return layer in self._beforehand
+
+    def asks_unturned(self, layer: int) -> bool:
+        """Whether queries and keys of this layer without rotary positions are wanted."""
+        return layer in self._unturned
+
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
         if not self.prompt_stages:
@@ -276,17 +296,34 @@ class StagePolicy:
             if answer is not None:
                 if answer.features is not None:
                     raise UnsupportedError(
-                        f"{stage.label}: returned features at decoder layer {layer}; only prompt stages may"
+                        f"{stage.label}: returned features at decoder layer {layer}; only prompt stages may. What a "
+                        "cut merges, Selection.into says"
                     )
                 before, call.kept = call.kept, call.kept & call.units.scatter(answer.keep)
+                edits = []
+                if answer.into is not None:
+                    edits.append(self._merge(call, answer.keep, answer.into))
+                    full = edits[0](full)
                 if stage.mass is not None:
-                    edit = self._weigh(call, stage.mass, full, before, call.kept)
-                    call.edits[layer] = functools.partial(_in_entry, call, edit)
+                    edits.append(self._weigh(call, stage.mass, full, before, call.kept, answer.into))
+                if edits:
+                    call.edits[layer] = functools.partial(_in_entry, call, edits)
         return torch.zeros_like(call.kept) if self.hidden[layer] else call.kept
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees; see :class:`visiontok.engine.attach.Policy`."""
         return [0] * len(call.counts) if self.hidden[layer] else call.counts
+
+    @staticmethod
+    def _merge(call: Prefill, keep: torch.Tensor, into: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives the tokens ``keep`` (U, N) the mean of those that went ``into`` (U, N) them; can be repeated."""
+        units = call.units
+        here = torch.arange(keep.shape[1], device=keep.device)
+        group = torch.where(into >= 0, into, torch.where(keep, here, -1))
+        arrives = ((group >= 0) & (group != here)).long()
+        joined = keep & (torch.zeros_like(group).scatter_add(1, group.clamp_min(0), arrives) > 0)
+        one = torch.ones_like(group)
+        return lambda x: units.put(x, absorb(units.gather(x), group, one, 1.0)[0], joined)
 
     @staticmethod
     def _weigh(
@@ -362,7 +399,8 @@ class StagePolicy:
         wanted = [min(n, known) for n, known in zip(counts, call.counts, strict=True)]
         fixed = budgeted and self.fidelity == "fixed" and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
         found_counts = counted(keep, wanted if fixed else None)
-        if any(known and not n for n, known in zip(found_counts, call.counts, strict=True)):
+        empty = any(known and not n for n, known in zip(found_counts, call.counts, strict=True))
+        if empty and stage.method.card.contract.keeps_some:  # type: ignore[union-attr]
             raise ConfigError(f"{name}: select() kept no token of an image; keep at least one, or use an exit stage")
         if fixed and stops_host(keep.device):
             call.promises.expect(
@@ -431,7 +469,7 @@ class StagePolicy:
                 "load the model in bfloat16 or float32 if it overflows in float16"
             ),
         )
-        encoder_features = project = asked = asked_ids = asks = None
+        encoder_features = project = asked = asked_ids = asks = at = None
         if needs.encoder_features or needs.projector:
             patches = self._encoder_features(call)  # (U, N, m, C)
             encoder_features = patches.flatten(2)
@@ -449,6 +487,7 @@ class StagePolicy:
             size=upload(torch.tensor(units.sizes), device),
             grid=units.grid,
             has_grid=units.has_grid,
+            place=units.slots,
             row=units.row,
             image=upload(torch.tensor(units.ordinal), device),
             attention=Attention(functools.partial(self._read, call, layer)),
@@ -463,6 +502,7 @@ class StagePolicy:
             question_features=asked,
             question_ids=asked_ids,
             question_valid=asks,
+            question_place=at,
             fidelity=self.fidelity,
             generator=functools.partial(self._generator, call),
         )
@@ -580,13 +620,16 @@ class StagePolicy:
     # ---- taps
 
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
+        if stat == "rotary_pull":
+            return self._pull(call)
         if stat in _DECODER:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:
                 raise ConfigError(
                     f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
                 )
-            return call.units.gather(found[..., None])[..., 0]
+            rows = call.units.gather(found.flatten(2) if found.ndim > 2 else found[..., None])
+            return rows.unflatten(-1, found.shape[2:]) if found.ndim > 2 else rows[..., 0]
         if stat == "ahead":
             return self._looked(call, cut, self._ahead(layer))
         if stat in _NOTED or stat == "transition":
@@ -624,6 +667,18 @@ class StagePolicy:
             call.trace.ahead.append(layer)
             call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
         return call.notes["ahead", layer]
+
+    def _pull(self, call: Prefill) -> torch.Tensor:
+        """(U, N, Q) mean cosine between the rotary angles of visual tokens and words."""
+        if call.positions is None:
+            raise UnsupportedError(f"{self._model}: its visual tokens have no positions in the prompt")
+        text, units = getattr(self.adapter.base, self.adapter.text), call.units
+        at = call.question(self.adapter.special_ids())[0][units.row]
+        pull: Any = 0.0
+        for table in rotary_tables(text, call.positions(), call.batch):
+            words = table[units.row[:, None], at]
+            pull = pull + units.gather(table) @ words.mT / table.shape[-1]
+        return pull
 
     def _encoder_features(self, call: Prefill) -> torch.Tensor:
         values = []
@@ -737,20 +792,69 @@ class StagePolicy:
         for name, x in zip(HEADS, (q, k, v), strict=True):
             if name in stats:
                 call.notes[name, layer] = heads(call, layer, x)
-        if not stats.intersection(_DECODER):
-            return
+        wanted = stats.intersection(_DECODER)
+        if wanted:
+            self._score(call, layer, wanted, q, k, mask, kwargs.get("scaling"), self._bias(call, layer, k))
+
+    def attended(
+        self,
+        call: Prefill,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Score the tokens before the cut of this layer; see :class:`visiontok.engine.attach.Policy`."""
+        self._score(call, layer, frozenset(self._beforehand[layer]), q, k, mask, scale, bias)
+
+    def unturned(self, call: Prefill, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float | None) -> None:
+        """Score them by their meaning alone; see :class:`visiontok.engine.attach.Policy`."""
         layout = call.layouts[layer]
-        valid = call.entry_valid if layout is None else layout.valid
-        visible = _visible(mask, q, k, valid)
-        bias = self._bias(call, layer, k)
-        scale = kwargs.get("scaling")
-        for stat in stats.intersection(_DECODER):
+        shown = call.enter(call.visual)
+        shown = (shown if layout is None else layout.gather(shown)) & self._slots_in_use(call, layer, q)
+        found = attention_rows(
+            self._last(q, self._slots_in_use(call, layer, q)), k, scale=scale, visible=shown[:, None]
+        )
+        call.attention[("unturned_row", layer)] = call.to_prompt(layer, found[:, 0])
+
+    def _score(
+        self,
+        call: Prefill,
+        layer: int,
+        stats: frozenset[str],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Note the statistics of the queries (B, H, M, d) and keys (B, G, K, d) of the slots of ``layer``."""
+        layout = call.layouts[layer]
+        used = self._slots_in_use(call, layer, q)
+        visible = _visible(mask, q, k, call.entry_valid if layout is None else layout.valid)
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        for stat in stats:
             if stat == "last_row":
-                here = torch.arange(q.shape[2], device=q.device)
-                last = (self._occupied(valid, q) * here).argmax(1, keepdim=True)  # right padding lies behind it
-                row = torch.arange(q.shape[0], device=q.device)[:, None]
-                query = q.transpose(1, 2)[row, last].transpose(1, 2)
-                total = attention_rows(query, k, scale=scale, visible=visible[row, last], bias=bias)[:, 0]
+                seen = visible[row, _last(used)]
+                total = attention_rows(self._last(q, used), k, scale=scale, visible=seen, bias=bias)[:, 0]
+            elif stat == "text_heads":
+                at = self._question_slots(call, layer)
+                words = q.transpose(1, 2)[row, at].transpose(1, 2)
+                each = attention_heads(words, k, scale=scale, visible=visible[row, at], bias=bias)
+                total = each.permute(0, 3, 1, 2)  # (B, K, H, Q)
+            elif stat == "flow":
+                new = q.shape[2]  # cached tokens have no rows of their own
+                total = attention_flow(q, k[:, :, -new:], scale=scale, visible=visible[..., -new:], valid=used)
+            elif stat == "to_text":
+                layout, past = call.layouts[layer], k.shape[2] - q.shape[2]
+                shown = call.enter(call.visual)
+                shown = (shown if layout is None else layout.gather(shown)) & used
+                total = torch.zeros(q.shape[0], k.shape[2], device=q.device)
+                for rows in shown.any(0).nonzero().flatten().split(_TILE):
+                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
+                    total[:, past + rows] = (scores[..., past:] * (used & ~shown)[:, None]).sum(-1)
             else:
                 image = self._image(call, layer) if stat == "own_peaks" else None
                 if image is not None:
@@ -758,7 +862,7 @@ class StagePolicy:
                     size = ones.new_zeros(len(image), len(call.units) + 1).scatter_add(1, image, ones)
                     weight = (image > 0) / size.gather(1, image)
                 else:
-                    asks = self._occupied(valid, q) if stat == "decoder_received" else self._asking(call, layer)
+                    asks = used.float() if stat == "decoder_received" else self._asking(call, layer)
                     weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
                 reduce = attention_peaks if stat.endswith("peaks") else attention_rows
                 total = weight.new_zeros(q.shape[0], k.shape[2])
@@ -771,6 +875,20 @@ class StagePolicy:
                     total += (scores * weight[:, rows, None]).sum(1)
             by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
+
+    @staticmethod
+    def _last(q: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """(B, H, 1, d): the query of each row's last token; right padding lies behind it."""
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        return q.transpose(1, 2)[row, _last(used)].transpose(1, 2)
+
+    def _question_slots(self, call: Prefill, layer: int) -> torch.Tensor:
+        """(B, Q) long: slots of ``layer`` in which the words of the question stand."""
+        at, _ = call.question(self.adapter.special_ids())
+        for layout in (call.entry, call.layouts[layer]):
+            if layout is not None:
+                at = layout.slot_of().gather(1, at)
+        return at
 
     @staticmethod
     def _bias(call: Prefill, layer: int, k: torch.Tensor) -> torch.Tensor | None:
@@ -792,9 +910,11 @@ class StagePolicy:
         return here if layout.valid is None else here * layout.valid
 
     @staticmethod
-    def _occupied(valid: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
-        """(B, M) float: slots that hold a token."""
-        return torch.ones(q.shape[0], q.shape[2], device=q.device) if valid is None else valid.float()
+    def _slots_in_use(call: Prefill, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """(B, M) bool: slots of ``layer`` that hold a token."""
+        layout = call.layouts[layer]
+        valid = call.entry_valid if layout is None else layout.valid
+        return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if valid is None else valid
 
     @staticmethod
     def _asking(call: Prefill, layer: int) -> torch.Tensor:
@@ -810,11 +930,14 @@ class StagePolicy:
         return asks.float()
 
 
-def _in_entry(call: Prefill, edit: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Apply ``edit``, which works on the whole prompt, to the states of the tokens that entered."""
-    if call.entry is None:
-        return edit(states)
-    return call.entry.gather(edit(call.entry.fill(states)))
+def _in_entry(
+    call: Prefill, edits: Sequence[Callable[[torch.Tensor], torch.Tensor]], states: torch.Tensor
+) -> torch.Tensor:
+    """Apply ``edits``, which work on the whole prompt, to the states of the tokens that entered."""
+    whole = states if call.entry is None else call.entry.fill(states)
+    for edit in edits:
+        whole = edit(whole)
+    return whole if call.entry is None else call.entry.gather(whole)
 
 
 def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -867,6 +990,17 @@ def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | 
     return allowed.expand(batch, rows, columns)
 
 
+def _last(used: torch.Tensor) -> torch.Tensor:
+    """(B, 1) long: the last slot of each row that is ``used`` (B, M)."""
+    return (used * torch.arange(used.shape[1], device=used.device)).argmax(1, keepdim=True)
+
+
+def _meet(one: Stage, next_: Stage) -> bool:
+    """Whether two cuts of one method, at fractions of the depth, are one in a model this shallow: the later."""
+    fractions = isinstance(one.layer, float) and isinstance(next_.layer, float)
+    return fractions and one.method.card is next_.method.card  # type: ignore[union-attr]
+
+
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
 
@@ -889,20 +1023,20 @@ def _earliest_cut(stage: Stage) -> int:
     return max((-offset for offset in offsets), default=1 if needs.decoder_transition else 0)
 
 
-def _distinct(stages: Sequence[Stage], depth: int) -> list[Stage]:
-    """On a shallow model, cuts of one method at fractions of the depth fall on one layer; the last stands for all."""
-
-    def place(stage: Stage) -> tuple[str, int] | None:
-        if stage.kind != "cut" or stage.method is None or not isinstance(stage.layer, float):
-            return None
-        return stage.method.card.name, resolve_layer(stage.layer, depth, name="layer", lowest=_earliest_cut(stage))
-
-    last = {place(stage): i for i, stage in enumerate(stages)}
-    return [stage for i, stage in enumerate(stages) if place(stage) is None or last[place(stage)] == i]
-
-
 def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
     """Decoder layers a method reads, per statistic of ``_DECODER`` and ``_NOTED``."""
-    attention = needs.decoder_last_row, needs.decoder_text_rows, needs.decoder_received
-    peaks = needs.decoder_own_peaks, needs.decoder_text_peaks
-    return (*attention, *peaks, needs.decoder_states, needs.decoder_queries, needs.decoder_keys, needs.decoder_values)
+    return (
+        needs.decoder_last_row,
+        needs.decoder_text_rows,
+        needs.decoder_text_heads,
+        needs.decoder_received,
+        needs.decoder_flow,
+        needs.decoder_to_text,
+        needs.decoder_own_peaks,
+        needs.decoder_text_peaks,
+        needs.decoder_unturned_row,
+        needs.decoder_states,
+        needs.decoder_queries,
+        needs.decoder_keys,
+        needs.decoder_values,
+    )

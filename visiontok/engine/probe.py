@@ -31,6 +31,9 @@ def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     call = kwargs.pop(CALL, None)
+    if isinstance(call, _Glance):
+        call.seen = query, key, kwargs
+        raise _Enough
     # another thread may have taken the last tap away since this one read the config
     config, taps = module.__dict__.get(_TAPS) or (module.config, ())
     _show(taps, call, query, key, value, attention_mask, kwargs)
@@ -48,6 +51,47 @@ def _show(taps: tuple[Tap, ...], *seen: Any) -> None:
         for tap in taps:
             if tap.sink is not None:
                 tap.sink(*seen)
+
+
+class _Enough(Exception):  # noqa: N818  # nothing went wrong
+    """Queries and keys are known; the rest of the layer need not run."""
+
+
+class _Glance:
+    """Stands for the call where a layer runs up to its attention only.
+
+    Attributes:
+        policy: that of no attachment, so that hooks leave it alone.
+        seen: queries, keys, and what else the kernel was given.
+    """
+
+    policy = None
+    seen: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+
+
+def glance(layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Queries and keys of ``x`` as ``layer`` makes them: its own norms, projections and rotary positions.
+
+    The layer runs up to its attention module's kernel, so whatever its family does before that is done. Its hooks, and
+    those of what comes later, do not run.
+
+    Args:
+        layer: a decoder layer whose attention module is tapped.
+        x: (B, M, D) states on its input.
+        kwargs: its keywords; caches are left out.
+
+    Returns:
+        (B, H, M, d), (B, G, M, d), and the factor on the logits or None.
+    """
+    call = _Glance()
+    kwargs = {name: None if name.startswith("past_key_value") else value for name, value in kwargs.items()}
+    try:
+        with torch.no_grad():
+            layer.forward(x, **kwargs | {CALL: call})
+    except _Enough:
+        q, k, given = call.seen
+        return q, k, given.get("scaling")
+    raise RuntimeError(f"{type(layer).__name__}: its attention module did not reach the tapped kernel")
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)

@@ -14,7 +14,8 @@ _BUILT_IN = (
     "random", "grid", "resize", "norm", "cls_topk", "divprune", "idpruner", "hiprune", "todre", "visionzip",
     "prumerge", "prumerge_plus", "vispruner", "vscan", "zoo_prune", "scope", "cdpruner", "mmtok", "eadp", "dart",
     "holov", "globalcom2", "prunesid", "agile", "aim_merge", "m3_pool", "textmonkey", "kmeans", "erase", "sieve",
-    "fastv", "vtw", "v2drop", "transprune", "entropyprune", "gemfilter", "fitprune",
+    "fastv", "feather", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "hidrop", "aim", "fitprune", "transprune",
+    "v2drop", "entropyprune", "gemfilter", "vtw", "todre_exit",
 )  # fmt: skip
 
 

@@ -66,12 +66,12 @@ class ToDRE(Attended, VectorMethod):
         stage="prompt",
         needs="features, projector inputs with features='merger_in'; CLS attention of the last tower layer, received "
         "attention on towers without CLS",
-        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the "
-        "second the sum of similarities (max-sum), which may keep near-duplicates.",
-        departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is an exit stage. On "
-        "tiled pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at "
-        "the token that receives most attention, where the paper draws one: todre[received]. todre[merger_in] "
-        "compares the patches of a token, one behind the other, before the merger.",
+        official="No code is published. The first version of the paper writes a greedy k-center (max-min), the second "
+        "the sum of similarities (max-sum), which may keep near-duplicates.",
+        departures="Stage 1 only; its second stage, dropping what is left late in the decoder, is todre_exit. On tiled "
+        "pictures the first pick may lie in any tile, not in the thumbnail alone. Towers without CLS start at the "
+        "token that receives most attention, where the paper draws one: todre[received]. todre[merger_in] compares the "
+        "patches of a token, one behind the other, before the merger.",
         defaults="objective=maxsum, layer=-1; the paper keeps 10 % or 25 % of LLaVA-NeXT's tokens.",
         cost="O(ND) per pick for maxsum, without a Gram matrix; O(N²D) once and O(N) per pick for maxmin",
         contract=Contract(sync_free=False),

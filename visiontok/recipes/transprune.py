@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional import topk
 from ..method import Card, Contract, Layer, Method, Needs, Stage, labelled
-from ._cuts import check_cuts, cuts
+from ._cuts import cuts, listed
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -80,9 +80,8 @@ class TransPrune(Method):
     )
 
     def __post_init__(self) -> None:
-        for name in ("layers", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, from JSON
-        check_cuts(self.layers, self.shares)
+        listed(self, "layers", "shares")
+        self.stages()
 
     @property
     def label(self) -> str:

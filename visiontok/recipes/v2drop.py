@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional import topk, variation
 from ..method import Card, Contract, Layer, Method, Needs, Stage
-from ._cuts import check_cuts, cuts
+from ._cuts import cuts, listed
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -67,9 +67,8 @@ class V2Drop(Method):
     )
 
     def __post_init__(self) -> None:
-        for name in ("layers", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, from JSON
-        check_cuts(self.layers, self.shares)
+        listed(self, "layers", "shares")
+        self.stages()
 
     def needs(self) -> Needs:
         return Needs(decoder_states=(-1,))

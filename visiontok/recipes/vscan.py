@@ -1,4 +1,4 @@
-"""VScan, stage 1: the best tokens of every window, the best of the whole image, and the rest merged into them."""
+"""VScan: the best tokens of every window and of the whole image, the rest merged into them; then a cut."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..budget import Budget
 from ..errors import ConfigError
 from ..functional import absorb, nearest_kept, rank, rank_within
-from ..method import Card, Contract, Layer, Method, Needs, Selection, Tower
+from ..method import Card, Contract, Layer, Method, Needs, Selection, Stage, Tower
+from .pyramiddrop import PyramidDrop
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -76,29 +78,34 @@ class VScan(Method):
         shallow_layer: tower layer of the local tokens; by default 5/24 of the depth, on towers with windowed attention
             the first layer without windows.
         deep_layer: tower layer of the global tokens; by default the one the features come from.
+        cut: decoder layer of the second stage, which keeps what the last token would look at there; None for none.
+        left: share of the first stage's tokens that the cut leaves.
     """
 
     window: int | None = None
     scorer: Literal["cls", "received"] | None = None
     shallow_layer: Layer | None = None
     deep_layer: Layer | None = None
+    cut: Layer | None = None
+    left: float = 1 / 3
 
     card: ClassVar[Card] = Card(
         name="vscan",
         title="local and global tokens by attention of two tower layers, the others merged into them",
-        paper="arXiv 2505.22654 (stage 1)",
+        paper="arXiv 2505.22654",
         venue="TMLR 2026",
-        formula="K/2 best of a^shallow, at most ⌈K/2/windows⌉ per window; K/2 best of a^deep; z_j = mean of z over "
-        "the tokens nearest to j",
+        formula="K/2 best of a^shallow, at most ⌈K/2/windows⌉ per window; K/2 best of a^deep; z_j = mean of z over the "
+        "tokens nearest to j",
         stage="prompt",
         needs="features, grid; CLS attention of two tower layers, received attention on towers without CLS",
         official="CLIP: 16 windows of 6 × 6 tokens, layers 5 and -2, CLS attention; every window keeps the same "
         "number, rounded down, so that fewer than K remain. Qwen2.5-VL: windows of 4 × 4, layers 7 and 31, received "
-        "attention; a window keeps at most the number rounded up. A second stage cuts inside the language model.",
+        "attention; a window keeps at most the number rounded up. A second stage cuts inside the language model, at "
+        "layer 16 of 32 (Qwen: 14 of 28), as pyramiddrop does: a third is left.",
         departures="Exactly K tokens: the rule of the Qwen code everywhere, and where windows are too small the deep "
-        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone; add a cut for the "
-        "second. Tokens off the grid, such as image_newline, come last and are merged into none. One budget per "
-        "image.",
+        "layer fills up (fidelity='official' rounds down on towers with CLS). Stage 1 alone, which needs nothing "
+        "inside the language model, unless cut names a layer; a budget is the average over all layers then. Tokens off "
+        "the grid, such as image_newline, come last and are merged into none. One budget per image.",
         defaults="LLaVA: window=6, shallow_layer=5 of 24, deep_layer=-2. Qwen2.5-VL: window=4, 7 and 31 of 32.",
         cost="O(HNd) for two attention rows, O(HN²d) on towers without CLS; O(NKD) to merge",
         contract=Contract(sync_free=False),
@@ -109,6 +116,8 @@ class VScan(Method):
             raise ConfigError(f"scorer={self.scorer!r}: use 'cls' or 'received'")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"window={self.window!r}: a window has at least one row and column")
+        if not 0 < self.left <= 1:
+            raise ConfigError(f"left={self.left!r}: a share lies in (0, 1]")
 
     def adapt(self, tower: Tower) -> VScan:
         windowed = len(tower.full_attention) < tower.depth
@@ -119,6 +128,15 @@ class VScan(Method):
             scorer=self.scorer or ("cls" if tower.has_cls else "received"),
             shallow_layer=shallow if self.shallow_layer is None else self.shallow_layer,
             deep_layer=tower.feature_layer if self.deep_layer is None else self.deep_layer,
+        )
+
+    def stages(self) -> tuple[Stage, ...]:
+        if self.cut is None:
+            return super().stages()
+        first = 1 / 6  # of LLaVA's 576 tokens 96, of which 32 are left: 64 on average
+        return (
+            Stage(kind="prompt", method=self, keep=Budget.ratio(first)),
+            Stage(kind="cut", layer=self.cut, method=PyramidDrop(), keep=Budget.ratio(first * self.left)),
         )
 
     def needs(self) -> Needs:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.batching import rows, unrow
 
+_TILE = 256  # query rows whose attention is held at a time
+
 
 def attention_columns(
     q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
@@ -54,6 +56,20 @@ def attention_rows(
     return unrow(_weights(q, k, scale, visible, bias).mean((1, 2)), q, 3)
 
 
+def attention_heads(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`attention_rows`, every head for itself.
+
+    Returns:
+        (H, R, N) or (B, H, R, N) float32.
+
+    Reference:
+        SparseVLM+, github.com/Gumpest/SparseVLMs (the heads that look at the image most).
+    """
+    return unrow(_weights(q, k, scale, visible, bias).flatten(1, 2), q, 3)
+
+
 def attention_peaks(
     q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
@@ -74,6 +90,57 @@ def _weights(q: Tensor, k: Tensor, scale: float | None, visible: Tensor | None, 
         return logits.softmax(-1)
     hidden = ~rows(visible, 2, "visible")[:, None, None]
     return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+
+
+def attention_flow(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    visible: Tensor | None = None,
+    valid: Tensor | None = None,
+    temperature: float = 0.1,
+    rounds: int = 5,
+) -> Tensor:
+    """Where attention leads: a walk over the tokens that starts anywhere and follows sharpened attention.
+
+    p ← p · softmax(logits / temperature), ``rounds`` times in every head; the root of the mean over heads of p². The
+    N × N map is computed anew in every round, some rows at a time, and never held.
+
+    Args:
+        q: (H, N, d) or (B, H, N, d) queries.
+        k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G.
+        scale: factor on the logits; 1/√d by default.
+        visible: (N, N) or (B, N, N) bool, what each row may see; all by default.
+        valid: (N,) or (B, N) bool, tokens at which the walk may start.
+        temperature: below 1 sharpens.
+        rounds: steps of the walk.
+
+    Returns:
+        (N,) or (B, N) float32.
+
+    Reference:
+        AIM, arXiv 2412.03248; PageRank without damping.
+    """
+    qs, ks = rows(q, 3, "q"), rows(k, 3, "k")
+    ok = (
+        torch.ones(len(qs), qs.shape[2], dtype=torch.bool, device=q.device)
+        if valid is None
+        else rows(valid, 1, "valid")
+    )
+    seen = None if visible is None else rows(visible, 2, "visible")
+    sharp = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
+    walk = (ok / ok.sum(-1, keepdim=True).clamp_min(1))[:, None].expand(-1, qs.shape[1], -1)  # (B, H, N)
+    for _ in range(rounds):
+        step = torch.zeros_like(walk)
+        for tile in torch.arange(qs.shape[2], device=q.device).split(_TILE):
+            shown = None if seen is None else seen[:, tile]
+            step = (
+                step
+                + (walk[..., None, tile] @ attention_heads(qs[:, :, tile], ks, scale=sharp, visible=shown))[..., 0, :]
+            )
+        walk = step
+    return unrow(walk.square().mean(1).sqrt(), q, 3)
 
 
 def attention_logits(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:

@@ -259,7 +259,7 @@ def sparsevlm_naive(x: Array, s: Array, k: int) -> tuple[list[int], dict[int, li
         again = int(0.3 * (n - kept)) + 1
         if kept + again // 10 + 1 <= k:
             break
-    chosen = sorted(ranked[kept : kept + again])
+    chosen = ranked[kept : kept + again]  # the best first: of equal peaks it counts
     groups = peaks_naive(x[chosen], k - kept)
     return sorted(ranked[:kept]), {chosen[p]: [chosen[i] for i in members] for p, members in groups.items()}
 

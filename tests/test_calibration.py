@@ -36,7 +36,9 @@ from visiontok.conformance import zoo
 from visiontok.conformance.oracle import DenseMasked
 from visiontok.conventions import published_flops
 from visiontok.cost import Load, Widths
+from visiontok.engine.policy import StagePolicy
 from visiontok.errors import ConfigError
+from visiontok.recipes.todre_exit import ToDREExit
 
 DEPTH = 6
 
@@ -279,10 +281,14 @@ def test_fitprune_deletes_as_by_hand(alpha: float) -> None:
 @pytest.mark.parametrize("reduction", [0.3, 0.6])
 def test_fitprune_meets_the_flops_and_hardly_more(reduction: float) -> None:
     found = run(FitBisect(reduction=reduction), llava())
-    scheme = found.recommended["scheme"]
+    scheme = [count for _, count in found.curves["deleted"]]
     widths, n = Widths.of(config()), 16
-    left = [n - sum(scheme[:layer]) for layer in range(DEPTH + 1)]
+    left = [int(n - sum(scheme[:layer])) for layer in range(DEPTH + 1)]
     assert [left for _, left in found.curves["left"]] == left[1:]
+    cut = [layer for layer in range(1, DEPTH) if left[layer] < left[layer - 1]]
+    assert found.recommended == {"layers": cut, "shares": [left[layer] / n for layer in cut]}
+    policy = StagePolicy(visiontok.recipe("fitprune", **found.recommended).stages, DEPTH)
+    assert {at: int(stage.keep.counts([n])) for at, stage in policy.cuts.items()} == {at: left[at] for at in cut}  # type: ignore[union-attr]
     loads = [Load(a, a, b) for a, b in pairwise(left)]
     share = published_flops("B", loads, widths) / published_flops("B", [Load.all(n)] * DEPTH, widths)
     assert share == pytest.approx(1 - reduction, abs=0.15)  # whole tokens of 16, and means are rounded down
@@ -303,7 +309,8 @@ def test_fitprune_takes_the_smallest_loss_that_meets_the_flops() -> None:
     found = FitBisect(reduction=0.3).find(measure, config())
     assert len(asked) == 7  # halves of 1 down to 1/128
     assert found.recommended is not None
-    scheme = found.recommended["scheme"]
+    scheme = [int(count) for count in found.curves["deleted"].values()]
+    assert found.recommended == {"layers": [1], "shares": [(100 - scheme[0]) / 100]}
     widths = Widths.of(config())
     whole = published_flops("B", [Load.all(100)] * DEPTH, widths)
 
@@ -336,15 +343,18 @@ def given(**rows: list[float]) -> Measure:
 @pytest.mark.parametrize(
     ("mass", "found"),
     [
-        ([0.2, 0.5, 0.4, 0.3, 0.09, 0.08, 0.02], {"exit": 4, "tau": 0.1}),
+        ([0.2, 0.5, 0.4, 0.3, 0.09, 0.08, 0.02], {"layer": 5, "threshold": 0.1}),
         ([0.2, 0.5, 0.4, 0.3, 0.09, 0.2, 0.02], None),  # one layer alone is no decay
-        ([0.5, 0.01, 0.01, 0.01, 0.2, 0.01, 0.01], {"exit": 5, "tau": 0.1}),  # not in the first half
+        ([0.5, 0.01, 0.01, 0.01, 0.2, 0.01, 0.01], {"layer": 6, "threshold": 0.1}),  # not in the first half
         ([0.5] * 7, None),
     ],
 )
 def test_mass_decay(mass: list[float], found: dict[str, Any] | None) -> None:
     outcome = MassDecay().find(given(mass=mass), None)
     assert outcome.recommended == found
+    if found is not None:
+        method = visiontok.recipe("todre_exit", **found).stages[0].method
+        assert method == ToDREExit(layer=found["layer"], threshold=0.1)
     assert outcome.curves == {"mass": dict(enumerate(mass))}
     assert bool(outcome.notes) == (found is None)
 
@@ -361,8 +371,12 @@ def test_inter_layer_similarity() -> None:
     assert InterLayerSimilarity(cuts=1).find(never, None) == Outcome(
         {"mass": dict(enumerate([0.5] * 3)), "similarity": {1: 0.9, 2: 0.8}},
         {"inject": 0, "layers": [2], "exit": 3},
-        (fades,),
+        (fades, "hidrop knows shares for 4 cuts; recommended.shares has to name 1"),
     )
+    four = InterLayerSimilarity(rise=0.1, fall=0.05).find(given(mass=mass, similarity=alike), None)
+    assert four.notes == ()
+    kinds = [stage.kind for stage in visiontok.recipe("hidrop", **four.recommended).stages]  # type: ignore[arg-type]
+    assert kinds == ["inject", *["cut"] * 4, "exit"]
     assert InterLayerSimilarity(cuts=3).find(never, None).notes == (few, fades)
 
 

@@ -235,7 +235,7 @@ def cost(
 
 @app.command()
 def calibrate(
-    method: Annotated[str, typer.Argument(help="vtw, shortv, fitprune, entropyprune, hidrop or todre.")],
+    method: Annotated[str, typer.Argument(help="vtw, shortv, fitprune, entropyprune, hidrop or todre_exit.")],
     model: Annotated[
         str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
     ] = "tiny",

@@ -15,6 +15,8 @@ from .probe import Probe
 class MassDecay(Calibrator):
     """The first layer of the deeper half in which, as in the next, little attention goes to the image.
 
+    The method looks at the layer before its exit, so it is to act behind the one that is found.
+
     Attributes:
         share: of the largest mass of any layer that counts as little.
 
@@ -24,7 +26,7 @@ class MassDecay(Calibrator):
 
     share: float = 0.2
 
-    method: ClassVar[str] = "todre"
+    method: ClassVar[str] = "todre_exit"
     title: ClassVar[str] = "share of the last token's attention that goes to the image"
     source: ClassVar[str] = (
         "a reconstruction, the code was not available: attention mass from the last prompt token to the visual tokens, "
@@ -37,13 +39,13 @@ class MassDecay(Calibrator):
 
     def find(self, measure: Measure, config: Any) -> Outcome:
         mass = mean(measure("mass", self._mass), "mass")
-        tau = self.share * max(mass)
+        threshold = self.share * max(mass)
         curves = {"mass": dict(enumerate(mass))}
         deep = range((len(mass) + 1) // 2, len(mass) - 1)
-        layer = next((layer for layer in deep if max(mass[layer], mass[layer + 1]) < tau), None)
+        layer = next((layer for layer in deep if max(mass[layer], mass[layer + 1]) < threshold), None)
         if layer is None:
-            return Outcome(curves, None, (f"no two layers of the deeper half have a mass below tau={tau:.3g}",))
-        return Outcome(curves, {"exit": layer, "tau": tau})
+            return Outcome(curves, None, (f"no two layers of the deeper half have a mass below {threshold:.3g}",))
+        return Outcome(curves, {"layer": layer + 1, "threshold": threshold})
 
     @staticmethod
     def _mass(probe: Probe, inputs: Mapping[str, Any], sample: int) -> Row:

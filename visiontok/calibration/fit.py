@@ -74,10 +74,13 @@ class FitBisect(Calibrator):
                 high, best = alpha, (reached, rows)
         reached, rows = best
         lost = mean(rows, "deleted")
-        scheme = [int(x) if layer < reached else 0 for layer, x in enumerate(lost)]
-        left = [n - sum(scheme[: layer + 1]) for layer in range(len(scheme))]
-        curves = {"deleted": dict(enumerate(map(float, scheme))), "left": dict(enumerate(map(float, left)))}
-        return Outcome(curves, {"scheme": scheme}, (f"alpha={high:.4g}, of {n} tokens",))
+        deleted = [int(x) if layer < reached else 0 for layer, x in enumerate(lost)]
+        left = [n - sum(deleted[: layer + 1]) for layer in range(len(deleted))]
+        curves = {"deleted": dict(enumerate(map(float, deleted))), "left": dict(enumerate(map(float, left)))}
+        # What a layer deletes, the method cuts on the input of the next; behind the last there is none.
+        cuts = {layer: left[layer - 1] / n for layer in range(1, len(deleted)) if deleted[layer - 1]}
+        recommended = {"layers": list(cuts), "shares": list(cuts.values())} if cuts else None
+        return Outcome(curves, recommended, (f"alpha={high:.4g}, of {n} tokens",))
 
 
 def _until(rows: list[Row], n: int, widths: Widths, reduction: float) -> int | None:

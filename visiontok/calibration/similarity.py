@@ -63,6 +63,8 @@ class InterLayerSimilarity(Calibrator):
             said = f"{len(inside)} layers lie between injection at {inject} and exit at {leaves}; ask for fewer cuts"
             return Outcome(curves, None, (said, *notes))
         layers = sorted(sorted(inside, key=lambda layer: curves["similarity"][layer])[: self.cuts])
+        if self.cuts != 4:
+            notes = (*notes, f"hidrop knows shares for 4 cuts; recommended.shares has to name {self.cuts}")
         return Outcome(curves, {"inject": inject, "layers": layers, "exit": leaves}, notes)
 
     @staticmethod

@@ -36,7 +36,7 @@ class Aim(Method):
 
     card: ClassVar[Card] = Card(
         name="aim",
-        title="bipartite merging, then a cut per deep layer by where attention leads, until none is left",
+        title="bipartite merging, then a cut per deep layer by where attention leads, down to nothing",
         paper="arXiv 2412.03248",
         venue="ICCV 2025",
         formula="as aim_merge; then at the input of layer c: top-K_c of √mean_h p_hi², p = 1/n · M_hⁿ for n = 5 steps, "

@@ -113,8 +113,8 @@ class SparseVLM(Method):
         bugs="Density has random noise; attention maps of whole layers are built; decoding counts positions by each "
         "layer's cache.",
         departures="The budget counts merged tokens. A merged token stands where the middle of its group stood, with "
-        "that position. No noise: equal tokens go by index. The words are the question without special tokens, and "
-        "every image has its own raters. A budget is the average over all decoder layers.",
+        "that position. No noise: of equal peaks the one with more attention counts. The words are the question "
+        "without special tokens, and every image has its own raters. A budget is the average over all decoder layers.",
         defaults="layers=3/32, 7/32, 16/32; shares=0.5365, 0.3542, 0.1962, what the table named 192 leaves, merged "
         "tokens included.",
         cost="O(HQNd) for the question's attention, O((0.3N)²D) to merge",

@@ -103,7 +103,9 @@ class Probe:
             for index, layer in enumerate(self.layers):
                 [module] = attention_modules(layer)
 
-                def show(call: Any, q: Tensor, k: Tensor, mask: Any, kwargs: Any, index: int = index) -> None:
+                def show(
+                    call: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: Any, index: int = index
+                ) -> None:
                     sink(index, largest_of_heads(q[0], k[0], mask, kwargs.get("scaling")))
 
                 taps.append(Tap(module, show))

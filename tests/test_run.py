@@ -178,7 +178,7 @@ def test_json(call: Call, photo: Path) -> None:
     assert (done.code, done.err) == (0, "")
     data = json.loads(done.out)
     assert (data["model"], data["image"], data["expected"]) == ("tiny", str(photo), None)
-    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("visiontok[mass]", 144, 10)
+    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("visiontok[mass merge=0.75]", 144, 10)
     for side in ("stock", "compressed"):
         assert data[side].keys() == {
             *("answer", "generated_tokens", "tower_patches", "visual_tokens", "layer_average", "kv_bytes", "flops"),

@@ -501,6 +501,23 @@ def test_the_search_lists_compositions_best_first():
     ]
 
 
+def test_what_choosing_before_the_merger_adds():
+    line = {"exam": "e", "split": "heldout", "kinds": ["color", "read"], "kind": "0101", "opens": "a0"}
+    rows = [("norm", "c0"), ("norm features=merger_in", "50"), ("divprune features=merger_in", "f0")]
+    names = ("method", "bits", "label")
+    cells = [
+        {"model": "m", "positions": "original", "mass": False, "keep": 0.25}
+        | dict(zip(names, (*row, f"{row[0]}!"), strict=True))
+        for row in rows
+    ]
+    # norm answers the first two questions, norm[merger_in] the two about text.
+    head, table = card._merger_in(card.Curves(line, cells), "m")
+    assert [row.split(" [")[0] for row in table.splitlines()[2:]] == [
+        "| norm! | read, sign | +50.0",
+        "| norm! | all | +0.0",
+    ]
+
+
 def test_fields_of_mass_attention_come_as_text():
     assert str(Cell("divprune", 0.25, mass="beta=2 merge=0.7")) == "divprune 0.25 mass beta=2 merge=0.7"
     assert Cell("divprune", 0.25, mass="merge=0.7").weighing == visiontok.Mass(merge=0.7)

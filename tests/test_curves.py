@@ -511,11 +511,9 @@ def test_what_choosing_before_the_merger_adds():
         for row in rows
     ]
     # norm answers the first two questions, norm[merger_in] the two about text.
-    head, table = card._merger_in(card.Curves(line, cells), "m")
-    assert [row.split(" [")[0] for row in table.splitlines()[2:]] == [
-        "| norm! | read, sign | +50.0",
-        "| norm! | all | +0.0",
-    ]
+    _, table = card._merger_in(card.Curves(line, cells), "m")
+    rows = [row.split(" [")[0] for row in table.splitlines()[2:]]
+    assert rows == ["| norm! | read, sign | +50.0", "| norm! | all | +0.0"]
 
 
 def test_fields_of_mass_attention_come_as_text():

@@ -173,13 +173,13 @@ def test_a_batch_answers_as_its_prompts_alone(loaded, paper, prompts):
         assert [together[0], together[4]] == apart
 
 
-_WEIGHED = Cell("divprune", 0.1, mass=True)
+_WEIGHED = Cell("divprune", 0.03, mass=True)
 
 
 @pytest.mark.parametrize(
     ("split", "cell"),
     [
-        ("heldout", Cell()),
+        ("composition", Cell()),
         ("heldout", Cell("divprune", 0.1)),
         ("heldout", Cell("grid", 0.25, positions="compact")),
         *[(split, _WEIGHED) for split in ("heldout", "pairs", "turns")],

@@ -222,7 +222,7 @@ def test_the_table() -> None:
         (["--keep", "0"], "keep=0: tokens is a whole number"),
         (["--keep", "much"], "keep='much'"),
         (["--method", "vtw", "--keep", "0.5"], "has no budget"),
-        (["--option", "layer=3"], "layer='3': visiontok has no such option"),
+        (["--option", "size=3"], "size='3': visiontok has no such option"),
         (["--method", "fastv", "--option", "layer=two"], "fastv: --option layer=two: this option takes int, float"),
         (
             ["--method", "idpruner", "--option", "scorer=best"],

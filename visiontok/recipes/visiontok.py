@@ -29,7 +29,7 @@ class Visiontok(Attended):
         name="visiontok",
         title="diverse tokens, a little by attention, with mass attention; our own, and the default",
         paper="this repository, demo/search.md",
-        venue="-",
+        venue="unpublished",
         formula="argmax_i 0.15·w_i - 0.85·max_{j∈S} cos(z_i, z_j), w as in idpruner; then n_j = number of tokens "
         "nearest to j, z'_j = z_j/4 + 3/4·their mean, and log n_j on the attention logits of key j",
         stage="prompt",

@@ -44,6 +44,7 @@ _SPLITS = {
     "turns": "conversations of four questions about one picture; each follows the right answers to those before it",
 }
 _BY_POSITION = ("ground", "sign", "position", "read")  # kinds whose answers depend on where things are
+_TEXT = ("read", "sign")  # kinds whose answers are written in the picture
 _INK = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf #aec7e8 #000000".split()  # noqa: SIM905
 
 
@@ -358,6 +359,7 @@ def _pruning(measured: Curves) -> list[str]:
         parts += _no_better(measured, model)
         parts += [part for keep in measured.keeps for part in _per_kind(measured, model, keep)]
         parts += _mass(measured, model)
+        parts += _merger_in(measured, model)
         parts += _positions(measured, model)
     if measured.refused:
         parts.append("Not measured, because the toolkit refuses it:")
@@ -462,11 +464,29 @@ def _mass(measured: Curves, model: str) -> list[str]:
         for keep in measured.keeps:
             without, given = (measured.hits(model, method, keep, mass=mass) for mass in (False, True))
             row.append(_gain(given, without, measured.scene))
-        rows.append([measured.label(model, method), *row])
-    if not any(any(row[1:]) for row in rows):
-        return []
+        if any(row):
+            rows.append([measured.label(model, method), *row])
     tokens = [f"{keep:.0%}" for keep in measured.keeps]
-    return ["What `mass=True` adds (points):", _table(("method", *tokens), rows)]
+    return ["What `mass=True` adds (points):", _table(("method", *tokens), rows)] if rows else []
+
+
+def _merger_in(measured: Curves, model: str) -> list[str]:
+    """What choosing by the projector's inputs does, to text and to everything."""
+    everything, text = (measured.asks(*kinds) for kinds in (measured.kinds, _TEXT))
+    rows = []
+    for method in measured.methods:
+        after = method.removesuffix(" features=merger_in")
+        for name, asked in ((", ".join(_TEXT), text), ("all", everything)) if after != method else ():
+            row = []
+            for keep in measured.keeps:
+                found = [measured.hits(model, which, keep) for which in (method, after)]
+                one, other = (None if hits is None else hits[:, asked] for hits in found)
+                row.append(_gain(one, other, measured.scene[asked]))
+            if any(row):
+                rows.append([measured.label(model, after), name, *row])
+    tokens = [f"{keep:.0%}" for keep in measured.keeps]
+    head = "What `features='merger_in'` adds, on questions about text and on all (points):"
+    return [head, _table(("method", "kinds", *tokens), rows)] if rows else []
 
 
 def _positions(measured: Curves, model: str) -> list[str]:
@@ -494,7 +514,8 @@ def _positions(measured: Curves, model: str) -> list[str]:
         single.append({m: _gain(c[:, deciding], o[:, deciding], on) for m, (c, o) in pairs.items()})
     if not pooled:
         return []
-    rows = [[measured.label(model, method), *(row.get(method, "") for row in single)] for method in measured.methods]
+    compared = (method for method in measured.methods if any(method in row for row in single))
+    rows = [[measured.label(model, method), *(row.get(method, "") for row in single)] for method in compared]
     return [
         "What compacting positions does (points against original positions), mean over methods:",
         _table(("tokens", *kinds, "all kinds"), pooled),

@@ -146,7 +146,7 @@ class Learner(nn.Module):
         row, question = labelled.nonzero()[:, 0], packed.question[labelled]
         form, gaps = batch.questions.form[row, question], batch.questions.gaps[row, question]
         # Never right in training, the answers that name a withheld pair would be learned as impossible.
-        logits = logits.masked_fill(withheld_answers(form, gaps), -torch.inf)
+        logits = logits.masked_fill(withheld_answers(form, gaps, logits.shape[-1]), -torch.inf)
         weight = torch.where(is_answer, self.emphasis[form], _END)
         answer_loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         record["answer_loss"] = answer_loss.detach()

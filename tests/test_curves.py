@@ -137,8 +137,8 @@ def test_the_default_cells_are_every_prompt_method_in_every_way():
     todo = curves.cells(methods)
     assert len(todo) == len(set(todo))
     runs = sum(3 if visiontok.recipes.find(name).card.stochastic else 1 for name in methods)  # of three seeds
-    # Stock; nothing dropped; plain, mass and compact at four budgets.
-    assert len(todo) == 1 + len(methods) + 3 * 4 * runs
+    # Stock; nothing dropped; plain, mass and compact at four budgets, but visiontok has masses of its own.
+    assert len(todo) == 1 + len(methods) + 3 * 4 * (runs - 1) + 4
     assert not any(cell.mass and cell.positions == "compact" for cell in todo)
     assert all(cell.positions == "original" and not cell.mass and cell.seed is None for cell in todo if cell.keep == 1)
 
@@ -173,13 +173,13 @@ def test_a_batch_answers_as_its_prompts_alone(loaded, paper, prompts):
         assert [together[0], together[4]] == apart
 
 
-_WEIGHED = Cell("divprune", 0.1, mass=True)
+_WEIGHED = Cell("divprune", 0.03, mass=True)
 
 
 @pytest.mark.parametrize(
     ("split", "cell"),
     [
-        ("heldout", Cell()),
+        ("composition", Cell()),
         ("heldout", Cell("divprune", 0.1)),
         ("heldout", Cell("grid", 0.25, positions="compact")),
         *[(split, _WEIGHED) for split in ("heldout", "pairs", "turns")],
@@ -476,6 +476,58 @@ def test_the_card_compares_with_a_reference_and_names_who_does_not_beat_random(w
     equal.__dict__ |= {**measured.__dict__, "methods": ["random", "same"]}
     equal.__dict__["_bits"] = {("one", name, 0.25, False, "original"): np.ones((1, 12), bool) for name in equal.methods}
     assert card._no_better(equal, "one")[1] == "* 25%: same"
+
+
+def test_the_search_lists_compositions_best_first():
+    line = {"exam": "e", "split": "validation", "kinds": ["color"], "kind": "0000", "opens": "80"}
+    rows = [
+        ("grid", False, 0.25, "f0"),
+        ("grid", False, 0.05, "80"),
+        ("divprune", True, 0.25, "f0"),
+        ("divprune", True, 0.05, "e0"),
+        ("divprune", "merge=0.7", 0.25, "f0"),
+        ("divprune", "merge=0.7", 0.05, "f0"),
+        ("random", False, 0.25, "f0"),  # not measured at the other budget
+    ]
+    names = ("method", "mass", "keep", "bits")
+    cells = [{"model": "m", "positions": "original", **dict(zip(names, row, strict=True))} for row in rows]
+    title, asked, table = card._search(card.Curves(line, cells))
+    assert (title, asked) == ("## m", "4 questions about 1 scenes, accuracy in percent:")
+    assert table.splitlines()[0] == "| method and options | mass | 25% | 5% | mean |"
+    assert table.splitlines()[2:] == [
+        "| `divprune` | merge=0.7 | 100.0 | 100.0 | 100.0 |",
+        "| `divprune` | yes | 100.0 | 75.0 | 87.5 |",
+        "| `grid` |  | 100.0 | 25.0 | 62.5 |",
+    ]
+
+
+def test_what_choosing_before_the_merger_adds():
+    line = {"exam": "e", "split": "heldout", "kinds": ["color", "read"], "kind": "0101", "opens": "a0"}
+    rows = [("norm", "c0"), ("norm features=merger_in", "50"), ("divprune features=merger_in", "f0")]
+    names = ("method", "bits", "label")
+    cells = [
+        {"model": "m", "positions": "original", "mass": False, "keep": 0.25}
+        | dict(zip(names, (*row, f"{row[0]}!"), strict=True))
+        for row in rows
+    ]
+    # norm answers the first two questions, norm[merger_in] the two about text.
+    _, table = card._merger_in(card.Curves(line, cells), "m")
+    rows = [row.split(" [")[0] for row in table.splitlines()[2:]]
+    assert rows == ["| norm! | read, sign | +50.0", "| norm! | all | +0.0"]
+
+
+def test_fields_of_mass_attention_come_as_text():
+    assert str(Cell("divprune", 0.25, mass="beta=2 merge=0.7")) == "divprune 0.25 mass beta=2 merge=0.7"
+    assert Cell("divprune", 0.25, mass="merge=0.7").weighing == visiontok.Mass(merge=0.7)
+    assert [Cell("divprune", 0.25, mass=mass).weighing for mass in (False, True)] == [None, visiontok.Mass()]
+    for wrong in ("merge", "merge=much", "size=1", "merge=2"):
+        with pytest.raises(ConfigError, match="mass"):
+            _ = Cell("divprune", 0.25, mass=wrong).weighing
+
+
+def test_recipes_with_masses_of_their_own_run_in_one_way():
+    ways = [(cell.mass, cell.positions) for cell in curves.cells(["visiontok"], [0.5]) if cell.keep == 0.5]
+    assert ways == [(False, "original")]
 
 
 def test_the_card_lists_data_and_models(weights):

@@ -473,17 +473,18 @@ def test_kernels_without_a_bias_give_way_to_sdpa(kind):
     assert set(calls) == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_the_default_is_the_most_diverse_tokens_with_masses(name):
+@pytest.mark.parametrize(("name", "label"), [("llava", "visiontok["), ("qwen3_vl", "visiontok[received, ")])
+def test_the_default_recipe_has_masses(name, label):
     model = build(name)
     inputs = batch(name, model)
     with visiontok.compress(model, keep=0.5) as default, torch.no_grad():
         logits = model(**inputs).logits
-    with visiontok.compress(model, "divprune", keep=0.5, mass=True) as composed, torch.no_grad():
+    assert default.report.recipe == f"{label}mass merge=0.75]"
+    with visiontok.compress(model, "idpruner", balance=0.15, keep=0.5, mass=Mass(merge=0.75)), torch.no_grad():
         assert torch.equal(model(**inputs).logits, logits)
-    with visiontok.compress(model, "divprune", keep=0.5), torch.no_grad():
-        assert not torch.equal(model(**inputs).logits, logits)
-    assert (default.report.recipe, composed.report.recipe) == ("visiontok[mass]", "divprune[mass]")
+    for other in (False, True):
+        with visiontok.compress(model, keep=0.5, mass=other), torch.no_grad():
+            assert not torch.equal(model(**inputs).logits, logits)
 
 
 def test_naming_saving_and_errors(tmp_path):

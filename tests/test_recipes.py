@@ -71,7 +71,8 @@ CLIP = Tower(depth=24, has_cls=True, feature_layer=22, full_attention=tuple(rang
 NEXT = dataclasses.replace(CLIP, thumbnail=True)
 QWEN = Tower(depth=32, has_cls=False, feature_layer=31, full_attention=(7, 15, 23, 31))
 METHODS: list[Method] = [
-    Visiontok(),
+    Visiontok().adapt(CLIP),
+    Visiontok().adapt(QWEN),
     Random(),
     Grid(),
     ClsTopK().adapt(CLIP),

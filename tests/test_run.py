@@ -193,7 +193,7 @@ def test_json(call: Call, photo: Path) -> None:
     assert (done.code, done.err) == (0, "")
     data = json.loads(done.out)
     assert (data["model"], data["image"], data["expected"]) == ("tiny", str(photo), None)
-    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("visiontok[mass]", 144, 10)
+    assert (data["method"], data["tokens_in"], data["tokens_kept"]) == ("visiontok[mass merge=0.75]", 144, 10)
     for side in ("stock", "compressed"):
         assert data[side].keys() == {
             *("answer", "generated_tokens", "tower_patches", "visual_tokens", "layer_average", "kv_bytes", "flops"),
@@ -237,7 +237,7 @@ def test_the_table() -> None:
         (["--keep", "0"], "keep=0: tokens is a whole number"),
         (["--keep", "much"], "keep='much'"),
         (["--method", "vtw", "--keep", "0.5"], "has no budget"),
-        (["--option", "layer=3"], "layer='3': visiontok has no such option"),
+        (["--option", "size=3"], "size='3': visiontok has no such option"),
         (["--method", "fastv", "--option", "layer=two"], "fastv: --option layer=two: this option takes int, float"),
         (
             ["--method", "idpruner", "--option", "scorer=best"],

@@ -279,7 +279,7 @@ def compress(
         recipe: name of a method, a :class:`Recipe`, a :class:`Method`, a path to a JSON or YAML recipe,
             ``"file.py:name"`` of a Python file that defines one of these, or a function from a
             :class:`~visiontok.Context` to a (U, N) bool keep mask or a :class:`~visiontok.Selection`. By default our
-            own, ``visiontok``: the most diverse tokens, with mass attention.
+            own, ``visiontok``: diverse tokens with mass attention.
         keep: int = tokens per image, float in (0, 1] = ratio. For one selection, what survives it; for schedules, the
             average over all decoder layers.
         mass: True or a :class:`~visiontok.Mass`: kept tokens speak for those they replace, at every selection of the

@@ -86,6 +86,11 @@ class Curves:
         self.keeps = sorted({cell["keep"] for cell in self.cells} - {None, 1.0}, reverse=True)
         self.methods = list(dict.fromkeys(c["method"] for c in self.cells if c["method"] != STOCK))
 
+    @property
+    def tokens(self) -> list[str]:
+        """The budgets as heads of columns."""
+        return [f"{keep:.0%}" for keep in self.keeps]
+
     @cached_property
     def _bits(self) -> dict[tuple[Any, ...], np.ndarray]:
         grouped = defaultdict(list)
@@ -339,7 +344,8 @@ def _accuracy(model: Shipped) -> list[str]:
 def _pruning(measured: Curves) -> list[str]:
     seconds = np.median([cell["seconds"] for cell in measured.cells])
     shared = sum(cell["answers"] is None for cell in measured.cells)
-    together = f" In {shared} of the {len(measured.cells)} cells the questions about a picture shared one forward."
+    cells = len(measured.cells)
+    together = f" In {shared} of the {cells} cells the questions about a picture shared one forward." if shared else ""
     parts = [
         f"## Pruning, {measured.split}",
         _prose(
@@ -347,9 +353,7 @@ def _pruning(measured: Curves) -> list[str]:
             "`generate` inside `visiontok.compress`, exact match of the decoded answer. Methods that choose before the "
             "language model, without training; random is the mean of its seeds. Intervals are 95 % bootstraps over "
             "scenes, p-values of sign flips over scenes; differences are paired, question by question. The best of "
-            f"each column is bold. Half of the cells took at most {seconds:.0f} s of processor time."
-            + together
-            * (shared > 0)
+            f"each column is bold. Half of the cells took at most {seconds:.0f} s of processor time.{together}"
         ),
     ]
     for model in measured.models:
@@ -403,10 +407,9 @@ def _curve(measured: Curves, model: str) -> list[str]:
         for method, row in zip(measured.methods, _bold_best(values, texts), strict=True)
     ]
     whole = "" if stock is None else f"All tokens: {_estimate(accuracy(stock, measured.scene))}. "
-    tokens = [f"{keep:.0%}" for keep in measured.keeps]
     return [
         f"{whole}In brackets, the difference to random; for random itself, to all tokens.",
-        _table(("method", *tokens), rows),
+        _table(("method", *measured.tokens), rows),
     ]
 
 
@@ -418,8 +421,7 @@ def _against(measured: Curves, model: str, reference: str) -> list[str]:
         rows.append([measured.label(model, method), *(_gain(*pair, measured.scene) for pair in pairs)])
     if not any(any(row[1:]) for row in rows):
         return []
-    tokens = [f"{keep:.0%}" for keep in measured.keeps]
-    return [f"The difference to {reference}:", _table(("method", *tokens), rows)]
+    return [f"The difference to {reference}:", _table(("method", *measured.tokens), rows)]
 
 
 def _no_better(measured: Curves, model: str) -> list[str]:
@@ -466,8 +468,7 @@ def _mass(measured: Curves, model: str) -> list[str]:
             row.append(_gain(given, without, measured.scene))
         if any(row):
             rows.append([measured.label(model, method), *row])
-    tokens = [f"{keep:.0%}" for keep in measured.keeps]
-    return ["What `mass=True` adds (points):", _table(("method", *tokens), rows)] if rows else []
+    return ["What `mass=True` adds (points):", _table(("method", *measured.tokens), rows)] if rows else []
 
 
 def _merger_in(measured: Curves, model: str) -> list[str]:
@@ -484,9 +485,8 @@ def _merger_in(measured: Curves, model: str) -> list[str]:
                 row.append(_gain(one, other, measured.scene[asked]))
             if any(row):
                 rows.append([measured.label(model, after), name, *row])
-    tokens = [f"{keep:.0%}" for keep in measured.keeps]
     head = "What `features='merger_in'` adds, on questions about text and on all (points):"
-    return [head, _table(("method", "kinds", *tokens), rows)] if rows else []
+    return [head, _table(("method", "kinds", *measured.tokens), rows)] if rows else []
 
 
 def _positions(measured: Curves, model: str) -> list[str]:
@@ -534,23 +534,13 @@ def _search(measured: Curves) -> list[str]:
             shares = [float(hits.mean()) for hits in found if hits is not None]
             if len(shares) == len(found):
                 mean = sum(shares) / len(shares)
-                rows.append(
-                    (
-                        mean,
-                        [
-                            f"`{method}`",
-                            {False: "", True: "yes"}.get(mass, mass),
-                            *map(_percent, shares),
-                            _percent(mean),
-                        ],
-                    )
-                )
+                weighed = {False: "", True: "yes"}.get(mass, mass)
+                rows.append((mean, [f"`{method}`", weighed, *map(_percent, (*shares, mean))]))
         rows.sort(key=lambda row: -row[0])
-        tokens = [f"{keep:.0%}" for keep in measured.keeps]
         parts += [
             f"## {model}",
             f"{len(measured.kind)} questions about {measured.scene.max()} scenes, accuracy in percent:",
-            _table(("method and options", "mass", *tokens, "mean"), [row for _, row in rows]),
+            _table(("method and options", "mass", *measured.tokens, "mean"), [row for _, row in rows]),
         ]
     return parts
 
@@ -589,7 +579,7 @@ def _rankings(measured: Curves) -> list[str]:
         taus.append([f"{one}, {other}", *("-" if math.isnan(tau) else f"{tau:+.2f}" for tau in row)])
     if taus:
         parts.append("Kendall's tau-b of the ranking of methods between two models:")
-        parts.append(_table(("models", *(f"{keep:.0%}" for keep in measured.keeps), "mean"), taus))
+        parts.append(_table(("models", *measured.tokens, "mean"), taus))
     return parts
 
 
@@ -614,7 +604,7 @@ def _seeds(measured: Curves, models: Sequence[Shipped]) -> list[str]:
                 row.append(text)
             rows.append([method, *row])
         parts.append(f"Spread over training seeds of {architecture} ({', '.join(same)}): mean, lowest to highest.")
-        parts.append(_table(("method", *(f"{keep:.0%}" for keep in measured.keeps)), rows))
+        parts.append(_table(("method", *measured.tokens), rows))
     return parts
 
 

@@ -38,6 +38,7 @@ from visiontok.engine.cross import CrossAttachment, CrossCache
 from visiontok.engine.layout import Layout
 from visiontok.engine.masks import LayerMasks
 from visiontok.engine.policy import StagePolicy
+from visiontok.engine.readings import DecoderReadings
 from visiontok.ledger import TokenLedger
 
 pytestmark = pytest.mark.engine
@@ -514,7 +515,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention taps do not see the mass",
-        StagePolicy._bias,
+        DecoderReadings._bias,
         "bias = call.slot_bias(layer) if call.cache is None else call.cache.layers[layer].bias",
         "bias = None",
         Probe(test_mass.test_attention_taps_see_the_bias),

@@ -29,8 +29,8 @@ from visiontok.conformance.zoo import (
     config,
     visual,
 )
-from visiontok.engine.policy import _segments, describe_tower
 from visiontok.engine.probe import attention_modules
+from visiontok.engine.tower import _segments, describe_tower
 from visiontok.engine.vision import FeatureRecorder, record_of
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage

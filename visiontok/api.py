@@ -25,7 +25,8 @@ from .context import Context
 from .engine.attach import Attachment, bypass, is_bypassed
 from .engine.cross import CrossAttachment, CrossPolicy
 from .engine.inputs import CompressedInputs, Generate, InputPlane, shorten
-from .engine.policy import StagePolicy, describe_tower
+from .engine.policy import StagePolicy
+from .engine.tower import describe_tower
 from .errors import ConfigError, UnsupportedError
 from .ledger import TokenLedger
 from .method import Card, Contract, Mass, Method, Needs, Selection, Stage

@@ -40,6 +40,8 @@ from .vision import Encoded, begin_forward, record_features, take_records
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
+    from .readings import DecoderReadings
+
 IGNORED = -100
 """The label that Transformers' losses leave out."""
 _OTHER_RECIPE = (
@@ -57,6 +59,8 @@ class Policy(Protocol):
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
     """First decoder layer whose keys may get a bias; None for none."""
+    decoder: DecoderReadings
+    """What the methods read of the decoder layers, which this module shows it."""
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(B, N) keep mask over the visual positions (None: all), and the embeddings (B, N, D), merged or not."""
@@ -68,43 +72,6 @@ class Policy(Protocol):
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees."""
-        ...
-
-    def wants_state(self, layer: int) -> bool:
-        """Whether a tap of ``layer`` must see the call."""
-        ...
-
-    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
-        """``x`` (B, M, D) enters ``layer``, whose slots it fills."""
-        ...
-
-    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """A module of ``layer`` that is watched has made ``y`` (B, M, D) of ``x``."""
-        ...
-
-    def asks_beforehand(self, layer: int) -> bool:
-        """Whether a cut on the input of ``layer`` is decided by what that layer itself would attend to."""
-        ...
-
-    def asks_unturned(self, layer: int) -> bool:
-        """Whether queries and keys of ``layer`` without rotary positions are wanted."""
-        ...
-
-    def attended(
-        self,
-        call: Prefill,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        mask: Any,
-        scale: float | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        """Take queries (B, H, M, d) and keys (B, G, K, d) that ``layer`` would compute before its cut."""
-        ...
-
-    def unturned(self, call: Prefill, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float | None) -> None:
-        """Take queries and keys (B, H or G, M, d) that ``layer`` computes, without rotary positions."""
         ...
 
 
@@ -587,13 +554,13 @@ class Attachment:
             if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
             return args, kwargs
-        if not self.policy.wants_state(index):  # a tap in this layer reads it further down
+        if not self.policy.decoder.wants_state(index):  # a tap in this layer reads it further down
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:
             self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
-            self.policy.note_state(call, index, x)
+            self.policy.decoder.note_state(call, index, x)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
@@ -621,7 +588,7 @@ class Attachment:
         x, states = self._add_level(call, index - 1, x, call.states.get(index - 1))
         replay = index in call.layouts  # by gradient checkpointing
         if not replay:
-            if self.policy.asks_beforehand(index):
+            if self.policy.decoder.asks_beforehand(index):
                 self._ask_beforehand(call, index, x, states, kwargs)
             self._decide(call, index, x, states)
         layout, edit = call.layouts[index], call.edits.get(index)
@@ -654,10 +621,12 @@ class Attachment:
             cache.layers[index].note_prefill(
                 call.length, call.slots(index), valid, bias, call.batch, x.device, call.history, call.tail
             )
-        if not replay and self.policy.asks_unturned(index):
+        if not replay and self.policy.decoder.asks_unturned(index):
             cos, sin = self._rotary(index, kwargs)
             still = torch.ones_like(cos), torch.zeros_like(sin)
-            self.policy.unturned(call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still}))
+            self.policy.decoder.note_unturned(
+                call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still})
+            )
         return x
 
     def _rotary(self, index: int, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -698,7 +667,7 @@ class Attachment:
             k = torch.cat([stored.keys, k], 2)
             bias = stored.bias_with(bias, x.shape[1])
             bias = None if bias is None else bias[:, -k.shape[2] :]
-        self.policy.attended(call, index, q, k, mask, scale, bias)
+        self.policy.decoder.note_beforehand(call, index, q, k, mask, scale, bias)
         del call.layouts[index], call.biases[index]
 
     # A choice of tokens has no gradient; and a replay by gradient checkpointing, which up to transformers 5.17 runs

@@ -26,13 +26,53 @@ from ..method import Stage
 from .call import Decode, Prefill
 from .layout import Layout
 from .policy import StagePolicy
+from .statistics import TILE
+from .tower import TowerReadings
 from .trace import Trace, Traces
 from .vision import Encoded, TowerRecorder, Units, begin_forward, current_record, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
-_TILE = 256  # query rows whose attention is held at a time
+
+class CrossTower(TowerReadings):
+    """What the methods read of a tower whose every tile has its own CLS token."""
+
+    def read(self, call: Prefill, stat: str, layer: int | float) -> torch.Tensor:
+        if stat.startswith("cls"):
+            raise UnsupportedError(
+                f"{self._model}: its vision tower has a CLS token in every tile, each of which looks at all tiles, and "
+                "none that stands for the image; use attention.received, or a method without CLS"
+            )
+        return super().read(call, stat, layer)
+
+    def _sink(
+        self,
+        layer: int,
+        stats: frozenset[str],
+        call: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        kwargs: Any,
+    ) -> None:
+        """What each place of the tower receives from the tokens of real tiles, which see padding too."""
+        record = current_record()
+        if record is None or not self.serves():
+            return
+        if "keys" in stats:
+            record.attention[("keys", layer)] = [k.transpose(1, 2).float()]
+        if "received" not in stats:
+            return
+        visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
+        weight = visible.diagonal(dim1=1, dim2=2).float()
+        weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
+        total = torch.zeros_like(weight)
+        for rows in (weight > 0).any(0).nonzero().flatten().split(TILE):
+            scores = attention_rows(q[:, :, rows], k, scale=kwargs.get("scaling"), visible=visible[:, rows])
+            total += (scores * weight[:, rows, None]).sum(1)
+        record.attention[("received", layer)] = [total]
 
 
 class CrossPolicy(StagePolicy):
@@ -41,6 +81,8 @@ class CrossPolicy(StagePolicy):
     Raises:
         UnsupportedError: for stages and budgets that have no meaning here.
     """
+
+    tower_readings = CrossTower
 
     def __init__(self, stages: Sequence[Stage], depth: int, **shared: Any) -> None:
         """As :class:`~visiontok.engine.policy.StagePolicy`, which also takes what is ``shared`` by the stages."""
@@ -57,42 +99,6 @@ class CrossPolicy(StagePolicy):
                     "or a ratio"
                 )
         super().__init__(stages, depth, **shared)
-
-    def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
-        if stat.startswith("cls"):
-            raise UnsupportedError(
-                f"{self._model}: its vision tower has a CLS token in every tile, each of which looks at all tiles, and "
-                "none that stands for the image; use attention.received, or a method without CLS"
-            )
-        return super()._read(call, cut, stat, layer)
-
-    def _vision_sink(
-        self,
-        layer: int,
-        stats: frozenset[str],
-        call: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        kwargs: Any,
-    ) -> None:
-        """What each place of the tower receives from the tokens of real tiles, which see padding too."""
-        record = current_record()
-        if record is None or not self._serves():
-            return
-        if "keys" in stats:
-            record.attention[("keys", layer)] = [k.transpose(1, 2).float()]
-        if "received" not in stats:
-            return
-        visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
-        weight = visible.diagonal(dim1=1, dim2=2).float()
-        weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
-        total = torch.zeros_like(weight)
-        for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
-            scores = attention_rows(q[:, :, rows], k, scale=kwargs.get("scaling"), visible=visible[:, rows])
-            total += (scores * weight[:, rows, None]).sum(1)
-        record.attention[("received", layer)] = [total]
 
 
 class CrossCache(DynamicCache):

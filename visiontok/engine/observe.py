@@ -18,7 +18,7 @@ from .call import Prefill
 from .probe import CALL, attention_modules
 
 if TYPE_CHECKING:
-    from .attach import Policy
+    from .readings import DecoderReadings
 
 HEADS = ("decoder_queries", "decoder_keys", "decoder_values")
 """What a tap of an attention module shows, in the order in which it does."""
@@ -32,8 +32,8 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def watch_modules(layer: nn.Module, index: int, policy: Policy) -> list[Any]:
-    """Hooks that show ``policy`` what attention and MLP of a decoder layer make of their inputs.
+def watch_modules(layer: nn.Module, index: int, readings: DecoderReadings) -> list[Any]:
+    """Hooks that show ``readings`` what attention and MLP of a decoder layer make of their inputs.
 
     Raises:
         UnsupportedError: if the layer has no single attention module or no module of the name ``mlp``.
@@ -45,29 +45,34 @@ def watch_modules(layer: nn.Module, index: int, policy: Policy) -> list[Any]:
             "to a token cannot be told apart; use a method that reads states, such as 'v2drop'"
         )
     return [
-        attention[0].register_forward_hook(functools.partial(_attended, index, policy), with_kwargs=True),
-        mlp.register_forward_hook(functools.partial(_transformed, index, policy)),
+        attention[0].register_forward_hook(functools.partial(_attended, index, readings), with_kwargs=True),
+        mlp.register_forward_hook(functools.partial(_transformed, index, readings)),
     ]
 
 
 @torch.compiler.disable
 def _attended(
-    index: int, policy: Policy, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+    index: int,
+    readings: DecoderReadings,
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any = None,
 ) -> None:
     if output is None:  # called without keywords, which another thread is taking away at this moment
         return
     call = kwargs.get(CALL)
-    _thread.call = call if isinstance(call, Prefill) and call.policy is policy else None
+    _thread.call = call if isinstance(call, Prefill) and call.policy.decoder is readings else None
     if _thread.call is not None:
         x = args[0] if args else kwargs["hidden_states"]
-        policy.note_module(_thread.call, index, x, output[0] if isinstance(output, tuple) else output)
+        readings.note_module(_thread.call, index, x, output[0] if isinstance(output, tuple) else output)
 
 
 @torch.compiler.disable
-def _transformed(index: int, policy: Policy, module: Any, args: tuple[Any, ...], output: Any) -> None:
+def _transformed(index: int, readings: DecoderReadings, module: Any, args: tuple[Any, ...], output: Any) -> None:
     call, _thread.call = _thread.call, None
     if call is not None:
-        policy.note_module(call, index, args[0], output[0] if isinstance(output, tuple) else output)
+        readings.note_module(call, index, args[0], output[0] if isinstance(output, tuple) else output)
 
 
 def visual(call: Prefill, layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -6,79 +6,28 @@ import bisect
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from ..allocators import layer_average
 from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import decoder_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import (
-    absorb,
-    attention_columns,
-    attention_flow,
-    attention_heads,
-    attention_logits,
-    attention_peaks,
-    attention_rows,
-    coordinates,
-    nearest_kept,
-)
-from ..method import Layer, Mass, Needs, Selection, Stage, Tower, resolve_layer
-from .ahead import stop
+from ..functional import absorb, coordinates, nearest_kept
+from ..method import Mass, Selection, Stage, resolve_layer
 from .call import Prefill, counted
 from .host import stops_host, upload
-from .observe import HEADS, heads, turned, visual, watch_modules
 from .pixels import Smaller
-from .probe import Tap, attention_modules
+from .readings import DecoderReadings, Host, earliest_cut, needs_of
 from .rotary import rotary_tables
-from .vision import BeforeTower, Encoded, current_record
+from .tower import TowerReadings
+from .vision import BeforeTower
 
 if TYPE_CHECKING:
-    from visiontok.adapters.base import Adapter, Record, Shape
-
-_BEFOREHAND = ("last_row", "text_rows", "text_heads", "decoder_received", "flow", "to_text", "own_peaks", "text_peaks")
-_DECODER = (*_BEFOREHAND, "unturned_row")
-_NOTED = ("decoder_states", *HEADS)
-_OF_CLS = ("cls", "cls_joined", "cls_logits")
-_VISION = (*_OF_CLS, "keys", "received")
-_TILE = 256  # query rows whose attention is held at a time
-
-
-class Host(Protocol):
-    """What owns the taps of a policy.
-
-    Attributes:
-        adapter: where the parts of the model are.
-        layers: the decoder layers.
-        serves: whether the calls of the present thread are the host's.
-    """
-
-    adapter: Adapter
-    layers: list[nn.Module]
-    serves: Callable[[], bool]
-
-    def add(self, removable: Any) -> None:
-        """Tie the life of a tap to the host's."""
-        ...
-
-
-def describe_tower(adapter: Adapter) -> Tower:
-    """What methods may know of the vision tower of a model."""
-    depth = len(attention_modules(getattr(adapter.base, adapter.tower, nn.Module())))
-    layer = adapter.feature_layer
-    return Tower(
-        depth=depth,
-        has_cls=adapter.cls_token,
-        feature_layer=max(layer + depth if layer < 0 else layer, 0),
-        full_attention=adapter.full_attention(depth),
-        thumbnail=adapter.thumbnail,
-    )
+    from visiontok.adapters.base import Record, Shape
 
 
 class StagePolicy:
@@ -94,6 +43,8 @@ class StagePolicy:
     Raises:
         ConfigError: if a layer lies outside the model or stages contradict each other.
     """
+
+    tower_readings: type[TowerReadings] = TowerReadings
 
     def __init__(
         self,
@@ -119,7 +70,7 @@ class StagePolicy:
         hidden = [False] * depth
         for stage in stages:
             if stage.kind == "cut":
-                layer = resolve_layer(_layer(stage), depth, name="layer", lowest=_earliest_cut(stage))
+                layer = resolve_layer(_layer(stage), depth, name="layer", lowest=earliest_cut(stage))
                 if layer in self.cuts and not _meet(self.cuts[layer], stage):
                     raise ConfigError(f"layer={layer}: two cuts at one layer; merge them or move one")
                 self.cuts[layer] = stage
@@ -155,32 +106,10 @@ class StagePolicy:
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
-        self._taps: dict[int, set[str]] = {}
-        self._beforehand: dict[int, set[str]] = {}
-        self._unturned: set[int] = set()
-        for layer, stage in self.cuts.items():
-            needs = _needs(stage)
-            tapped = []
-            for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True):
-                for offset in offsets:
-                    if offset > 0 or (not offset and stat not in _BEFOREHAND):
-                        raise ConfigError(f"{stat}({offset}): {stage.label} may read earlier layers only")
-                    tapped.append((stat, layer + offset))
-            for first in needs.decoder_transition:
-                tapped += [("transition", earlier) for earlier in self._since(first, layer)]
-            for stat, read in tapped:
-                if read < 0 or hidden[read]:
-                    raise ConfigError(
-                        f"layer={layer}: {stage.label} reads what layer {read} computes, where no visual token is; "
-                        "cut later"
-                    )
-                if stat == "unturned_row":
-                    self._unturned.add(read)
-                else:
-                    (self._beforehand if read == layer else self._taps).setdefault(read, set()).add(stat)
+        self.decoder = DecoderReadings(self.prompt_stages, self.cuts, hidden, official=fidelity == "official")
 
     def attach(self, attachment: Host) -> None:
-        """Add the attention taps the methods asked for.
+        """Add the taps for what the methods read.
 
         Raises:
             UnsupportedError: if the model's attention cannot be tapped.
@@ -194,75 +123,12 @@ class StagePolicy:
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
-        glanced = self._beforehand.keys() | self._unturned
-        for layer in sorted(self._taps.keys() | glanced):
-            stats = self._taps.get(layer, set())
-            if "transition" in stats:
-                for handle in watch_modules(attachment.layers[layer], layer, self):
-                    attachment.add(handle)
-            shown = stats.intersection((*_DECODER, *HEADS))
-            if shown or layer in glanced:
-                sink = functools.partial(self._decoder_sink, layer, frozenset(shown)) if shown else None
-                attachment.add(Tap(self._attention(attachment, layer), sink))
-        for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
-            attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
-        wanted: dict[int, set[str]] = {}
-        tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
-        for stage in (*self.prompt_stages, *self.cuts.values()):
-            needs = _needs(stage)
-            for stat in _VISION:
-                for name in getattr(needs, f"vision_{stat}"):
-                    if stat in _OF_CLS and not self.adapter.cls_token:
-                        continue  # the context says so when the method asks
-                    index = resolve_layer(name, len(tower), name=_vision_option(stage, name))
-                    wanted.setdefault(index, set()).add(stat)
-            if needs.encoder_features or needs.projector:
-                self._tap_projector(attachment)
-        for index, stats in wanted.items():
-            attachment.add(Tap(tower[index], functools.partial(self._vision_sink, index, frozenset(stats))))
-        self.tower_depth = len(tower)
-
-    def _attention(self, attachment: Host, layer: int) -> nn.Module:
-        modules = attention_modules(attachment.layers[layer])
-        if len(modules) != 1:
-            raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
-        return modules[0]
-
-    def _ahead(self, layer: int | float) -> int:
-        return resolve_layer(layer, self.depth, name="decoder_ahead")
+        self.decoder.tap(attachment)
+        self.tower = self.tower_readings(attachment, self._selecting)
 
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
-
-    def wants_state(self, layer: int) -> bool:
-        """Whether a tap of this decoder layer must see the call."""
-        return layer in self._taps
-
-    def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
-        """``x`` (B, M, D) enters ``layer``; see :class:`visiontok.engine.attach.Policy`."""
-        if "decoder_states" in self._taps.get(layer, ()):
-            call.notes["decoder_states", layer] = visual(call, layer, x.detach())
-
-    @torch.no_grad()
-    def note_module(self, call: Prefill, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """A module of ``layer`` has made ``y`` of ``x``, both (B, M, D)."""
-        official = self.fidelity == "official"
-        moved = turned(call, layer, x, y, official=official)
-        call.notes["transition", layer] = call.notes.get(("transition", layer), 0) + moved  # attention, then MLP
-
-    def _since(self, first: int | float, cut: int) -> list[int]:
-        """The layers before ``cut``, from ``first`` on, that hold visual tokens; the last one at least."""
-        start = min(resolve_layer(first, self.depth, name="decoder_transition"), cut - 1)
-        return [layer for layer in range(start, cut) if not self.hidden[layer] or layer == cut - 1]
-
-    def asks_beforehand(self, layer: int) -> bool:
-        """Whether a cut on the input of this layer is decided by what the layer itself would attend to."""
-        return layer in self._beforehand
-
-    def asks_unturned(self, layer: int) -> bool:
-        """Whether queries and keys of this layer without rotary positions are wanted."""
-        return layer in self._unturned
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""
@@ -459,7 +325,7 @@ class StagePolicy:
         valid: torch.Tensor,
         counts: Sequence[int],
     ) -> Context:
-        units, device, needs = call.units, states.device, _needs(stage)
+        units, device, needs = call.units, states.device, needs_of(stage)
         features = units.gather(states)
         where = "before the language model" if layer is None else f"on the input of decoder layer {layer}"
         call.promises.expect(
@@ -471,9 +337,9 @@ class StagePolicy:
         )
         encoder_features = project = asked = asked_ids = asks = at = None
         if needs.encoder_features or needs.projector:
-            patches = self._encoder_features(call)  # (U, N, m, C)
+            patches = self.tower.encoder_features(call)  # (U, N, m, C)
             encoder_features = patches.flatten(2)
-            project = functools.partial(self._project, patches.shape[2]) if needs.projector else None
+            project = functools.partial(self.tower.project, patches.shape[2]) if needs.projector else None
         if needs.question:
             at, asks = call.question(self.adapter.special_ids())
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
@@ -495,7 +361,7 @@ class StagePolicy:
             model_type=self._model,
             encoder_features=encoder_features,
             project=project,
-            pixels=self._pixels(call) if needs.pixels else None,
+            pixels=self.tower.pixels(call) if needs.pixels else None,
             text_ids=call.ids,
             text_features=call.embeds,
             text_valid=call.attended & ~call.visual,
@@ -506,6 +372,10 @@ class StagePolicy:
             fidelity=self.fidelity,
             generator=functools.partial(self._generator, call),
         )
+
+    def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
+        found = self.decoder.read(call, cut, stat, layer)
+        return self.tower.read(call, stat, layer) if found is None else found
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""
@@ -612,323 +482,6 @@ class StagePolicy:
             made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
         return None if made.sum(1).tolist() == units.sizes else made
 
-    @staticmethod
-    def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Per item (n, …) values of its tokens, which ``read`` takes from what the tower was really given."""
-        return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
-
-    # ---- taps
-
-    def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
-        if stat == "rotary_pull":
-            return self._pull(call)
-        if stat in _DECODER:
-            found = None if cut is None else call.attention.get((stat, cut + int(layer)))
-            if found is None:
-                raise ConfigError(
-                    f"attention.{stat}({layer}): declare it in needs() of the method, as a decoder offset"
-                )
-            rows = call.units.gather(found.flatten(2) if found.ndim > 2 else found[..., None])
-            return rows.unflatten(-1, found.shape[2:]) if found.ndim > 2 else rows[..., 0]
-        if stat == "ahead":
-            return self._looked(call, cut, self._ahead(layer))
-        if stat in _NOTED or stat == "transition":
-            layers = [] if cut is None else self._since(layer, cut) if stat == "transition" else [cut + int(layer)]
-            notes = [call.notes[stat, i] for i in layers if (stat, i) in call.notes]
-            if not notes or len(notes) < len(layers):
-                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method, at a cut")
-            return functools.reduce(torch.add, notes)
-        if stat in _OF_CLS and not self.adapter.cls_token:
-            raise UnsupportedError(
-                f"{self._model}: its vision tower has no CLS token; use attention.received, or a method without CLS"
-            )
-        index = resolve_layer(layer, self.tower_depth, name="vision layer")
-        values: list[list[torch.Tensor]] = []
-        for record in call.records:
-            calls = record.attention.get((stat, index))
-            if calls is None:
-                raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
-            patches = [c.reshape(*c.shape[:2], -1) for c in calls]
-            groups = self._placed(record, functools.partial(self.adapter.group, patches=patches))
-            values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
-        found = self._by_unit(call, values, missing=0.0 if stat in ("keys", "cls_logits") else -1.0)
-        return found if stat == "keys" else found[..., 0]
-
-    def _looked(self, call: Prefill, cut: int | None, layer: int) -> torch.Tensor:
-        """(U, N) what the last prompt token looks for in ``layer`` of the stock model."""
-        if cut is not None:
-            raise ConfigError(f"attention.ahead({layer}): at a cut, read the layers before it instead")
-        if call.ahead is None:
-            raise UnsupportedError(
-                f"{self._model}: looking ahead needs the hooks of compress(), a DynamicCache and visual tokens in the "
-                "prompt; leave out cache_implementation and prefill_chunk_size, and call generate() within compress()"
-            )
-        if ("ahead", layer) not in call.notes:
-            call.trace.ahead.append(layer)
-            call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
-        return call.notes["ahead", layer]
-
-    def _pull(self, call: Prefill) -> torch.Tensor:
-        """(U, N, Q) mean cosine between the rotary angles of visual tokens and words."""
-        if call.positions is None:
-            raise UnsupportedError(f"{self._model}: its visual tokens have no positions in the prompt")
-        text, units = getattr(self.adapter.base, self.adapter.text), call.units
-        at = call.question(self.adapter.special_ids())[0][units.row]
-        pull: Any = 0.0
-        for table in rotary_tables(text, call.positions(), call.batch):
-            words = table[units.row[:, None], at]
-            pull = pull + units.gather(table) @ words.mT / table.shape[-1]
-        return pull
-
-    def _encoder_features(self, call: Prefill) -> torch.Tensor:
-        values = []
-        for record in call.records:
-            x = record.encoder_features
-            if x is None:
-                raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
-            patches = [x if x.ndim == 3 else x[None]]
-            values.append(self._placed(record, functools.partial(self.adapter.group, patches=patches)))
-        return self._by_unit(call, values, missing=0.0)
-
-    def _pixels(self, call: Prefill) -> torch.Tensor:
-        mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
-        values = [
-            [x.float() * std.to(x.device) + mean.to(x.device) for x in self._placed(record, self.adapter.pixels)]
-            for record in call.records
-        ]
-        return self._by_unit(call, values, missing=0.0)
-
-    def _project(self, patches: int, x: torch.Tensor) -> torch.Tensor:
-        """(..., patches · C) → (..., D): the projector, in float32 at least, every token for itself.
-
-        Packed weights, which are no floating-point numbers, stay as they are: their layers know what to do.
-        """
-        module = self.adapter.base.get_submodule(self.adapter.projector or "")
-        exact = {
-            n: p.to(torch.promote_types(p.dtype, torch.float32))
-            for n, p in module.named_parameters()
-            if p.is_floating_point()
-        }
-        dtype = max((p.dtype for p in exact.values()), key=lambda d: d.itemsize, default=torch.float32)
-        run = functools.partial(torch.func.functional_call, module, exact)
-        rows = x.to(dtype).flatten(0, -2).unflatten(-1, (patches, -1))
-        with torch.autocast(x.device.type, enabled=False):
-            out = self.adapter.project(lambda *args, **kwargs: run(args, kwargs), rows)
-        return out.unflatten(0, x.shape[:-1])
-
-    def _by_unit(self, call: Prefill, values: list[list[torch.Tensor]], *, missing: float) -> torch.Tensor:
-        """Per record and item (n, …) values → (U, N, …), NaN (no patch) replaced by ``missing``."""
-        units = call.units
-        out: torch.Tensor | None = None
-        for u, source in enumerate(units.source):
-            if source is None:
-                raise UnsupportedError(
-                    f"{self._model}: this call carries features instead of pixels, so nothing is known of the vision "
-                    "tower; pass pixels, or use a method that reads features only"
-                )
-            record, item, number = source
-            value = torch.cat(values[record][item : item + number])
-            if len(value) != units.sizes[u]:
-                raise UnsupportedError(
-                    f"{self._model}: {len(value)} values of the vision tower stand against an image of "
-                    f"{units.sizes[u]} tokens; use a method that reads features only"
-                )
-            if out is None:
-                out = value.new_full((*units.valid.shape, *value.shape[1:]), missing)
-            out[u, : len(value)] = torch.nan_to_num(value, nan=missing)
-        if out is None:
-            raise UnsupportedError(f"{self._model}: this call has no image")
-        return out.to(units.row.device)
-
-    def _tap_projector(self, attachment: Host) -> None:
-        if self.adapter.projector is None:
-            raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
-        module = self.adapter.base.get_submodule(self.adapter.projector)
-        attachment.add(module.register_forward_pre_hook(_projector_hook, with_kwargs=True))
-
-    def _vision_sink(
-        self,
-        layer: int,
-        stats: frozenset[str],
-        call: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        kwargs: Any,
-    ) -> None:
-        record = current_record()
-        if record is None or not self._serves():
-            return
-        skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
-        for a, b, valid in _segments(q, k, mask, kwargs.get("cu_seq_lens_q")):
-            seen = None if valid is None else valid[:, None]
-            for stat in stats:
-                if stat == "cls":
-                    found = attention_rows(a[:, :, :1], b, scale=scale, visible=seen)[:, 0]
-                elif stat == "cls_joined":
-                    found = attention_rows(_joined(a[:, :, :1]), _joined(b), visible=seen)[:, 0]
-                elif stat == "cls_logits":
-                    found = attention_logits(a[:, :, :1], b, scale=scale)[:, 0]
-                elif stat == "keys":
-                    found = b.transpose(1, 2).float()
-                else:
-                    found = attention_columns(a, b, scale=scale, valid=valid)
-                record.attention.setdefault((stat, layer), []).append(found[:, skip:])
-
-    def _decoder_sink(
-        self,
-        layer: int,
-        stats: frozenset[str],
-        call: Prefill | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        kwargs: Any,
-    ) -> None:
-        if not isinstance(call, Prefill) or call.policy is not self:
-            return
-        for name, x in zip(HEADS, (q, k, v), strict=True):
-            if name in stats:
-                call.notes[name, layer] = heads(call, layer, x)
-        wanted = stats.intersection(_DECODER)
-        if wanted:
-            self._score(call, layer, wanted, q, k, mask, kwargs.get("scaling"), self._bias(call, layer, k))
-
-    def attended(
-        self,
-        call: Prefill,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        mask: Any,
-        scale: float | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        """Score the tokens before the cut of this layer; see :class:`visiontok.engine.attach.Policy`."""
-        self._score(call, layer, frozenset(self._beforehand[layer]), q, k, mask, scale, bias)
-
-    def unturned(self, call: Prefill, layer: int, q: torch.Tensor, k: torch.Tensor, scale: float | None) -> None:
-        """Score them by their meaning alone; see :class:`visiontok.engine.attach.Policy`."""
-        layout = call.layouts[layer]
-        shown = call.enter(call.visual)
-        shown = (shown if layout is None else layout.gather(shown)) & self._slots_in_use(call, layer, q)
-        found = attention_rows(
-            self._last(q, self._slots_in_use(call, layer, q)), k, scale=scale, visible=shown[:, None]
-        )
-        call.attention[("unturned_row", layer)] = call.to_prompt(layer, found[:, 0])
-
-    def _score(
-        self,
-        call: Prefill,
-        layer: int,
-        stats: frozenset[str],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        mask: Any,
-        scale: float | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        """Note the statistics of the queries (B, H, M, d) and keys (B, G, K, d) of the slots of ``layer``."""
-        layout = call.layouts[layer]
-        used = self._slots_in_use(call, layer, q)
-        visible = _visible(mask, q, k, call.entry_valid if layout is None else layout.valid)
-        row = torch.arange(q.shape[0], device=q.device)[:, None]
-        for stat in stats:
-            if stat == "last_row":
-                seen = visible[row, _last(used)]
-                total = attention_rows(self._last(q, used), k, scale=scale, visible=seen, bias=bias)[:, 0]
-            elif stat == "text_heads":
-                at = self._question_slots(call, layer)
-                words = q.transpose(1, 2)[row, at].transpose(1, 2)
-                each = attention_heads(words, k, scale=scale, visible=visible[row, at], bias=bias)
-                total = each.permute(0, 3, 1, 2)  # (B, K, H, Q)
-            elif stat == "flow":
-                new = q.shape[2]  # cached tokens have no rows of their own
-                total = attention_flow(q, k[:, :, -new:], scale=scale, visible=visible[..., -new:], valid=used)
-            elif stat == "to_text":
-                layout, past = call.layouts[layer], k.shape[2] - q.shape[2]
-                shown = call.enter(call.visual)
-                shown = (shown if layout is None else layout.gather(shown)) & used
-                total = torch.zeros(q.shape[0], k.shape[2], device=q.device)
-                for rows in shown.any(0).nonzero().flatten().split(_TILE):
-                    scores = attention_rows(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
-                    total[:, past + rows] = (scores[..., past:] * (used & ~shown)[:, None]).sum(-1)
-            else:
-                image = self._image(call, layer) if stat == "own_peaks" else None
-                if image is not None:
-                    ones = torch.ones_like(image, dtype=torch.float32)
-                    size = ones.new_zeros(len(image), len(call.units) + 1).scatter_add(1, image, ones)
-                    weight = (image > 0) / size.gather(1, image)
-                else:
-                    asks = used.float() if stat == "decoder_received" else self._asking(call, layer)
-                    weight = asks / asks.sum(1, keepdim=True).clamp_min(1)
-                reduce = attention_peaks if stat.endswith("peaks") else attention_rows
-                total = weight.new_zeros(q.shape[0], k.shape[2])
-                for rows in (weight > 0).any(0).nonzero().flatten().split(_TILE):
-                    scores = reduce(q[:, :, rows], k, scale=scale, visible=visible[:, rows], bias=bias)
-                    if image is not None:  # what is behind these rows' own image is not theirs
-                        mine = scores[..., -image.shape[1] :]
-                        scores = mine * (image[:, rows, None] == image[:, None])
-                        scores = torch.nn.functional.pad(scores, (total.shape[1] - image.shape[1], 0))
-                    total += (scores * weight[:, rows, None]).sum(1)
-            by_slot = total[:, -q.shape[2] :]  # cached tokens are not candidates
-            call.attention[(stat, layer)] = call.to_prompt(layer, by_slot)
-
-    @staticmethod
-    def _last(q: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-        """(B, H, 1, d): the query of each row's last token; right padding lies behind it."""
-        row = torch.arange(q.shape[0], device=q.device)[:, None]
-        return q.transpose(1, 2)[row, _last(used)].transpose(1, 2)
-
-    def _question_slots(self, call: Prefill, layer: int) -> torch.Tensor:
-        """(B, Q) long: slots of ``layer`` in which the words of the question stand."""
-        at, _ = call.question(self.adapter.special_ids())
-        for layout in (call.entry, call.layouts[layer]):
-            if layout is not None:
-                at = layout.slot_of().gather(1, at)
-        return at
-
-    @staticmethod
-    def _bias(call: Prefill, layer: int, k: torch.Tensor) -> torch.Tensor | None:
-        """(B, K) float: what is added to the logits of the keys of ``layer``."""
-        # the cache already counts the keys of this call; without one they are all there is
-        bias = call.slot_bias(layer) if call.cache is None else call.cache.layers[layer].bias
-        return None if bias is None else bias[:, -k.shape[2] :]
-
-    @staticmethod
-    def _image(call: Prefill, layer: int) -> torch.Tensor:
-        """(B, M) long: which image the token in each slot of ``layer`` is of, from 1 on; 0 for text and padding."""
-        units = call.units
-        number = torch.arange(1, len(units) + 1, device=units.row.device)[:, None].expand_as(units.valid)
-        here = call.enter(units.scatter(number * units.valid)) * call.entry_valid_or_ones()
-        layout = call.layouts[layer]
-        if layout is None:
-            return here
-        here = layout.gather(here)
-        return here if layout.valid is None else here * layout.valid
-
-    @staticmethod
-    def _slots_in_use(call: Prefill, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """(B, M) bool: slots of ``layer`` that hold a token."""
-        layout = call.layouts[layer]
-        valid = call.entry_valid if layout is None else layout.valid
-        return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if valid is None else valid
-
-    @staticmethod
-    def _asking(call: Prefill, layer: int) -> torch.Tensor:
-        """(B, M) float: slots of ``layer`` that hold text behind the row's last visual token."""
-        position = torch.arange(call.length, device=call.visual.device)
-        last = torch.where(call.visual, position, -1).amax(1, keepdim=True)
-        asks = call.enter(call.attended & ~call.visual & (position > last)) & call.entry_valid_or_ones()
-        layout = call.layouts[layer]
-        if layout is not None:
-            asks = layout.gather(asks)
-            if layout.valid is not None:
-                asks = asks & layout.valid
-        return asks.float()
-
 
 def _in_entry(
     call: Prefill, edits: Sequence[Callable[[torch.Tensor], torch.Tensor]], states: torch.Tensor
@@ -940,61 +493,6 @@ def _in_entry(
     return whole if call.entry is None else call.entry.gather(whole)
 
 
-def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    record = current_record()
-    if record is not None and kwargs is not None:
-        record.encoder_features = args[0] if args else next(iter(kwargs.values()))
-
-
-def _joined(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, n, d) → (B, 1, n, H·d)."""
-    return x.transpose(1, 2).flatten(2)[:, None]
-
-
-def _segments(
-    q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any
-) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
-    """Independent pieces (q, k, (B, n) valid keys or None) of one vision attention call."""
-    n = q.shape[2]
-    valid: torch.Tensor | None = None
-    borders = [0, n]
-    if lengths is not None:  # flash attention takes all images in one call
-        borders = lengths.tolist()
-    elif torch.is_tensor(mask) and mask.ndim == 2:  # flash attention with key padding
-        valid = mask.bool()
-    elif torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        allowed = allowed[:, 0].expand(q.shape[0], n, n)
-        valid = allowed.any(1)
-        if len(allowed) == 1:  # padding is seen by nobody and separates nothing: compare neighbours without it
-            shown = torch.nonzero(valid[0]).flatten()
-            apart = ~allowed[0, shown[1:], shown[:-1]]
-            borders = [0, *shown[1:][apart].tolist(), n]
-    if valid is not None and bool(valid.all()):
-        valid = None
-    return [(q[:, :, a:b], k[:, :, a:b], None if valid is None else valid[:, a:b]) for a, b in pairwise(borders)]
-
-
-def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
-    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return allowed & mask[:, None, :columns].bool()
-    if valid is not None:
-        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
-        return allowed & seen[:, None]
-    return allowed.expand(batch, rows, columns)
-
-
-def _last(used: torch.Tensor) -> torch.Tensor:
-    """(B, 1) long: the last slot of each row that is ``used`` (B, M)."""
-    return (used * torch.arange(used.shape[1], device=used.device)).argmax(1, keepdim=True)
-
-
 def _meet(one: Stage, next_: Stage) -> bool:
     """Whether two cuts of one method, at fractions of the depth, are one in a model this shallow: the later."""
     fractions = isinstance(one.layer, float) and isinstance(next_.layer, float)
@@ -1003,40 +501,3 @@ def _meet(one: Stage, next_: Stage) -> bool:
 
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
-
-
-def _vision_option(stage: Stage, layer: Layer) -> str:
-    """How an error names a layer of the vision tower: by the option that asks for it, where there is one."""
-    method: Any = stage.method
-    names = (field.name for field in fields(method) if "layer" in field.name)
-    option = next((name for name in names if getattr(method, name) == layer), "layer")
-    return f"{stage.label}: vision {option}"
-
-
-def _needs(stage: Stage) -> Needs:
-    return stage.method.needs() if stage.method is not None else Needs()
-
-
-def _earliest_cut(stage: Stage) -> int:
-    needs = _needs(stage)
-    offsets = [offset for offsets in _offsets(needs) for offset in offsets]
-    return max((-offset for offset in offsets), default=1 if needs.decoder_transition else 0)
-
-
-def _offsets(needs: Needs) -> tuple[tuple[int, ...], ...]:
-    """Decoder layers a method reads, per statistic of ``_DECODER`` and ``_NOTED``."""
-    return (
-        needs.decoder_last_row,
-        needs.decoder_text_rows,
-        needs.decoder_text_heads,
-        needs.decoder_received,
-        needs.decoder_flow,
-        needs.decoder_to_text,
-        needs.decoder_own_peaks,
-        needs.decoder_text_peaks,
-        needs.decoder_unturned_row,
-        needs.decoder_states,
-        needs.decoder_queries,
-        needs.decoder_keys,
-        needs.decoder_values,
-    )

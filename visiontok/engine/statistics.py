@@ -1,0 +1,189 @@
+"""Statistics of the attention in one decoder layer, one number or row for each of its keys.
+
+None of them holds a map of all queries and keys of a layer: query rows are taken in tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..functional import attention_flow, attention_heads, attention_peaks, attention_rows
+from .call import Prefill
+
+TILE = 256
+"""Query rows whose attention is held at a time."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a decoder layer computes of the slots it holds.
+
+    Attributes:
+        call: the prefill.
+        layer: the layer.
+        q: (B, H, M, d) queries.
+        k: (B, G, P + M, d) keys, those of P cached tokens first.
+        visible: (B, M, P + M) bool, what each query sees.
+        scale: factor on the logits; None for 1/√d.
+        bias: (B, P + M) float, what is added to the logits of each key, or None.
+        special: token ids that are no words.
+    """
+
+    call: Prefill
+    layer: int
+    q: torch.Tensor
+    k: torch.Tensor
+    visible: torch.Tensor
+    scale: float | None
+    bias: torch.Tensor | None
+    special: frozenset[int]
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(B, M) bool: slots that hold a token."""
+        layout = self.call.layouts[self.layer]
+        valid = self.call.entry_valid if layout is None else layout.valid
+        return torch.ones_like(self.visible[..., 0]) if valid is None else valid
+
+    @property
+    def last(self) -> torch.Tensor:
+        """(B, 1) long: the slot of each row's last token; right padding lies behind it."""
+        used = self.used
+        return (used * torch.arange(used.shape[1], device=used.device)).argmax(1, keepdim=True)
+
+    @property
+    def words(self) -> torch.Tensor:
+        """(B, Q) long: slots in which the words of the question stand."""
+        at, _ = self.call.question(self.special)
+        for layout in (self.call.entry, self.call.layouts[self.layer]):
+            if layout is not None:
+                at = layout.slot_of().gather(1, at)
+        return at
+
+    def held(self, prompt: torch.Tensor) -> torch.Tensor:
+        """(B, N) in prompt positions → (B, M) in the slots of the layer, False or 0 where there is no token."""
+        call, layout = self.call, self.call.layouts[self.layer]
+        here = call.enter(prompt) * call.entry_valid_or_ones()
+        return (here if layout is None else layout.gather(here)) * self.used
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """(B, M) bool: slots that hold visual tokens."""
+        return self.held(self.call.visual)
+
+    @property
+    def asking(self) -> torch.Tensor:
+        """(B, M) bool: slots that hold text behind the row's last visual token."""
+        call = self.call
+        position = torch.arange(call.length, device=call.visual.device)
+        last = torch.where(call.visual, position, -1).amax(1, keepdim=True)
+        return self.held(call.attended & ~call.visual & (position > last))
+
+    @property
+    def image(self) -> torch.Tensor:
+        """(B, M) long: which image the token in each slot is of, from 1 on; 0 for text and padding."""
+        units = self.call.units
+        number = torch.arange(1, len(units) + 1, device=units.row.device)[:, None].expand_as(units.valid)
+        return self.held(units.scatter(number * units.valid))
+
+    def rows(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, H, Q, d) of the slots ``at`` (B, Q), and what they see, (B, Q, K)."""
+        row = torch.arange(len(at), device=at.device)[:, None]
+        return self.q.transpose(1, 2)[row, at].transpose(1, 2), self.visible[row, at]
+
+    def tiles(
+        self, wanted: torch.Tensor, reduce: Callable[..., torch.Tensor] = attention_rows
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Query slots (R,) that any row of ``wanted`` (B, M) names, and what ``reduce`` makes of their attention,
+        (B, R, K)."""
+        for rows in wanted.any(0).nonzero().flatten().split(TILE):
+            q, visible = self.q[:, :, rows], self.visible[:, rows]
+            yield rows, reduce(q, self.k, scale=self.scale, visible=visible, bias=self.bias)
+
+    def mean(self, who: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """(B, K): mean over the query slots ``who`` (B, M) of what ``reduce`` makes of their attention."""
+        weight = who / who.sum(1, keepdim=True).clamp_min(1)
+        total = weight.new_zeros(len(self.k), self.k.shape[2])
+        for rows, scores in self.tiles(who, reduce):
+            total += (scores * weight[:, rows, None]).sum(1)
+        return total
+
+
+def _last_row(seen: Seen) -> torch.Tensor:
+    q, visible = seen.rows(seen.last)
+    return attention_rows(q, seen.k, scale=seen.scale, visible=visible, bias=seen.bias)[:, 0]
+
+
+def _text_heads(seen: Seen) -> torch.Tensor:
+    q, visible = seen.rows(seen.words)
+    each = attention_heads(q, seen.k, scale=seen.scale, visible=visible, bias=seen.bias)
+    return each.permute(0, 3, 1, 2)  # (B, K, H, Q)
+
+
+def _flow(seen: Seen) -> torch.Tensor:
+    new = seen.q.shape[2]  # cached tokens have no rows of their own
+    return attention_flow(
+        seen.q, seen.k[:, :, -new:], scale=seen.scale, visible=seen.visible[..., -new:], valid=seen.used
+    )
+
+
+def _to_text(seen: Seen) -> torch.Tensor:
+    past, shown = seen.k.shape[2] - seen.q.shape[2], seen.shown
+    text = seen.used & ~shown
+    total = torch.zeros(len(seen.k), seen.k.shape[2], device=seen.q.device)
+    for rows, scores in seen.tiles(shown):
+        total[:, past + rows] = (scores[..., past:] * text[:, None]).sum(-1)
+    return total
+
+
+def _own_peaks(seen: Seen) -> torch.Tensor:
+    image = seen.image
+    ones = torch.ones_like(image, dtype=torch.float32)
+    size = ones.new_zeros(len(image), len(seen.call.units) + 1).scatter_add(1, image, ones)
+    weight = (image > 0) / size.gather(1, image)
+    total = torch.zeros_like(weight)
+    for rows, scores in seen.tiles(image > 0, attention_peaks):
+        mine = scores[..., -image.shape[1] :] * (image[:, rows, None] == image[:, None])  # others are not theirs
+        total += (mine * weight[:, rows, None]).sum(1)
+    return total
+
+
+def _unturned_row(seen: Seen) -> torch.Tensor:
+    q, _ = seen.rows(seen.last)
+    return attention_rows(q, seen.k, scale=seen.scale, visible=seen.shown[:, None])[:, 0]
+
+
+STATISTICS: dict[str, Callable[[Seen], torch.Tensor]] = {
+    "last_row": _last_row,
+    "text_rows": lambda seen: seen.mean(seen.asking, attention_rows),
+    "text_heads": _text_heads,
+    "decoder_received": lambda seen: seen.mean(seen.used, attention_rows),
+    "flow": _flow,
+    "to_text": _to_text,
+    "own_peaks": _own_peaks,
+    "text_peaks": lambda seen: seen.mean(seen.asking, attention_peaks),
+    "unturned_row": _unturned_row,
+}
+"""By the name at :class:`visiontok.context.Attention`: (B, K, …) float of the last K keys, the layer's own at least."""
+
+UNTURNED = "unturned_row"
+"""The one that wants queries and keys without rotary positions."""
+
+
+def visibility(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
+    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        return allowed & mask[:, None, :columns].bool()
+    if valid is not None:
+        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
+        return allowed & seen[:, None]
+    return allowed.expand(batch, rows, columns)

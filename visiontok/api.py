@@ -210,7 +210,9 @@ def _refuse_second(base: nn.Module, thread: int) -> None:
 
 def _is_before(recipe: Recipe) -> bool:
     """Whether a recipe does everything before the language model."""
-    return all(s.kind in _BEFORE and (s.mass is None or not s.mass.beta) for s in recipe.stages)
+    return recipe.positions == "original" and all(
+        s.kind in _BEFORE and (s.mass is None or not s.mass.beta) for s in recipe.stages
+    )
 
 
 def _plan(base: nn.Module, recipe: Recipe, kind: type[Adapter] | None = None) -> tuple[Adapter, StagePolicy, str]:
@@ -227,7 +229,8 @@ def _plan(base: nn.Module, recipe: Recipe, kind: type[Adapter] | None = None) ->
     # what really runs: defaults that depend on the model are filled in, and named in the label
     adapted = tuple(s if s.method is None else replace(s, method=s.method.adapt(tower)) for s in recipe.stages)
     decide = CrossPolicy if adapter.cross_attention else StagePolicy
-    policy = decide(adapted, depth, average=recipe.average, seed=recipe.seed, fidelity=recipe.fidelity)
+    shared: Any = {name: getattr(recipe, name) for name in ("average", "seed", "fidelity")}
+    policy = decide(adapted, depth, **shared, compact=recipe.positions == "compact")
     return adapter, policy, replace(recipe, stages=adapted).label
 
 
@@ -270,6 +273,7 @@ def compress(
     reserve: float | None = None,
     seed: int | None = None,
     fidelity: Literal["fixed", "official"] | None = None,
+    positions: Literal["original", "compact"] | None = None,
     **options: Any,
 ) -> Compression:
     """Attach ``recipe`` to ``model`` in place, reversibly.
@@ -289,6 +293,8 @@ def compress(
             see :class:`~visiontok.Stage`. The recipe's own by default.
         seed: of stochastic methods; the recipe's own by default.
         fidelity: ``"fixed"`` or ``"official"``; the recipe's own by default.
+        positions: ``"original"``, or ``"compact"`` to count what is left through, as some papers' code does; see
+            :class:`~visiontok.Recipe`. The recipe's own by default.
         **options: options of the method; only with a name.
 
     Returns:
@@ -298,7 +304,9 @@ def compress(
         ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
-    return Compression(model, _settled(recipe, keep, mass, reserve, seed, fidelity, options))
+    return Compression(
+        model, _settled(recipe, keep, mass, reserve, options, seed=seed, fidelity=fidelity, positions=positions)
+    )
 
 
 def compress_inputs(
@@ -334,9 +342,11 @@ def compress_inputs(
         ConfigError: for an unknown recipe, option or budget, incomplete inputs, or a model already compressed.
         UnsupportedError: for a stage inside the language model, or a model that cannot be given shorter inputs.
     """
-    made = _settled(recipe, keep, None, reserve, seed, fidelity, options)
+    made = _settled(recipe, keep, None, reserve, options, seed=seed, fidelity=fidelity)
     if not _is_before(made):
         acts = next((f"its {s.kind} stage" for s in made.stages if s.kind not in _BEFORE), "its mass attention")
+        if made.positions != "original":
+            acts = f"positions={made.positions!r}"
         raise UnsupportedError(
             f"{made.label}: {acts} acts inside the language model, where shorter inputs cannot reach; use "
             "compress(model, recipe)"
@@ -375,18 +385,12 @@ def _settled(
     keep: Any,
     mass: Mass | bool | None,
     reserve: float | None,
-    seed: int | None,
-    fidelity: Literal["fixed", "official"] | None,
     options: dict[str, Any],
+    **shared: Any,
 ) -> Recipe:
-    """The recipe with everything that a call sets."""
+    """The recipe with everything that a call sets; ``shared`` are fields of it, None for its own."""
     made = as_recipe(recipe, **options)
-    changes: dict[str, Any] = {}
-    if seed is not None:
-        changes["seed"] = seed
-    if fidelity is not None:
-        changes["fidelity"] = fidelity
-    made = replace(made, **changes)
+    made = replace(made, **{name: value for name, value in shared.items() if value is not None})
     if keep is not None:
         made = made.with_keep(Budget.parse(keep))
     if reserve is not None:

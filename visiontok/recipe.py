@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from .budget import Budget
 from .errors import ConfigError
-from .method import Mass, Method, Stage
+from .method import Mass, Method, Stage, labelled
 
 Fidelity = Literal["fixed", "official"]
-_FIELDS = {"name", "stages", "average", "seed", "fidelity", "calibrated"}
+Positions = Literal["original", "compact"]
+_FIELDS = {"name", "stages", "average", "seed", "fidelity", "positions", "calibrated"}
 _STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass", "reserve"}
 
 
@@ -29,6 +30,8 @@ class Recipe:
         name: what reports call it; the labels of its methods joined by ``+`` if empty.
         seed: of stochastic methods.
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
+        positions: ``original``, or ``compact``: in every layer, what is left is counted through, as some papers' code
+            does; for 1-D rotary positions.
         calibrated: model type and number of decoder layers that its layers were found on; other models are refused.
     """
 
@@ -37,6 +40,7 @@ class Recipe:
     name: str = ""
     seed: int = 0
     fidelity: Fidelity = "fixed"
+    positions: Positions = "original"
     calibrated: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class Recipe:
             raise ConfigError("stages=(): a recipe needs at least one stage")
         if self.fidelity not in ("fixed", "official"):
             raise ConfigError(f"fidelity={self.fidelity!r}: use 'fixed' or 'official'")
+        if self.positions not in ("original", "compact"):
+            raise ConfigError(f"positions={self.positions!r}: use 'original' or 'compact'")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be an int")
         if self.average is not None:
@@ -55,10 +61,14 @@ class Recipe:
     @property
     def label(self) -> str:
         """The name results are reported under."""
+        return labelled(self._stages_label, "" if self.positions == "original" else self.positions)
+
+    @property
+    def _stages_label(self) -> str:
         return self.name or "+".join(stage.label for stage in self.stages)
 
     def __add__(self, other: Recipe) -> Recipe:
-        """Both recipes' stages in one; seed and fidelity of the first.
+        """Both recipes' stages in one; seed, fidelity and positions of the first.
 
         Raises:
             ConfigError: if either has an ``average``, which would go over to the other's stages.
@@ -69,7 +79,7 @@ class Recipe:
                     f"{self.label} + {other.label}: {one.label} has keep={one.average}, shared out between its own "
                     "stages; give each stage its own keep, or add without it and compress(model, sum, keep=...)"
                 )
-        name = f"{self.label}+{other.label}" if self.name or other.name else ""
+        name = f"{self._stages_label}+{other._stages_label}" if self.name or other.name else ""
         calibrated = self.calibrated or other.calibrated
         return replace(self, stages=self.stages + other.stages, name=name, calibrated=calibrated)
 
@@ -149,6 +159,8 @@ class Recipe:
             out["seed"] = self.seed
         if self.fidelity != "fixed":
             out["fidelity"] = self.fidelity
+        if self.positions != "original":
+            out["positions"] = self.positions
         if self.calibrated is not None:
             out["calibrated"] = list(self.calibrated)
         return out
@@ -199,6 +211,7 @@ class Recipe:
             name=data.get("name", ""),
             seed=data.get("seed", 0),
             fidelity=data.get("fidelity", "fixed"),
+            positions=data.get("positions", "original"),
             calibrated=_calibrated(data["calibrated"]) if "calibrated" in data else None,
         )
 

@@ -34,6 +34,7 @@ from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, Tap, attention_modules, glance
 from .prompt import run_prompt_stages
+from .renumber import Renumber
 from .trace import Trace, Traces
 from .vision import Encoded, begin_forward, record_features, take_records
 
@@ -59,6 +60,8 @@ class Policy(Protocol):
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
     """First decoder layer whose keys may get a bias; None for none."""
+    compact: bool
+    """Whether positions are counted through in every layer."""
     decoder: DecoderReadings
     """What the methods read of the decoder layers, which this module shows it."""
 
@@ -135,7 +138,8 @@ class Attachment:
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self.traces = Traces()
         # whether layers are rewritten one by one, or get what the language model was given
-        self._layered = force or bool(policy.changes) or policy.biased is not None
+        self._renumber = Renumber(adapter) if policy.compact else None
+        self._layered = force or bool(policy.changes) or policy.biased is not None or policy.compact
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -357,16 +361,18 @@ class Attachment:
             kwargs["past_key_values"] = call.cache = cache
             cache.prefilling()
         position_ids = kwargs.get("position_ids")
+        if position_ids is None:  # what the stock language model would have numbered
+            call.numbers = (torch.arange(length, device=embeds.device) + past)[None]
+        else:
+            call.numbers = position_ids
         kwargs["inputs_embeds"] = embeds
         kwargs.pop("logits_to_keep", None)  # Gemma 4 cuts its last layers to these; they are counted in the full prompt
         if repack:
             keep = torch.where(call.visual, call.kept, call.attended)
             entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
-            if position_ids is None:  # what the stock language model would have numbered
-                position_ids = (torch.arange(length, device=embeds.device) + past)[None]
             kwargs["inputs_embeds"] = entry.gather(embeds)
             self._gather_inputs(entry, kwargs)
-            kwargs["position_ids"] = entry.gather(position_ids, position_ids.ndim - 1)
+            kwargs["position_ids"] = entry.gather(call.numbers, call.numbers.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
             call.entry_valid = call.attended
@@ -492,7 +498,7 @@ class Attachment:
 
     def _begin_decode(self, kwargs: dict[str, Any], handover: dict[str, Any], cache: TwoLengthCache) -> None:
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        masks = None
+        masks = tables = None
         mask_2d = self._mask_2d(kwargs, handover)
         skip = False
         if not self.adapter.own_mask and (mask is None or _is_2d(mask)):
@@ -502,8 +508,12 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip=skip)
-            if masks is not None:
-                kwargs[CALL] = Decode(self.policy, self.traces.latest, masks)
+        if any(layer.moved is not None for layer in cache.storing.values()):
+            if self._renumber is None:
+                raise UnsupportedError(_OTHER_RECIPE)
+            tables = self._renumber.decode(cache, kwargs.get("position_ids"), x)
+        if masks is not None or tables is not None:
+            kwargs[CALL] = Decode(self.policy, self.traces.latest, masks, tables)
         cache.serve()
         _thread.running[id(self)] = kwargs.get(CALL) or Decode(self.policy, self.traces.latest, None)
 
@@ -550,9 +560,12 @@ class Attachment:
     def _in_layer(self, index: int, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(call, Decode):
             del kwargs[CALL]
-            mask = call.masks[index]  # type: ignore[index]  # a uniform decode has no call in the keywords
+            mask = UNCHANGED if call.masks is None else call.masks[index]
             if mask is not UNCHANGED:
                 kwargs["attention_mask"] = mask
+            tables = None if call.tables is None else call.tables[index]
+            if tables is not None:
+                kwargs["position_embeddings"] = tables
             return args, kwargs
         if not self.policy.decoder.wants_state(index):  # a tap in this layer reads it further down
             del kwargs[CALL]
@@ -616,6 +629,8 @@ class Attachment:
             position_ids = kwargs.get("position_ids")
             if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
                 kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+        if self._renumber is not None:
+            kwargs["position_embeddings"] = self._renumber.prefill(call, index, x, layout, self._rotary(index, kwargs))
         if cache is not None:
             valid = call.entry_valid if layout is None else layout.valid
             cache.layers[index].note_prefill(
@@ -659,6 +674,9 @@ class Attachment:
             self._gather_inputs(layout, mine)
             mine["position_embeddings"] = self._gathered(call, layout, tables)
             mine.pop("position_ids", None)
+        if self._renumber is not None:
+            tables = mine["position_embeddings"]
+            mine["position_embeddings"] = self._renumber.beforehand(call, index, x, layout, tables)
         q, k, scale = glance(self.layers[index], x, mine)
         call.layouts[index], call.biases[index] = layout, call.bias  # until the cut is decided
         mask, bias = self.masks.prefill(call, index, x, layout), call.slot_bias(index)

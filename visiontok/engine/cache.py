@@ -30,6 +30,7 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
         floor = 0  # physical slots up to its last visual token; with tokens dropped, these cannot be cropped
         valid: torch.Tensor | None = None  # (B, prompt) bool over the first physical slots; None: all hold a token
         bias: torch.Tensor | None = None  # (B, prompt) float over the same, added to the logits of these keys
+        moved: torch.Tensor | None = None  # (B, 1) by how much counted positions lie below the original ones
         pattern: tuple[int, ...] = ()  # one number per prefill; equal in layers that store the same slots
 
         def physical_length(self) -> int:
@@ -143,29 +144,31 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
             finally:
                 self.dropped = dropped
             self.prompt = min(self.prompt, self.physical_length())
-            self._each(lambda slots: slots[:, : self.prompt])
+            self.valid = None if self.valid is None else self.valid[:, : self.prompt]
+            self.bias = None if self.bias is None else self.bias[:, : self.prompt]
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
             super().reorder_cache(beam_idx)
-            self._each(lambda slots: slots.index_select(0, beam_idx.to(slots.device)))
+            self._each(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            self._each(lambda slots: slots.repeat_interleave(repeats, 0))
+            self._each(lambda rows: rows.repeat_interleave(repeats, 0))
 
         def batch_select_indices(self, indices: torch.Tensor) -> None:
             super().batch_select_indices(indices)
-            self._each(lambda slots: slots[indices.to(slots.device), ...])
+            self._each(lambda rows: rows[indices.to(rows.device), ...])
 
         def reset(self) -> None:
             super().reset()
             self.dropped, self.prompt, self.floor, self.pattern = 0, 0, 0, ()
-            self.valid = self.bias = None
+            self.valid = self.bias = self.moved = None
 
         def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-            """Change what is known per slot as the keys were changed."""
+            """Change the rows of what is known as those of the keys were changed."""
             self.valid = None if self.valid is None else change(self.valid)
             self.bias = None if self.bias is None else change(self.bias)
+            self.moved = None if self.moved is None else change(self.moved)
 
     return Layer
 

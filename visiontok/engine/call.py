@@ -25,10 +25,13 @@ class Decode:
         policy: whose call it is; several may be attached to one model, and each attachment knows its calls by this.
         masks: per decoder layer the mask it gets, or ``UNCHANGED`` for the language model's own; None if all layers
             take the language model's.
+        tables: per decoder layer the rotary tables it gets, None for the language model's; likewise.
     """
 
-    def __init__(self, policy: Policy, trace: Trace | None, masks: list[Any] | None) -> None:
-        self.policy, self.trace, self.masks = policy, trace, masks
+    def __init__(
+        self, policy: Policy, trace: Trace | None, masks: list[Any] | None, tables: list[Any] | None = None
+    ) -> None:
+        self.policy, self.trace, self.masks, self.tables = policy, trace, masks, tables
 
 
 class Prefill:
@@ -48,6 +51,7 @@ class Prefill:
         kept: (B, N) bool, visual positions that are alive.
         positions: makes the positions that the language model gives to the whole prompt, (…, B, N) long; None where
             visual tokens have none.
+        numbers: (B or 1, N) long, the positions that the stock language model would turn queries and keys by.
         ahead: looks ahead to a decoder layer of the stock model, (B, N) products of the last prompt token's query with
             the keys; None where that cannot be done.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
@@ -90,6 +94,7 @@ class Prefill:
         self.kept = self.visual
         self.counts: list[int] = units.sizes
         self.positions: Callable[[], torch.Tensor] | None = None
+        self.numbers: torch.Tensor
         self.ahead: Callable[[int, Prefill], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None

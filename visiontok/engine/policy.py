@@ -39,6 +39,7 @@ class StagePolicy:
         average: budget per image as an average over all decoder layers, or None if each stage has its own.
         seed: of the stochastic methods.
         fidelity: handed to the methods.
+        compact: whether positions are counted through in every layer.
 
     Raises:
         ConfigError: if a layer lies outside the model or stages contradict each other.
@@ -54,8 +55,9 @@ class StagePolicy:
         average: Budget | None = None,
         seed: int = 0,
         fidelity: Literal["fixed", "official"] = "fixed",
+        compact: bool = False,
     ) -> None:
-        self.depth, self.seed, self.fidelity = depth, seed, fidelity
+        self.depth, self.seed, self.fidelity, self.compact = depth, seed, fidelity, compact
         pixels = [s for s in stages if s.kind == "pixel"]
         if len(pixels) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in pixels)} both act on the pixels; keep one")

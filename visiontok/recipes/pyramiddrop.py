@@ -41,7 +41,7 @@ class PyramidDrop(Method):
         bugs="Queries and keys are multiplied head by head, which fails where heads share keys; one image per row; "
         "masks keep the old length behind a cut.",
         departures="Heads may share keys; any number of images, each with its own budget, rounded half up. Kept tokens "
-        "keep their positions, which the engine has for nothing; numbering them anew is not offered. Trained within "
+        "keep their positions; positions='compact' numbers them anew. Trained within "
         "compress(), the row is the last one, too. A budget is the average over all decoder layers, shared out in the "
         "proportion of shares.",
         defaults="layers=8/32, 16/32, 24/32 of the depth, shares=0.5, 0.25, 0.125, without keep.",

@@ -72,7 +72,8 @@ class TransPrune(Method):
         bugs="The sum below the exponentials runs over text and all rows of the batch; no grouped-query attention; "
         "the mask behind a cut has the length before it.",
         departures="The sum is over the tokens of the image (fidelity='official': over everything). Attention of the "
-        "layer before the cut, as the model computes it. Kept tokens keep their positions. Any number of images, "
+        "layer before the cut, as the model computes it. Kept tokens keep their positions unless positions='compact'. "
+        "Any number of images, "
         "each with its own budget. On a shallow model cuts that fall on one layer become one.",
         defaults="layers=(7/32, 9/32, 12/32), shares=(7/8, 5/8, 1/8), since=6/32, for every family.",
         cost="O(ND) per module, one attention row per text token and cut",

@@ -1,4 +1,4 @@
-"""Counted positions: in every layer, what is left has numbers without gaps, against a dense model given such numbers."""
+"""Counted positions: in every layer, what is left has numbers without gaps, as in a dense model given such numbers."""
 
 from __future__ import annotations
 

@@ -579,6 +579,7 @@ class Attachment:
                 output = (hidden, *output[1:])
             else:
                 output.last_hidden_state = hidden
+                self._complete_states(call, output)
             depth = range(len(self.layers))
             call.trace.finish(
                 [call.alive[i] for i in depth],
@@ -589,6 +590,13 @@ class Attachment:
             self._ignore_labels(call)
         self.traces.publish(call.trace)
         return output
+
+    @staticmethod
+    def _complete_states(call: Prefill, output: Any) -> None:
+        """Transformers takes what enters layer 0 from the layer's arguments, in which frozen rows are missing."""
+        collected = getattr(output, "hidden_states", None)
+        if call.first is not None and collected is not None and collected[0] is not None:
+            output.hidden_states = (call.first, *collected[1:])
 
     # ---- decoder layers
 
@@ -696,6 +704,8 @@ class Attachment:
     def _split(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Give layer ``index`` the rows that it computes, of ``x`` (B, M, D), and the keys and values of the others."""
         rows, layer = call.rows[index], self.layers[index]
+        if index == 0:
+            call.first = x
         frozen = {**kwargs, "attention_mask": None}
         self._gather_tokens(call, rows.frozen, frozen)
         self._gather_tokens(call, rows.computed, kwargs)

@@ -56,6 +56,7 @@ class Prefill:
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
         biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
         rows: which slots are computed, of the decoder layers that do not compute all of theirs.
+        first: (B, M, D), what enters layer 0, if that is one of them.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
@@ -112,6 +113,7 @@ class Prefill:
         self.biases: dict[int, torch.Tensor | None] = {}
         self.masses: dict[int, torch.Tensor | None] = {}
         self.rows: dict[int, Rows] = {}
+        self.first: torch.Tensor | None = None
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-STAGES = {"prompt": "P", "cut": "C", "inject": "I", "exit": "E", "skip": "S", "mass": "M"}
+STAGES = {"prompt": "P", "cut": "C", "inject": "I", "exit": "E", "skip": "S", "freeze": "F", "mass": "M"}
 Cell = tuple[str, str, str]  # mode, architecture, stage
 
 

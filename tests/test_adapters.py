@@ -14,7 +14,7 @@ from visiontok.adapters.base import Adapter, check, find, is_supported
 
 import visiontok
 from visiontok import Budget, Card, Method, Recipe
-from visiontok.conformance.oracle import greedy
+from visiontok.conformance.oracle import DenseMasked, greedy
 from visiontok.conformance.schedules import SCHEDULES, cut, prompt
 from visiontok.conformance.zoo import (
     ARCHITECTURES,
@@ -56,9 +56,11 @@ def test_a_family_that_passes_the_check_needs_no_adapter(aya, aya_inputs, schedu
     assert not is_supported("aya_vision")
     with visiontok.compress(aya, Recipe(stages=SCHEDULES[schedule])) as compression, torch.no_grad():
         got = aya.generate(**aya_inputs, max_new_tokens=4, do_sample=False, suppress_tokens=list(BANNED))
-        alive = [compression.ledger.alive(layer) for layer in range(4)]
+        alive, frozen = (
+            [ask(layer) for layer in range(4)] for ask in (compression.ledger.alive, compression.ledger.frozen)
+        )
         assert "aya_vision" in str(compression.report.account.not_counted) or compression.report.account.vision is None
-    expected, _ = greedy(aya, aya_inputs, alive, 4, BANNED)
+    expected, _ = greedy(aya, aya_inputs, alive, 4, BANNED, DenseMasked(aya, alive, frozen=frozen))
     assert torch.equal(got, expected)
 
 

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import transformers as T
-from test_engine import DEPTH, generate, masks
+from test_engine import DEPTH, generate, masks, still
 
 import visiontok
 from visiontok import Recipe
@@ -83,19 +83,21 @@ def test_a_new_image_in_the_second_turn(name, schedule):
     second["pixel_values"] = second["pixel_values"].flip(-1)
     with visiontok.compress(model, recipe(schedule)) as compression:
         one = generate(model, first, 3)
-        before = masks(compression)
+        before, still_before = masks(compression), still(compression)
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, 3, dtype=torch.long), second["attention_mask"]], 1)
         turn = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
         if name == "gemma3":
             turn["token_type_ids"] = (ids == IMAGE).long()
         two = generate(model, turn, 3, past_key_values=one.past_key_values)
-        after = masks(compression)
+        after, still_after = masks(compression), still(compression)
     # the second prefill begins with the last token of the first answer, which was not stored yet
     gap = ids.shape[1] - before[0].shape[1] - after[0].shape[1]
     alive = [torch.cat([a, a.new_ones(2, gap), b], 1) for a, b in zip(before, after, strict=True)]
+    frozen = [torch.cat([a, a.new_zeros(2, gap), b], 1) for a, b in zip(still_before, still_after, strict=True)]
     pixels = torch.stack([first["pixel_values"], second["pixel_values"]], 1).flatten(0, 1)
-    sequences, logits = greedy(model, turn | {"pixel_values": pixels}, alive, 3, BANNED)
+    dense = DenseMasked(model, alive, frozen=frozen)
+    sequences, logits = greedy(model, turn | {"pixel_values": pixels}, alive, 3, BANNED, dense)
     assert torch.equal(two.sequences, sequences)
     assert (torch.stack(two.logits, 1) - logits).abs().max() < 1e-6 * logits.abs().max()
 

@@ -50,9 +50,9 @@ def failures(name: str) -> dict[str, str]:
         (
             "everything",
             "no silent no-op",
-            "asked for keep=ratio:0.4 it silently keeps every visual token in every layer",
+            "asked for keep=ratio:0.4 it silently keeps and computes every visual token in every layer",
         ),
-        ("nothing_hidden", "no silent no-op", "run without a budget it silently keeps every visual token"),
+        ("nothing_hidden", "no silent no-op", "run without a budget it silently keeps and computes every visual token"),
         ("global_draw", "determinism", "it uses torch's global random numbers: draw from ctx.generator(u)"),
         ("pythons_draw", "determinism", "the same call twice keeps different tokens"),
         ("SecretDraw", "determinism", "it draws from ctx.generator, but its card says stochastic=False"),

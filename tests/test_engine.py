@@ -36,6 +36,11 @@ def masks(compression):
     return [compression.ledger.alive(layer) for layer in range(DEPTH)]
 
 
+def still(compression):
+    """Per layer the tokens that pass it as they are."""
+    return [compression.ledger.frozen(layer) for layer in range(DEPTH)]
+
+
 @pytest.mark.support(mode="greedy")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -48,7 +53,8 @@ def test_generation_equals_the_oracle(name, schedule, attention):
     alive, out = against_oracle(model, inputs, recipe(schedule), BANNED, close=tolerance)
 
     seen = visual(inputs)
-    assert any((seen & ~mask).any() for mask in alive), "the schedule dropped nothing, so the test shows nothing"
+    hiding = {stage.kind for stage in recipe(schedule).stages} - {"freeze"}
+    assert bool(hiding) == any((seen & ~mask).any() for mask in alive), "nothing was dropped, so the test shows nothing"
     stored = [layer.keys.shape[-2] - STEPS + 1 for layer in out.past_key_values.layers]
     needed = [int(mask.sum(1).max()) for mask in alive]
     padding = int((inputs["attention_mask"] == 0).sum(1).min())
@@ -56,17 +62,17 @@ def test_generation_equals_the_oracle(name, schedule, attention):
     assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
 
 
-@pytest.mark.support(mode="any number of images", stage=("prompt", "cut", "inject", "exit"))
+@pytest.mark.support(mode="any number of images", stage=("prompt", "cut", "inject", "exit", "freeze"))
 @pytest.mark.parametrize("images", [[2, 0], [0, 1], [1, 3]])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "llava_next"])
 def test_rows_may_hold_any_number_of_images(name, images):
     model = build(name)
     inputs = batch(name, model, images=images)
-    for schedule in ("prompt", "pyramid", "inject, cut, exit"):
+    for schedule in ("prompt", "pyramid", "inject, cut, exit", "freeze"):
         against_oracle(model, inputs, recipe(schedule), BANNED)
 
 
-@pytest.mark.support(mode="right padding", stage=("prompt", "cut", "inject", "exit"))
+@pytest.mark.support(mode="right padding", stage=("prompt", "cut", "inject", "exit", "freeze"))
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_right_padding(name):
     """A forward over a right-padded batch; logits of padding mean nothing."""
@@ -77,11 +83,11 @@ def test_right_padding(name):
         if key in inputs:
             inputs[key] = torch.stack([row.roll(-n) for row, n in zip(inputs[key], shift, strict=True)])
     attended = inputs["attention_mask"].bool()
-    for schedule in ("prompt", "cut", "inject, cut, exit"):
+    for schedule in ("prompt", "cut", "inject, cut, exit", "freeze"):
         with visiontok.compress(model, recipe(schedule)) as compression, torch.no_grad():
             got = model(**inputs).logits
-            alive = masks(compression)
-        with DenseMasked(model, alive), torch.no_grad():
+            alive, frozen = masks(compression), still(compression)
+        with DenseMasked(model, alive, frozen=frozen), torch.no_grad():
             expected = model(**inputs, use_cache=False).logits
         where = attended & alive[-1]
         assert (got - expected)[where].abs().max() < 1e-6 * expected.abs().max()
@@ -111,7 +117,7 @@ def videos(name, model):
     } | ({"second_per_grid_ts": torch.tensor([1.0])} if name == "qwen2_5_vl" else {})
 
 
-@pytest.mark.support(mode="video", stage=("prompt", "cut", "inject", "exit", "skip"))
+@pytest.mark.support(mode="video", stage=("prompt", "cut", "inject", "exit", "skip", "freeze"))
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
 def test_video_and_image_in_one_prompt(name):
     model = build(name)

@@ -14,7 +14,7 @@ import visiontok
 from visiontok import Mass, Recipe
 from visiontok.api import Compression
 from visiontok.conformance.oracle import DenseMasked, greedy
-from visiontok.conformance.schedules import About, cut, inject, leave, prompt
+from visiontok.conformance.schedules import About, cut, freeze, inject, leave, prompt
 from visiontok.conformance.spy import spied
 from visiontok.conformance.zoo import ARCHITECTURES, BANNED, IMAGE, batch, build, visual
 from visiontok.errors import ConfigError
@@ -37,14 +37,15 @@ SCHEDULES = {
     "prompt, then a cut without": (weighed(prompt(0.7)), cut(2)),
     "prompt, injected, leaving": (weighed(prompt()), inject(1), leave(3)),
     "inject, cut, exit": (inject(1), weighed(cut(1, 0.6), Mass(beta=0.5, merge=1.0)), leave(3)),
+    "prompt, frozen": (weighed(prompt()), freeze(0), freeze(2, 4)),
 }
 
 
 class DenseMass(DenseMasked):
     """The dense oracle with masses: values move and keys get their bias by the definition, token by token."""
 
-    def __init__(self, model, alive, stages, owner):
-        super().__init__(model, alive)
+    def __init__(self, model, alive, stages, owner, frozen=None):
+        super().__init__(model, alive, frozen=frozen)
         self.stages, self.owner, self.visual = stages, owner, owner >= 0
         text = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
         self.handles.append(text.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -107,7 +108,8 @@ def check(model, inputs, stages, tolerance, **options):
         owner = compression.ledger.grid()[..., 0]
         owner = torch.where(visual(inputs), owner, -1)
         masses = [compression.ledger.mass(layer) for layer in range(DEPTH)]
-    oracle = DenseMass(model, alive, stages, owner)
+        frozen = [compression.ledger.frozen(layer) for layer in range(DEPTH)]
+    oracle = DenseMass(model, alive, stages, owner, frozen)
     sequences, logits = greedy(model, inputs, alive, STEPS, BANNED, oracle=oracle)
     got = torch.stack(out.logits, 1)
     assert torch.equal(out.sequences, sequences)

@@ -22,9 +22,9 @@ DEPTH = 4
 class Counted(DenseMasked):
     """The dense masked model, whose layers turn queries and keys by the number of tokens they still see before them."""
 
-    def __init__(self, model, alive, attended):
+    def __init__(self, model, alive, frozen, attended):
         self.text, self.attended = model.get_decoder(), attended
-        super().__init__(model, alive)
+        super().__init__(model, alive, frozen=frozen)
 
     def _pre(self, index, args, kwargs):
         args, kwargs = super()._pre(index, args, kwargs)
@@ -59,8 +59,9 @@ def generate(model, inputs, steps=STEPS, **options):
 def against_counted(model, inputs, made, close):
     with visiontok.compress(model, made) as compression:
         out = generate(model, inputs)
-        alive = [compression.ledger.alive(layer) for layer in range(DEPTH)]
-    oracle = Counted(model, alive, inputs["attention_mask"].bool())
+        ledger = compression.ledger
+    alive, frozen = ([table(layer) for layer in range(DEPTH)] for table in (ledger.alive, ledger.frozen))
+    oracle = Counted(model, alive, frozen, inputs["attention_mask"].bool())
     sequences, logits = greedy(model, inputs, alive, STEPS, BANNED, oracle)
     assert torch.equal(out.sequences, sequences)
     torch.testing.assert_close(torch.stack(out.logits, 1).to(logits), logits, atol=close, rtol=0)

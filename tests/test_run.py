@@ -69,6 +69,7 @@ LAYERS = {
     "aim": [36, 36, 9, 0],
     "todre_exit": [144, 144, 144, 144],  # random weights look everywhere
     "vtw": [144, 144, 0, 0],
+    "shortv": [144] * 4,
     "entropyprune": [144, 36, 36, 36],
     "v2drop": [144, 142, 1, 1],
     "transprune": [144, 48, 48, 48],

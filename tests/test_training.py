@@ -21,7 +21,7 @@ DEPTH = 4
 HOOKS_INSIDE = "__call__" in vars(GradientCheckpointingLayer)
 NAMES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3")
 ALL_NAMES = (*NAMES, "llava_next", "paligemma", "internvl", "qwen3_vl_moe")
-SCHEDULES = ("prompt", "pyramid", "inject", "inject, cut, exit")
+SCHEDULES = ("prompt", "pyramid", "inject", "inject, cut, exit", "freeze")
 
 
 def fresh(name):
@@ -47,6 +47,10 @@ def labels_of(inputs, *, placeholders=False):
 
 def alive_in(compression):
     return [compression.ledger.alive(layer) for layer in range(DEPTH)]
+
+
+def frozen_in(compression):
+    return [compression.ledger.frozen(layer) for layer in range(DEPTH)]
 
 
 def step(model, inputs, labels, **options):
@@ -79,10 +83,10 @@ def test_loss_and_gradients_equal_the_oracle(name, schedule):
         with visiontok.compress(model, recipe(schedule)) as compression:
             with torch.no_grad():
                 model(**inputs)
-            alive = alive_in(compression)
+            alive, frozen = alive_in(compression), frozen_in(compression)
             learned = masked(labels, alive)
             got = step(model, inputs, learned)
-        with DenseMasked(model, alive):
+        with DenseMasked(model, alive, frozen=frozen):
             expected = step(model, inputs, learned, use_cache=False)
         close(got, expected)
         stock = step(model, inputs, learned)
@@ -98,7 +102,7 @@ def checkpointing(model, reentrant=False):
 @pytest.mark.support(mode="gradient checkpointing")
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning")
 @pytest.mark.parametrize(
-    ("schedule", "reentrant"), [*((s, False) for s in SCHEDULES), ("prompt", True), ("pyramid", True)]
+    ("schedule", "reentrant"), [*((s, False) for s in SCHEDULES), ("prompt", True), ("pyramid", True), ("freeze", True)]
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing(name, schedule, reentrant, record_property):
@@ -107,17 +111,17 @@ def test_gradient_checkpointing(name, schedule, reentrant, record_property):
     with visiontok.compress(model, recipe(schedule)) as compression:
         with torch.no_grad():
             model(**inputs)
-        alive = alive_in(compression)
+        alive, frozen = alive_in(compression), frozen_in(compression)
         labels = masked(labels_of(inputs), alive)
         checkpointing(model, reentrant)
-        if reentrant and HOOKS_INSIDE and schedule != "prompt":
+        if reentrant and (schedule == "freeze" or (HOOKS_INSIDE and schedule != "prompt")):
             with pytest.raises(UnsupportedError, match="use_reentrant") as refusal:
                 step(model, inputs, labels)
             record_property("refused", str(refusal.value))
             return
         got = step(model, inputs, labels)
     model.gradient_checkpointing_disable()
-    with DenseMasked(model, alive):
+    with DenseMasked(model, alive, frozen=frozen):
         expected = step(model, inputs, labels, use_cache=False)
     close(got, expected)
 

@@ -82,6 +82,11 @@ class Load(NamedTuple):
         """Every token takes part in everything."""
         return cls(tokens, tokens, tokens)
 
+    @classmethod
+    def frozen(cls, tokens: int, computed: int) -> Load:
+        """All but ``computed`` ones of the tokens have keys and values only."""
+        return cls(tokens, computed, computed)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -745,6 +750,7 @@ def account(
     ran: VisionInputs | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
     ahead: Sequence[int] = (),
+    computed: Sequence[int] | None = None,
 ) -> Account:
     """The cost of one prefill, before and after compression.
 
@@ -759,6 +765,8 @@ def account(
         ran: What entered the tower as run, if a pixel-stage recipe made it less.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
         ahead: Decoder layers, up to the queries, keys and values of which the stock tokens ran before.
+        computed: Of `kept`, the tokens that are not frozen: these have keys and values, and nothing else. All by
+            default.
 
     Raises:
         ConfigError: A list does not have one entry per layer.
@@ -776,6 +784,9 @@ def account(
         cross = _cross_layers(config)
         text_only = [0 if layer in cross else text for layer in range(len(stock))]
         layers = [tuple(decoder_flops(config, counts, batch=batch)) for counts in (stock, kept, text_only)]
+        if computed is not None and list(computed) != list(kept):
+            loads = [Load.frozen(n, m) for n, m in zip(kept, computed, strict=True)]
+            layers[1] = tuple(batch * flops for flops in load_flops(config, loads))
         for stop in ahead:
             looked = _looked_ahead(config, stock, stop, batch)
             layers[1] = tuple(a + b for a, b in zip(layers[1] or (), looked, strict=True))

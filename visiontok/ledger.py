@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +36,20 @@ class TokenLedger:
         self._alive: list[torch.Tensor] | None = None
         self._widths = self.stock
         self._masses: list[torch.Tensor | None] = [None] * depth
+        self._frozen: Mapping[int, int] = {}
 
-    def fill(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
-        """Set per layer the (B, N) mask, how many slots per row it computed, and the (U, N) masses (None: all 1)."""
-        self._alive, self._widths, self._masses = alive, widths, masses
+    def fill(
+        self,
+        alive: list[torch.Tensor],
+        widths: list[int],
+        masses: list[torch.Tensor | None],
+        frozen: Mapping[int, int],
+    ) -> None:
+        """Set per layer the (B, N) mask, how many slots per row it held, and the (U, N) masses (None: all 1).
+
+        ``frozen``: the slots per row that a layer computed which visual tokens passed as they were.
+        """
+        self._alive, self._widths, self._masses, self._frozen = alive, widths, masses, frozen
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -49,6 +60,15 @@ class TokenLedger:
         if not 0 <= layer < self.depth:
             raise ConfigError(f"layer={layer}: this model has decoder layers 0 … {self.depth - 1}")
         return self.visual | self.attended if self._alive is None else self._alive[layer]
+
+    def frozen(self, layer: int) -> torch.Tensor:
+        """(B, N) bool: tokens that are alive in ``layer`` but leave it as they entered; others attend to them there.
+
+        Raises:
+            ConfigError: for a layer outside the model.
+        """
+        alive = self.alive(layer)
+        return alive & self.visual if layer in self._frozen else torch.zeros_like(alive)
 
     def mass(self, layer: int) -> torch.Tensor:
         """(B, N) float: how many original tokens each living token stands for in ``layer``; 0 where none is alive.
@@ -80,5 +100,9 @@ class TokenLedger:
         return [mask.sum(1).tolist() for mask in masks]
 
     def tokens(self) -> list[int]:
-        """Slots each decoder layer computed and cached per row: text, visual tokens and padding."""
+        """Slots each decoder layer held and cached per row: text, visual tokens and padding."""
         return list(self._widths)
+
+    def computed(self) -> list[int]:
+        """Slots each decoder layer made queries, outputs and MLP of, per row; the same but for frozen tokens."""
+        return [self._frozen.get(layer, width) for layer, width in enumerate(self._widths)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -271,9 +271,10 @@ class Stage:
     Attributes:
         kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
-            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``.
+            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``; these let
+            them pass as they are, attended to but not computed, if they ``freeze``.
         layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``.
-        until: first layer after a ``skip``.
+        until: first layer after a ``skip`` or a ``freeze``, which without is of one layer; 1.0 is the end.
         method: who selects, for ``pixel``, ``prompt`` and ``cut``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for the same three; at most as
             many for ``pixel``.
@@ -312,10 +313,13 @@ class Stage:
             raise ConfigError(
                 f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
             )
-        if (self.until is None) != (self.kind != "skip"):
-            raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")
+        if self.until is None and self.kind == "skip":
+            raise ConfigError("until=None: a skip stage needs until, the first layer after it")
+        if self.until is not None and self.kind not in ("skip", "freeze"):
+            raise ConfigError(f"until={self.until!r}: only a skip or a freeze stage has until")
         if self.keep is not None and not selects:
-            raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
+            does = "drops no visual token" if self.kind == "freeze" else "drops every visual token"
+            raise ConfigError(f"keep={self.keep}: a {self.kind} stage {does} and takes no budget")
         if self.mass is not None and not selects:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
         if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:

@@ -94,7 +94,7 @@ class Recipe:
         """
         selecting = [s for s in self.stages if s.method is not None]
         if not any(s.method.card.budget for s in selecting if s.method is not None):
-            raise ConfigError(f"keep={keep}: {self.label} has no budget; its layers fix what is dropped")
+            raise ConfigError(f"keep={keep}: {self.label} has no budget; its layers fix what is computed")
         if len(selecting) == len(self.stages) == 1 and keep.kind != "layer_average":
             return replace(self, stages=(replace(self.stages[0], keep=keep),))
         return replace(self, average=keep)
@@ -193,7 +193,7 @@ class Recipe:
                 method = find(entry["method"]).build(entry.get("options") or {})
             keep = Budget.from_json(entry["keep"]) if "keep" in entry else None
             if "kind" not in entry:
-                raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip)")
+                raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip, freeze)")
             stages.append(
                 Stage(
                     kind=entry["kind"],

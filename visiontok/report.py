@@ -53,7 +53,8 @@ class Report:
         recipe_hash: its canonical hash; None if it holds a plain function.
         requested: the budget as asked for.
         images: per image what was kept where.
-        layer_tokens: slots that each decoder layer computes per prompt row, text included.
+        layer_tokens: slots that each decoder layer holds per prompt row, text included.
+        layer_computed: those of them that are not frozen.
         account: FLOPs of vision tower and language model and KV bytes, stock and compressed; the bytes are of this
             prefill's own tokens, what earlier turns left on the same cache is not counted.
         seconds: measured parts: vision, selection, prefill, decode (all ``steps`` so far).
@@ -68,6 +69,7 @@ class Report:
     requested: str
     images: tuple[ImageReport, ...]
     layer_tokens: tuple[int, ...]
+    layer_computed: tuple[int, ...]
     account: Account
     seconds: dict[str, float | None]
     steps: int | None
@@ -96,6 +98,7 @@ class Report:
             ran=_joined([ran for _, ran in known]),
             stock=ledger.stock,
             kept=ledger.tokens(),
+            computed=ledger.computed(),
             ahead=trace.ahead,
             text=text,
             batch=batch,
@@ -106,7 +109,7 @@ class Report:
         except ValueError:
             digest = None
         warnings = [adapter.notes] if adapter.notes else []
-        if not ledger.dropped:
+        if not ledger.dropped and ledger.computed() == ledger.tokens():
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
             reason = (
                 "the budget is at least the number of visual tokens"
@@ -117,6 +120,8 @@ class Report:
         kernel = str(getattr(base, adapter.text).config._attn_implementation)
         if kernel not in TAKE_BIAS and any(s.mass is not None and s.mass.beta for s in recipe.stages):
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
+        if kernel not in TAKE_BIAS and ledger.computed() != ledger.tokens():
+            warnings.append(f"layers that visual tokens pass frozen run sdpa instead of {kernel}")
         if trace.chunk:
             warnings.append("the prefill came in chunks: this is the report of the last one with an image")
         if not trace.encoders:
@@ -127,6 +132,7 @@ class Report:
             requested=_requested(recipe),
             images=images,
             layer_tokens=tuple(ledger.tokens()),
+            layer_computed=tuple(ledger.computed()),
             account=costs,
             seconds=trace.seconds(),
             steps=trace.steps,
@@ -158,6 +164,8 @@ class Report:
             f"kept           {first} in the first layer, {last} in the last",
             f"layer average  {self.layer_average:.1f} per image ({share:.1%})",
         ]
+        if frozen := sum(a != b for a, b in zip(self.layer_tokens, self.layer_computed, strict=True)):
+            lines.append(f"frozen         in {frozen} of {len(self.layer_tokens)} layers")
         costs = self.account
         if costs.kv_stock is not None and costs.kv is not None:
             lines.append(f"KV cache       {_bytes(costs.kv_stock)} -> {_bytes(costs.kv)}")

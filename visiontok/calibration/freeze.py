@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..api import compress
 from ..errors import ConfigError
+from ..method import Stage
+from ..recipe import Recipe
 from .base import Calibrator, Measure, Outcome, Row, mean
 from .probe import Probe, divergence
 
@@ -44,9 +47,8 @@ class LayerKL(Calibrator):
 
     @staticmethod
     def _kl(probe: Probe, inputs: Mapping[str, Any], sample: int) -> Row:
-        stock, visual = probe.log_probabilities(inputs), probe.visual(inputs)
-        found = []
+        stock, found = probe.log_probabilities(inputs), []
         for layer in range(len(probe.layers)):
-            with probe.frozen(layer, visual):
+            with compress(probe.model, Recipe(stages=(Stage(kind="freeze", layer=layer),), name="calibration")):
                 found.append(divergence(probe.log_probabilities(inputs), stock))
         return {"kl": found}

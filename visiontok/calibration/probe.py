@@ -79,22 +79,6 @@ class Probe:
         return [found[layer] for layer in range(len(self.layers) - 1)]
 
     @contextlib.contextmanager
-    def frozen(self, layer: int, visual: Tensor) -> Iterator[None]:
-        """Within it, the visual tokens (N,) leave a decoder layer as they entered it; text still attends to them."""
-
-        def restore(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            before = args[0] if args else kwargs["hidden_states"]
-            hidden = output if torch.is_tensor(output) else output[0]
-            kept = torch.where(visual.to(hidden.device)[:, None], before, hidden)
-            return kept if torch.is_tensor(output) else (kept, *output[1:])
-
-        hook = self.layers[layer].register_forward_hook(restore, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @contextlib.contextmanager
     def attention(self, sink: Callable[[int, Tensor], None]) -> Iterator[None]:
         """Within it, ``sink(layer, weights)`` gets the attention (Q, K) of each decoder layer, the largest of any
         head. For short prompts."""

@@ -121,7 +121,7 @@ class Case:
             NotApplicable: if the recipe selects nothing.
         """
         if not self.plain.asked:
-            raise NotApplicable("it chooses no tokens, its layers fix what is dropped")
+            raise NotApplicable("it chooses no tokens, its layers fix what is computed")
         return self.plain.asked
 
     def need_budget(self, keep: Budget) -> Recipe:
@@ -219,15 +219,16 @@ def permutation(case: Case) -> None:
 
 
 def something_dropped(case: Case) -> None:
-    """A recipe that is asked for fewer tokens drops some."""
+    """A recipe that is asked for fewer tokens drops some, or passes them through some layers as they are."""
     if not all(contract(method).keeps_some for method in case.selecting):
         raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
-    if not any(bool((case.plain.ledger.visual & ~alive).any()) for alive in case.plain.alive):
+    ledger = case.plain.ledger
+    if not ledger.dropped and not any(bool(ledger.frozen(layer).any()) for layer in range(ledger.depth)):
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
-        raise Failed(f"{asked} it silently keeps every visual token in every layer")
+        raise Failed(f"{asked} it silently keeps and computes every visual token in every layer")
 
 
 def one_token(case: Case) -> None:
@@ -403,7 +404,8 @@ def against_oracle(
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log))
+        frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log), frozen)
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):

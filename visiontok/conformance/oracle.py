@@ -19,7 +19,7 @@ class DenseMasked:
 
     ``merged`` are the embeddings (B, N, D) that a merging method put in the place of the model's own, NaN where it left
     them. ``means`` are per decoder layer (row, position, positions): on its input, the state becomes
-    the mean of those.
+    the mean of those. ``frozen`` are per layer the (B, N) tokens that are seen but not processed.
     """
 
     def __init__(
@@ -28,9 +28,11 @@ class DenseMasked:
         alive: Sequence[torch.Tensor],
         merged: torch.Tensor | None = None,
         means: Mapping[int, Sequence[tuple[int, int, list[int]]]] | None = None,
+        frozen: Sequence[torch.Tensor] | None = None,
     ) -> None:
         base, text = model.model, model.get_decoder()
         self.alive, self.merged, self.means = alive, merged, means or {}
+        self.processed = alive if frozen is None else [a & ~still for a, still in zip(alive, frozen, strict=True)]
         self.handles = [
             base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -59,8 +61,8 @@ class DenseMasked:
             kwargs["inputs_embeds"] = torch.cat([prompt, own[:, merged.shape[1] :]], 1)
         return args, kwargs
 
-    def _alive(self, index: int, length: int) -> torch.Tensor:
-        known = self.alive[index]
+    @staticmethod
+    def _onwards(known: torch.Tensor, length: int) -> torch.Tensor:
         return torch.cat([known, known.new_ones(known.shape[0], length - known.shape[1])], 1)
 
     def _pre(self, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -80,14 +82,14 @@ class DenseMasked:
             seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
             if self.mask_2d is not None:
                 seen = seen & self.mask_2d.bool()[:, None, None]
-        seen = (seen & self._alive(index, length)[:, None, None]) | torch.eye(length, dtype=torch.bool)
+        seen = (seen & self._onwards(self.alive[index], length)[:, None, None]) | torch.eye(length, dtype=torch.bool)
         lowest = torch.finfo(self.before.dtype).min
         kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
         return args, kwargs
 
     def _post(self, index: int, output: Any) -> Any:
         hidden = output if torch.is_tensor(output) else output[0]
-        hidden = torch.where(self._alive(index, hidden.shape[-2])[..., None], hidden, self.before)
+        hidden = torch.where(self._onwards(self.processed[index], hidden.shape[-2])[..., None], hidden, self.before)
         return hidden if torch.is_tensor(output) else (hidden, *output[1:])
 
 

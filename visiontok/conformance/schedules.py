@@ -53,6 +53,10 @@ def leave(layer: int) -> Stage:
     return Stage(kind="exit", layer=layer)
 
 
+def freeze(layer: int, until: int | None = None) -> Stage:
+    return Stage(kind="freeze", layer=layer, until=until)
+
+
 SCHEDULES = {
     "prompt": (prompt(),),
     "cut": (cut(2),),
@@ -65,6 +69,8 @@ SCHEDULES = {
     "skip": (cut(0, 0.6), Stage(kind="skip", layer=1, until=2)),
     "prompt and cut": (prompt(), cut(2)),
     "prompt, inject, exit": (prompt(), inject(1), leave(3)),
+    "freeze": (freeze(0), freeze(2, 4)),
+    "prompt, inject, freeze, cut, exit": (prompt(0.8), inject(1), freeze(1, 3), cut(2), leave(3)),
 }
 
 

@@ -32,9 +32,10 @@ from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
-from .probe import CALL, Tap, attention_modules, glance
+from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
 from .prompt import run_prompt_stages
 from .renumber import Renumber
+from .split import Rows, Split
 from .trace import Trace, Traces
 from .vision import Encoded, begin_forward, record_features, take_records
 
@@ -56,6 +57,8 @@ class Policy(Protocol):
 
     changes: frozenset[int]
     """Decoder layers on whose input the set of visible visual tokens may change."""
+    frozen: frozenset[int]
+    """Decoder layers that visual tokens pass as they are."""
     selects: bool
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
@@ -128,7 +131,7 @@ class Attachment:
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
-        touched = [*policy.changes] if policy.biased is None else [*policy.changes, policy.biased]
+        touched = [*policy.changes, *policy.frozen, *(() if policy.biased is None else (policy.biased,))]
         if touched and adapter.prompt_only:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
@@ -139,7 +142,7 @@ class Attachment:
         self.traces = Traces()
         # whether layers are rewritten one by one, or get what the language model was given
         self._renumber = Renumber(adapter) if policy.compact else None
-        self._layered = force or bool(policy.changes) or policy.biased is not None or policy.compact
+        self._layered = force or bool(touched) or policy.compact
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -155,6 +158,19 @@ class Attachment:
         if policy.biased is not None:  # these layers choose a kernel that can take a bias
             biased = [module for layer in self.layers[policy.biased :] for module in attention_modules(layer)]
             self._removables += [Tap(module, None) for module in biased]
+        for index in sorted(policy.frozen):
+            self._freeze(index)
+
+    def _freeze(self, index: int) -> None:
+        layer, model = self.layers[index], self.base.config.model_type
+        modules = attention_modules(layer)
+        if len(modules) != 1:
+            raise UnsupportedError(
+                f"{model}: decoder layer {index} has no single attention module in which tokens could be frozen"
+            )
+        # before the hook by which hidden states are collected
+        self._removables.append(layer.register_forward_hook(_layer_post, prepend=True, with_kwargs=True))
+        self._removables += [Tap(modules[0], None), *skip_queries(modules[0], model)]
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""
@@ -312,7 +328,7 @@ class Attachment:
             ahead=functools.partial(self._look_ahead, module, dict(kwargs)),
         )
         drops = list(call.counts) != call.units.sizes
-        nothing = not drops and not self.policy.changes and embeds is x
+        nothing = not drops and not self.policy.changes and not self.policy.frozen and embeds is x
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
         if nothing and not self.force and stock_masks:
@@ -540,13 +556,24 @@ class Attachment:
                 output = (hidden, *output[1:])
             else:
                 output.last_hidden_state = hidden
+                self._complete_states(call, output)
             depth = range(len(self.layers))
             call.trace.finish(
-                [call.alive[i] for i in depth], [call.slots(i) for i in depth], [call.masses.get(i) for i in depth]
+                [call.alive[i] for i in depth],
+                [call.slots(i) for i in depth],
+                [call.masses.get(i) for i in depth],
+                {index: rows.computed.width for index, rows in call.rows.items()},
             )
             self._ignore_labels(call)
         self.traces.publish(call.trace)
         return output
+
+    @staticmethod
+    def _complete_states(call: Prefill, output: Any) -> None:
+        """Transformers takes what enters layer 0 from the layer's arguments, in which frozen rows are missing."""
+        collected = getattr(output, "hidden_states", None)
+        if call.first is not None and collected is not None and collected[0] is not None:
+            output.hidden_states = (call.first, *collected[1:])
 
     # ---- decoder layers
 
@@ -574,6 +601,8 @@ class Attachment:
             self._refuse_reentrant(call)
             x = self._relayout(call, index, x, kwargs)
             self.policy.decoder.note_state(call, index, x)
+            if index in call.rows:
+                x = self._split(call, index, x, kwargs)
         if self._is_flash() and torch.is_tensor(kwargs.get("position_ids")):
             # With one row, flash attention takes any gap in the position ids for the border of a packed sequence;
             # rotary embeddings are already computed, so attention may get consecutive numbers.
@@ -619,16 +648,14 @@ class Attachment:
             else self.masks.key(cache, index)[1:] != call.first_key[1:]
         )
         biased = bias is not None or (cache is not None and cache.layers[index].bias is not None)
-        if layout is not None or stale or biased:
+        rows = self._rows(call, layout) if index in self.policy.frozen else None
+        if rows is not None:
+            call.rows[index] = rows
+            kwargs["attention_mask"] = self.masks.rows(call, index, x, layout, rows.computed.slots)
+        elif layout is not None or stale or biased:
             kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
         if layout is not None:
-            self._gather_inputs(layout, kwargs)
-            embeddings = kwargs.get("position_embeddings")
-            if embeddings is not None:
-                kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
-            position_ids = kwargs.get("position_ids")
-            if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
-                kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+            self._gather_tokens(call, layout, kwargs)
         if self._renumber is not None:
             kwargs["position_embeddings"] = self._renumber.prefill(call, index, x, layout, self._rotary(index, kwargs))
         if cache is not None:
@@ -643,6 +670,35 @@ class Attachment:
                 call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still})
             )
         return x
+
+    @staticmethod
+    def _rows(call: Prefill, layout: Layout | None) -> Rows | None:
+        """How a layer that holds ``layout`` is divided if visual tokens are frozen; None if it holds none."""
+        slots = call.width if layout is None else layout.width
+        if max(call.texts) == slots:
+            return None
+        key = ("rows", id(layout))
+        if key not in call.masks:  # the value keeps the layout alive, so its id stays its
+            text = call.enter(call.attended & ~call.visual) & call.entry_valid_or_ones()
+            if layout is not None:
+                text = layout.gather(text) if layout.valid is None else layout.gather(text) & layout.valid
+            call.masks[key] = (layout, Rows(text, call.texts))
+        return call.masks[key][1]
+
+    def _split(self, call: Prefill, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Give layer ``index`` the rows that it computes, of ``x`` (B, M, D), and the keys and values of the others."""
+        rows, layer = call.rows[index], self.layers[index]
+        if index == 0:
+            call.first = x
+        frozen = {**kwargs, "attention_mask": None}
+        self._gather_tokens(call, rows.frozen, frozen)
+        self._gather_tokens(call, rows.computed, kwargs)
+        known = keys_values(layer, rows.frozen.gather(x), frozen)
+        checkpointing = layer.training and getattr(layer, "gradient_checkpointing", False)
+        cache = None if checkpointing else call.cache
+        kwargs["past_key_values"] = None  # what is computed joins what is frozen before it is stored
+        kwargs[SPLIT] = Split(rows, x, known, cache, index, trains=call.trains)
+        return rows.computed.gather(x)
 
     def _rotary(self, index: int, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The cosines and sines that decoder layer ``index`` is given.
@@ -710,6 +766,16 @@ class Attachment:
         call.biases[index] = None if hidden else call.bias
         call.masses[index] = call.mass
 
+    def _gather_tokens(self, call: Prefill, layout: Layout, kwargs: dict[str, Any]) -> None:
+        """Give what a layer gets beside its states the tokens of ``layout``."""
+        self._gather_inputs(layout, kwargs)
+        embeddings = kwargs.get("position_embeddings")
+        if embeddings is not None:
+            kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
+        position_ids = kwargs.get("position_ids")
+        if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
+            kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+
     @staticmethod
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
@@ -734,6 +800,12 @@ class Attachment:
         if layout.valid is not None:
             added = added * layout.valid[..., None]
         return x + added, states + level * ~layout.keep[..., None]  # type: ignore[operator]
+
+
+def _layer_post(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
+    """Frozen rows leave a layer as they entered it."""
+    split = None if output is None else kwargs.get(SPLIT)
+    return None if split is None else split.leave(output)
 
 
 def modalities(kwargs: Mapping[str, Any]) -> set[str]:

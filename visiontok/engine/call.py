@@ -11,6 +11,7 @@ from ..errors import UnsupportedError
 from .cache import TwoLengthCache
 from .host import Promises, stops_host, upload
 from .layout import Layout
+from .split import Rows
 from .trace import Trace
 from .vision import Encoded, Units
 
@@ -58,6 +59,8 @@ class Prefill:
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
         biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
+        rows: which slots are computed, of the decoder layers that do not compute all of theirs.
+        first: (B, M, D), what enters layer 0, if that is one of them.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
@@ -114,6 +117,8 @@ class Prefill:
         self.alive: dict[int, torch.Tensor] = {}
         self.biases: dict[int, torch.Tensor | None] = {}
         self.masses: dict[int, torch.Tensor | None] = {}
+        self.rows: dict[int, Rows] = {}
+        self.first: torch.Tensor | None = None
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}

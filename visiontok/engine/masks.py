@@ -100,6 +100,48 @@ class LayerMasks:
             call.masks[key] = (layout, bias, self._biased(mask, biases, index, x, cache))
         return call.masks[key][2]
 
+    def rows(self, call: Prefill, index: int, x: torch.Tensor, layout: Any, slots: torch.Tensor) -> torch.Tensor:
+        """Mask (B, 1, T, keys) of one layer that holds ``layout``, for its ``slots`` (B, T) alone.
+
+        Args:
+            call: the prefill.
+            index: of the layer.
+            x: (B, M, D), what fills all its slots.
+            layout: as in :meth:`prefill`.
+            slots: which of them ask.
+        """
+        cache, bias = call.cache, call.slot_bias(index)
+        stored = None if cache is None else cache.layers[index]
+        kind, width = self.kind(index), x.shape[1]
+        key = ("rows", id(layout), id(bias), id(slots), kind, None if cache is None else self.key(cache, index))
+        if key in call.masks:
+            return call.masks[key][3]
+        past = 0 if stored is None else stored.physical_length()
+        length, offset = (width, 0) if stored is None else stored.get_mask_sizes(width)
+        place = slots + past - offset  # of the slots among the keys
+        if self.own_mask:
+            mask = self._own(call, layout, kind, stored).expand(call.batch, -1, -1, -1)
+            mask = mask.gather(2, slots[:, None, :, None].expand(-1, mask.shape[1], -1, length))
+        else:
+            column = torch.arange(length, device=x.device)
+            mask = column <= place[..., None]
+            if kind == "sliding_attention":
+                mask = mask & (place[..., None] - column < self.config.sliding_window)
+            seen = layout.valid if layout is not None else call.entry_valid
+            if stored is not None:
+                seen = stored.valid_with(seen, width, call.batch, x.device, call.history)
+            if seen is not None:
+                mask = mask & seen[:, None, offset : offset + length]
+            mask = mask[:, None]
+        shown = True if mask.dtype == torch.bool else 0.0
+        mask = mask.scatter(3, place[:, None, :, None].expand(-1, mask.shape[1], -1, -1), shown)  # no row is empty
+        biases = bias if stored is None or not past else stored.bias_with(bias, width)
+        if mask.dtype == torch.bool and self.config._attn_implementation == "eager":
+            mask = torch.where(mask, torch.zeros((), dtype=x.dtype, device=x.device), torch.finfo(x.dtype).min)
+        mask = self._biased(mask, biases, index, x, cache)
+        call.masks[key] = (layout, bias, slots, mask)  # alive, so that their ids stay theirs
+        return mask
+
     def _own(self, call: Prefill, layout: Any, kind: str, stored: Any) -> torch.Tensor:
         """The family's own mask of what is new, for the slots of ``layout``, behind what is stored."""
         mask = call.own.get(kind)

@@ -14,7 +14,7 @@ import torch
 from ..allocators import layer_average
 from ..budget import Budget
 from ..context import Attention, Context
-from ..cost import decoder_flops
+from ..cost import Load, decoder_flops, load_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
 from ..method import Mass, Selection, Stage, resolve_layer
@@ -83,10 +83,7 @@ class StagePolicy:
                 stop = resolve_layer(_layer(stage), depth, name="exit layer")
                 hidden[stop:] = [True] * (depth - stop)
             elif stage.kind == "skip":
-                start = resolve_layer(_layer(stage), depth, name="skip layer")
-                until = depth if stage.until == depth else resolve_layer(stage.until, depth, name="until")  # type: ignore[arg-type]
-                if until <= start:
-                    raise ConfigError(f"until={stage.until}: a skip must end behind its layer {start}")
+                start, until = _range(stage, depth)
                 hidden[start:until] = [True] * (until - start)
         gone = [s.layer for s in stages if s.kind == "exit" and isinstance(s.layer, float)]
         for layer, stage in list(self.cuts.items()):
@@ -97,6 +94,14 @@ class StagePolicy:
                     f"layer={layer}: a cut where the visual tokens are absent (injected later, skipped or gone) has "
                     "nothing to score; move the cut"
                 )
+        frozen = {layer for s in stages if s.kind == "freeze" for layer in range(*_range(s, depth))}
+        for layer in sorted(frozen):
+            if hidden[layer]:
+                raise ConfigError(
+                    f"layer={layer}: a freeze where the visual tokens are absent (injected later, skipped or gone) has "
+                    "nothing to freeze; leave this layer out"
+                )
+        self.frozen = frozenset(frozen)
         if all(hidden):
             raise ConfigError("these stages hide the visual tokens from every layer; drop the image instead")
         self.hidden = hidden
@@ -108,7 +113,9 @@ class StagePolicy:
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
-        self.decoder = DecoderReadings(self.prompt_stages, self.cuts, hidden, official=fidelity == "official")
+        self.decoder = DecoderReadings(
+            self.prompt_stages, self.cuts, hidden, self.frozen, official=fidelity == "official"
+        )
 
     def attach(self, attachment: Host) -> None:
         """Add the taps for what the methods read.
@@ -400,7 +407,7 @@ class StagePolicy:
         """The largest counts, in one proportion of the candidates of each image, that stay within a share of the stock
         FLOPs; layers below the stage cost what they did."""
         first = next((layer for layer, cut in self.cuts.items() if cut is stage), 0)
-        spent = [call.slots(layer) for layer in range(first)]
+        spent = [self._load(call, layer, call.slots(layer)) for layer in range(first)]
         sizes = call.counts
         config, steps = self.adapter.base.config, max(sizes)
 
@@ -409,13 +416,19 @@ class StagePolicy:
 
         def prefill(step: int) -> int:
             most, text = max(call.row_counts(counts(step))), max(call.texts)
-            ahead = [text if hidden else most for hidden in self.hidden[first:]]
-            return sum(decoder_flops(config, spent + ahead, batch=call.batch))
+            ahead = [
+                self._load(call, layer, text if self.hidden[layer] else most) for layer in range(first, self.depth)
+            ]
+            return call.batch * sum(load_flops(config, spent + ahead))
 
         limit = keep.value * sum(decoder_flops(config, [call.length] * self.depth, batch=call.batch))
         if prefill(1) > limit:
             raise ConfigError(f"keep={keep}: even one token per image costs more; raise the share or cut earlier")
         return counts(bisect.bisect_right(range(1, steps + 1), limit, key=prefill))
+
+    def _load(self, call: Prefill, layer: int, slots: int) -> Load:
+        """What ``layer`` computes if it holds so many slots per row."""
+        return Load.frozen(slots, max(call.texts)) if layer in self.frozen else Load.all(slots)
 
     def _share(self, stage: Stage, n: int) -> int:
         """Tokens that ``stage`` leaves of an image of ``n``, so that the average over all layers is the wanted one."""
@@ -503,3 +516,16 @@ def _meet(one: Stage, next_: Stage) -> bool:
 
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
+
+
+def _range(stage: Stage, depth: int) -> tuple[int, int]:
+    """First layer of a skip or a freeze, and the first behind it; the same if fractions of so few layers are none."""
+    start, until = resolve_layer(_layer(stage), depth, name=f"{stage.kind} layer"), stage.until
+    if until is None:
+        return start, start + 1
+    end = until == depth or (isinstance(until, float) and until == 1.0)
+    stop = depth if end else resolve_layer(until, depth, name="until")
+    vanishes = stage.kind == "freeze" and stop == start and isinstance(stage.layer, float) and isinstance(until, float)
+    if stop <= start and not vanishes:
+        raise ConfigError(f"until={until}: a {stage.kind} must end behind its layer {start}")
+    return start, stop

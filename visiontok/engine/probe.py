@@ -8,7 +8,10 @@ the original config asks for.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +19,14 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UnsupportedError
+
 IMPLEMENTATION = "visiontok_tap"
 TAKE_BIAS = ("eager", "sdpa")
 """Attention implementations that take a mask of numbers. Flash attention has no such argument; FlexAttention has one
 that corrupts memory on the CPU (torch 2.13)."""
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
+SPLIT = "visiontok_split"  # the same for rows of this layer that are not computed
 
 _TAPS = "_visiontok_taps"  # attribute of a tapped module: its own config object, and the taps
 
@@ -30,10 +36,12 @@ Sink = Callable[..., None]
 def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    call = kwargs.pop(CALL, None)
+    call, split = kwargs.pop(CALL, None), kwargs.pop(SPLIT, None)
     if isinstance(call, _Glance):
-        call.seen = query, key, kwargs
+        call.seen = query, key, value, kwargs
         raise _Enough
+    if split is not None:
+        key, value = split.attend(key, value)
     # another thread may have taken the last tap away since this one read the config
     config, taps = module.__dict__.get(_TAPS) or (module.config, ())
     _show(taps, call, query, key, value, attention_mask, kwargs)
@@ -62,36 +70,90 @@ class _Glance:
 
     Attributes:
         policy: that of no attachment, so that hooks leave it alone.
-        seen: queries, keys, and what else the kernel was given.
+        seen: queries, keys, values, and what else the kernel was given.
     """
 
     policy = None
-    seen: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+    seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.rows: torch.Size | None = None  # of a layer that is to make no queries
+
+
+_thread = _Thread()
+
+
+def _reach(forward: Callable[..., Any], layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> _Glance:
+    """Run ``layer`` up to its attention module's kernel; its own hooks do not run, caches are left out."""
+    call = _Glance()
+    kwargs = {name: None if name.startswith("past_key_value") else value for name, value in kwargs.items()}
+    try:
+        forward(x, **kwargs | {CALL: call})
+    except _Enough:
+        return call
+    raise RuntimeError(f"{type(layer).__name__}: its attention module did not reach the tapped kernel")
+
+
+@torch.no_grad()
 def glance(layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Queries and keys of ``x`` as ``layer`` makes them: its own norms, projections and rotary positions.
 
-    The layer runs up to its attention module's kernel, so whatever its family does before that is done. Its hooks, and
-    those of what comes later, do not run.
+    The layer runs up to its attention module's kernel, so whatever its family does before that is done.
 
     Args:
         layer: a decoder layer whose attention module is tapped.
         x: (B, M, D) states on its input.
-        kwargs: its keywords; caches are left out.
+        kwargs: its keywords.
 
     Returns:
         (B, H, M, d), (B, G, M, d), and the factor on the logits or None.
     """
-    call = _Glance()
-    kwargs = {name: None if name.startswith("past_key_value") else value for name, value in kwargs.items()}
+    q, k, _, given = _reach(layer.forward, layer, x, kwargs).seen
+    return q, k, given.get("scaling")
+
+
+def keys_values(layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (B, G, M, d) likewise, with gradients; queries are not computed.
+
+    Args:
+        layer: a decoder layer whose attention module is tapped and has the hooks of :func:`skip_queries`.
+        x: (B, M, D) states on its input.
+        kwargs: its keywords.
+    """
+    # a checkpoint around what is broken off could not be replayed
+    forward = vars(layer).get("forward") or functools.partial(inspect.unwrap(type(layer).forward), layer)
+    _thread.rows = x.shape[:-1]
     try:
-        with torch.no_grad():
-            layer.forward(x, **kwargs | {CALL: call})
-    except _Enough:
-        q, k, given = call.seen
-        return q, k, given.get("scaling")
-    raise RuntimeError(f"{type(layer).__name__}: its attention module did not reach the tapped kernel")
+        return _reach(forward, layer, x, kwargs).seen[1:3]
+    finally:
+        _thread.rows = None
+
+
+def skip_queries(attention: nn.Module, model: str) -> list[Any]:
+    """Hooks by which an attention module makes no queries where :func:`keys_values` asks for keys and values.
+
+    Raises:
+        UnsupportedError: if queries have no projection of their own.
+    """
+    queries = getattr(attention, "q_proj", None)
+    if not isinstance(queries, nn.Module):
+        raise UnsupportedError(
+            f"{model}: {type(attention).__name__} has no projection 'q_proj' of its queries alone, which frozen tokens "
+            "could do without; drop tokens instead, with a cut or an exit"
+        )
+    return [queries.register_forward_pre_hook(_no_rows), queries.register_forward_hook(_as_many_rows)]
+
+
+@torch.compiler.disable
+def _no_rows(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return None if _thread.rows is None else (args[0][..., :0, :], *args[1:])
+
+
+@torch.compiler.disable
+def _as_many_rows(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    return None if _thread.rows is None else output.new_zeros(1).expand(*_thread.rows, output.shape[-1])
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)

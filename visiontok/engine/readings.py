@@ -6,7 +6,7 @@ Everything is noted on the call, and lives as long as it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -67,13 +67,22 @@ class DecoderReadings:
         prompt: stages before the language model.
         cuts: stages inside it, by layer.
         hidden: per layer, whether it sees no visual token.
+        frozen: layers that visual tokens pass as they are.
         official: whether published flaws are wanted.
 
     Raises:
-        ConfigError: if a method reads layers that come later, or that see no visual token.
+        ConfigError: if a method reads layers that come later, that see no visual token, or that do not compute them.
     """
 
-    def __init__(self, prompt: Sequence[Stage], cuts: Mapping[int, Stage], hidden: list[bool], *, official: bool):
+    def __init__(
+        self,
+        prompt: Sequence[Stage],
+        cuts: Mapping[int, Stage],
+        hidden: list[bool],
+        frozen: Set[int],
+        *,
+        official: bool,
+    ) -> None:
         self.depth, self._hidden, self._official = len(hidden), hidden, official
         self._ahead = {self._look(layer) for stage in prompt for layer in needs_of(stage).decoder_ahead}
         self._taps: dict[int, set[str]] = {}
@@ -85,6 +94,11 @@ class DecoderReadings:
                     raise ConfigError(
                         f"layer={layer}: {stage.label} reads what layer {read} computes, where no visual token is; "
                         "cut later"
+                    )
+                if read in frozen and read < layer and stat != UNTURNED:
+                    raise ConfigError(
+                        f"layer={layer}: {stage.label} reads what layer {read} computes, which visual tokens pass as "
+                        "they are; cut elsewhere, or leave that layer out of those that freeze"
                     )
                 if stat == UNTURNED:
                     self._unturned.add(read)

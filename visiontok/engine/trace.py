@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -46,10 +47,16 @@ class Trace:
         """The recipe kept every token, and the call ran untouched."""
         self.steps = None
 
-    def finish(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
-        """The prefill is through; per layer the (B, N) mask of living tokens, the slots per row, and the masses."""
+    def finish(
+        self,
+        alive: list[torch.Tensor],
+        widths: list[int],
+        masses: list[torch.Tensor | None],
+        frozen: Mapping[int, int] | None = None,
+    ) -> None:
+        """The prefill is through; see :meth:`visiontok.ledger.TokenLedger.fill`."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths, masses)
+            self.ledger.fill(alive, widths, masses, frozen or {})
         self.clock.mark("finished")
 
     def note_step(self) -> None:

@@ -108,8 +108,11 @@ class Report:
         warnings = [adapter.notes] if adapter.notes else []
         if not ledger.dropped:
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
+            whole = any(s.method is not None and s.method.card.contract.whole_groups for s in recipe.stages)
             reason = (
-                "the budget is at least the number of visual tokens"
+                "images stay or go whole here, and the budget holds all of a prompt, or only one that stays in any case"
+                if budget and whole
+                else "the budget is at least the number of visual tokens"
                 if budget
                 else "the stages hide no visual token from any layer"
             )

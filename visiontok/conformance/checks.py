@@ -124,6 +124,11 @@ class Case:
             raise NotApplicable("it chooses no tokens, its layers fix what is dropped")
         return self.plain.asked
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether images of a prompt share one budget, and stay or go whole."""
+        return any(contract(method).whole_groups for method in self.selecting)
+
     def need_budget(self, keep: Budget) -> Recipe:
         """The recipe with another budget.
 
@@ -185,6 +190,9 @@ def budget(case: Case) -> None:
         if recipe.average is not None:
             _average(case, recipe, keep)
             continue
+        if case.whole_groups:
+            _of_prompts(case.run(recipe).report, keep)
+            continue
         for image in case.run(recipe).report.images:
             wanted, got = int(keep.counts([image.tokens])[0]), image.kept[-1]
             if got > wanted or got < (wanted if case.exact else 1):
@@ -239,7 +247,9 @@ def one_token(case: Case) -> None:
         inputs = zoo.batch(case.architecture, case.model, images=number)
         run = case.run(recipe, inputs)
         kept = [image.kept[-1] for image in run.report.images]
-        if kept != [1] * sum(number):
+        if case.whole_groups:
+            _of_prompts(run.report, Budget.tokens(1))
+        elif kept != [1] * sum(number):
             raise Failed(f"with keep=1 and {number} images per row it keeps {kept} tokens instead of one each")
         if not bool(run.logits[inputs["attention_mask"].bool()].isfinite().all()):
             raise Failed("with keep=1 the logits are not finite")
@@ -459,6 +469,19 @@ def _average(case: Case, recipe: Recipe, keep: Budget) -> None:
         if image.average > wanted or (case.exact and image.average <= wanted - 1):
             raise Failed(
                 f"asked for {wanted:g} tokens per image on layer average (keep={keep}) it keeps {image.average:g}"
+            )
+
+
+def _of_prompts(report: Report, keep: Budget) -> None:
+    """Of a prompt at most the shares of its images together, or one group that is larger, but never nothing."""
+    for row in {image.row for image in report.images}:
+        mine = [image for image in report.images if image.row == row]
+        wanted = int(keep.counts([image.tokens for image in mine]).sum())
+        kept = [image.kept[-1] for image in mine]
+        if not any(kept) or (sum(kept) > wanted and sum(map(bool, kept)) > 1):
+            raise Failed(
+                f"asked for keep={keep}, {wanted} tokens of a prompt, it keeps {kept} of its images: keep the best group, "
+                "and others while they fit"
             )
 
 

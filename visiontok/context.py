@@ -149,7 +149,7 @@ class Context:
         model_type: the model family, as its config names it.
         encoder_features: (U, N, E) projector inputs; merged patches are concatenated; None unless asked for.
         project: the projector in float32 or better, (..., E) → (..., D), every token for itself; None unless asked for.
-        final_norm: the norm behind the last decoder layer, (..., D) → (..., D), without gradients; None unless asked for.
+        final_norm: the norm behind the last decoder layer, (..., D) → (..., D), no gradients; None unless asked for.
         pixels: (U, N, 3, P) in 0 ... 1, the pixels each token was made of, of the first of two merged frames; 0 where a
             slot has no patch; None unless asked for.
         text_ids: (B, T) token ids of the whole prompt, or None if the caller gave embeddings.

@@ -315,7 +315,8 @@ class Stage:
             )
         if before and self.method is not None and not self.method.card.contract.keeps_some:
             raise ConfigError(
-                f"method={self.method.card.name!r}: it may drop images whole, which only a cut can do; use its own stages"
+                f"method={self.method.card.name!r}: it may drop images whole, which only a cut can do; use its "
+                "own stages"
             )
         if (self.layer is None) != before:
             raise ConfigError(

@@ -413,7 +413,7 @@ def against_oracle(
     if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log))
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log))
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
@@ -480,38 +480,36 @@ def _of_prompts(report: Report, keep: Budget) -> None:
         kept = [image.kept[-1] for image in mine]
         if not any(kept) or (sum(kept) > wanted and sum(map(bool, kept)) > 1):
             raise Failed(
-                f"asked for keep={keep}, {wanted} tokens of a prompt, it keeps {kept} of its images: keep the best group, "
-                "and others while they fit"
+                f"asked for keep={keep}, {wanted} tokens of a prompt, it keeps {kept} of its images: keep the best "
+                "group, and others while they fit"
             )
 
 
 def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
     """(B, N, D) embeddings that merging methods put into the prompt, NaN elsewhere; None if none did."""
-    units, merged = ledger.units, None
+    merged = None
     for asked in log:
         features = asked.answer.features
         if features is not None:
             if merged is None:
                 merged = features.new_full((*ledger.visual.shape, features.shape[-1]), torch.nan)
-            keep = asked.answer.keep & asked.context.valid
-            merged[units.row[:, None].expand_as(keep)[keep], units.slots[keep]] = features[keep]
+            keep, ctx = asked.answer.keep & asked.context.valid, asked.context
+            merged[ctx.row[:, None].expand_as(keep)[keep], ctx.place[keep]] = features[keep]
     return merged
 
 
-def _means(ledger: TokenLedger, log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
+def _means(log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
     """Per cut that merges: prompt row, position of a token, and positions of those whose mean it becomes."""
-    units = ledger.units
     means: dict[int, list[tuple[int, int, list[int]]]] = {}
     for asked in log:
-        into, layer = asked.answer.into, asked.context.layer
+        into, layer, place = asked.answer.into, asked.context.layer, asked.context.place
         if into is None or layer is None:
             continue
         found = means.setdefault(layer, [])
-        for u, row in enumerate(units.row.tolist()):
+        for u, row in enumerate(asked.context.row.tolist()):
             homes = torch.where(asked.context.valid[u], into[u], -1)
             for home in sorted(set(homes[homes >= 0].tolist())):
-                members = units.slots[u][homes == home].tolist()
-                found.append((row, int(units.slots[u, home]), members))
+                found.append((row, int(place[u, home]), place[u][homes == home].tolist()))
     return means
 
 

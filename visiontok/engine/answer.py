@@ -47,7 +47,9 @@ def answered(stage: Stage, ctx: Context, counts: Sequence[int]) -> Selection:
             f"{tuple(asked.features.shape)}"
         )
     if into is not None and (into.dtype != torch.long or into.shape != shape):
-        raise ConfigError(f"{stage.label}: Selection.into is {tuple(into.shape)} {into.dtype}; it must be long, {shape}")
+        raise ConfigError(
+            f"{stage.label}: Selection.into is {tuple(into.shape)} {into.dtype}; it must be long, {shape}"
+        )
     if asked is ctx:
         return selection
     index = torch.tensor(left, device=ctx.valid.device)

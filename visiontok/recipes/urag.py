@@ -102,16 +102,16 @@ class URaG(Method):
         official="Qwen2.5-VL 3B and 7B: layer 6, five pages, an MLP D-1024-512 with GELU behind the final norm. The "
         "question ends nine tokens before the prompt does. A page takes its vision start and end tokens with it. "
         "Layers below keep all keys; kept tokens keep their positions. Batch 1.",
-        bugs="Pages that score as the fifth one all stay, so that more than K remain (fidelity='official' does so, too).",
+        bugs="Pages that score as the fifth one all stay, so that more than K remain (so with fidelity='official').",
         trained="a retrieval head, trained with the model; name it by head=, the final norm alone stands in without",
         departures="Without head= it is urag[training_free], our own reconstruction: cosines of the states behind the "
-        "final norm. The published file format was not seen; ours is that of a torch Sequential. Exactly G pages, ties to "
-        "the first. A share or a number of tokens is of all pages of the prompt: the best ones that fit, at least one. "
+        "final norm. The published file format was not seen; ours is that of a torch Sequential. Exactly G pages, ties "
+        "to the first. A share or a number of tokens is of all pages of the prompt: the best that fit, at least one. "
         "Vision start and end tokens are text here and stay. The question is the text behind the last image without "
         "special tokens; tail=9 ends it where the code does. Pages of an earlier turn on the same cache are not asked "
         "again. of='frame' lets frames of a video compete.",
-        defaults="layer=6/28 of the depth, the official 6 on the 7B model; write layer=6 on the 3B model, of 36 layers. "
-        "groups=5 without keep.",
+        defaults="layer=6/28 of the depth, the official 6 on the 7B model; write layer=6 on the 3B model, of 36 "
+        "layers. groups=5 without keep.",
         cost="O(NTD), with a head O(N(D·1024 + 1024·512)); layers below the cut run in full",
         contract=Contract(
             count_from_grid=False,
@@ -185,8 +185,8 @@ class URaG(Method):
         left = (words & ctx.question_valid).any(1)
         if not bool(left[ctx.row].all()):
             raise ConfigError(
-                f"tail={self.tail}: no word of the question of a prompt is left to look for pages with; lower tail, or put "
-                "the question behind the last image"
+                f"tail={self.tail}: no word of the question of a prompt is left to look for pages with; lower tail, or "
+                "put the question behind the last image"
             )
         return words[ctx.row]
 

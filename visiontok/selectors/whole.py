@@ -9,7 +9,9 @@ from ..kernels.batching import mask, rows, unrow
 from .topk import rank
 
 
-def whole(scores: Tensor, sizes: Tensor, k: int | Tensor, most: int | None = None, valid: Tensor | None = None) -> Tensor:
+def whole(
+    scores: Tensor, sizes: Tensor, k: int | Tensor, most: int | None = None, valid: Tensor | None = None
+) -> Tensor:
     """Keep groups, best first: the first one in any case, and each other that fits into what is left of ``k`` tokens.
 
     Ties go to the lowest index, NaN ranks last.

@@ -20,10 +20,11 @@ from transformers import CLIPImageProcessor
 import visiontok
 import visiontok.functional as F
 from visiontok import Budget, Recipe, overlay
-from visiontok.conformance.checks import against_oracle
+from visiontok.conformance.checks import Case, against_oracle, rows
 from visiontok.conformance.zoo import BANNED, IMAGE, VIDEO, batch, build
 from visiontok.errors import ConfigError
 from visiontok.method import Stage
+from visiontok.recipes import find
 from visiontok.recipes.urag import URaG, urag
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -334,6 +335,13 @@ def test_a_later_cut_is_asked_about_what_is_left(method: str) -> None:
     assert sizes[CUT] == first
     share = LATER[method].get("shares")
     assert sizes[3] == [3 if share is None else int(n * share[0] + 0.5) for n in first]
+    rows(Case(recipe, name))  # which images are left, and at which index, differs between a batch and its rows
+
+
+@pytest.mark.engine
+def test_a_later_draw_is_that_of_the_image() -> None:
+    draw = Recipe(stages=(Stage(kind="cut", layer=3, method=find("random")(), keep=Budget.tokens(3)),))
+    rows(Case(visiontok.recipe("urag", layer=CUT, groups=1) + draw, "llava"))
 
 
 @pytest.mark.engine
@@ -342,6 +350,12 @@ def test_behind_a_cut_that_leaves_nothing_nobody_is_asked() -> None:
     recipe = visiontok.recipe("todre_exit", layer=CUT, threshold=1.0) + visiontok.recipe("fastv", layer=3, keep=3)
     alive, _ = against_oracle(model, inputs, recipe, BANNED)
     assert [int((mask & (inputs["input_ids"] == IMAGE)).sum()) for mask in alive] == [64, 64, 0, 0]
+
+
+def test_nobody_is_nearest_where_nothing_is_kept() -> None:
+    keep = torch.tensor([[True, False, True], [False, False, False]])
+    assert F.nearest_kept(normal(2, 3, 4), keep)[1].tolist() == [-1, -1, -1]
+    assert (F.nearest_kept(normal(2, 3, 4), keep)[0] >= 0).all()
 
 
 @pytest.mark.engine

@@ -137,6 +137,7 @@ class Context:
         features: (U, N, D).
         valid: (U, N) bool, candidates.
         count: (U,) long, how many to keep of each image.
+        budgeted: whether ``count`` is a budget; it is all there is otherwise.
         size: (U,) long, how many visual tokens each image had originally.
         grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
         has_grid: whether any of ``grid`` is known.
@@ -148,6 +149,7 @@ class Context:
         model_type: the model family, as its config names it.
         encoder_features: (U, N, E) projector inputs; merged patches are concatenated; None unless asked for.
         project: the projector in float32 or better, (..., E) → (..., D), every token for itself; None unless asked for.
+        final_norm: the norm behind the last decoder layer, (..., D) → (..., D), no gradients; None unless asked for.
         pixels: (U, N, 3, P) in 0 ... 1, the pixels each token was made of, of the first of two merged frames; 0 where a
             slot has no patch; None unless asked for.
         text_ids: (B, T) token ids of the whole prompt, or None if the caller gave embeddings.
@@ -170,6 +172,7 @@ class Context:
     features: torch.Tensor
     valid: torch.Tensor
     count: torch.Tensor
+    budgeted: bool
     size: torch.Tensor
     grid: torch.Tensor
     has_grid: bool
@@ -181,6 +184,7 @@ class Context:
     model_type: str
     encoder_features: torch.Tensor | None
     project: Callable[[torch.Tensor], torch.Tensor] | None
+    final_norm: Callable[[torch.Tensor], torch.Tensor] | None
     pixels: torch.Tensor | None
     text_ids: torch.Tensor | None
     text_features: torch.Tensor
@@ -212,6 +216,16 @@ class Context:
             raise ConfigError("ctx.before(): declare question=True in needs() of the method")
         row = self.row[:, None]
         return self.text_features[row, self.place], self.text_features[row, self.question_place[self.row]]
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """States (..., D) behind the norm that the language model has behind its last layer, without gradients.
+
+        Raises:
+            ConfigError: if the method's needs() does not declare it.
+        """
+        if self.final_norm is None:
+            raise ConfigError("ctx.normed(): declare final_norm=True in needs() of the method")
+        return self.final_norm(x)
 
     def need_grid(self) -> torch.Tensor:
         """``grid``, if it is known.

@@ -26,6 +26,7 @@ from .scorers.attention import (
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.heads import head_entropy
+from .scorers.interaction import late_interaction
 from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
@@ -54,6 +55,7 @@ from .selectors.suppress import suppress
 from .selectors.thinned import thinned
 from .selectors.topk import rank, topk
 from .selectors.uniform import uniform
+from .selectors.whole import whole
 from .selectors.widening import widening
 from .selectors.within import rank_within
 
@@ -83,6 +85,7 @@ __all__ = [
     "facility",
     "foreground",
     "head_entropy",
+    "late_interaction",
     "layer_average",
     "learned",
     "least_similar",
@@ -111,5 +114,6 @@ __all__ = [
     "uniqueness",
     "unmerge",
     "variation",
+    "whole",
     "widening",
 ]

@@ -73,6 +73,8 @@ class Contract:
         prefix_cacheable: what follows an image in the prompt does not matter in models of causal attention, so that the
             cache of a prefix that ends with it can be shared between questions; by default ``question_independent``.
         keeps_some: at least one token of every image stays; without, a cut may be an exit.
+        whole_groups: pictures, or frames, stay whole or go whole. The budget is one for all images of a prompt, and the
+            best group stays in any case.
     """
 
     count_from_grid: bool = True
@@ -81,6 +83,7 @@ class Contract:
     sync_free: bool = True
     order_free: bool = True
     keeps_some: bool = True
+    whole_groups: bool = False
     prefix_cacheable: bool | None = None
 
     def __post_init__(self) -> None:
@@ -148,6 +151,7 @@ class Needs:
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
         question: ``ctx.question_features`` and ``ctx.question_valid``.
+        final_norm: ``ctx.normed``.
     """
 
     vision_cls: tuple[Layer, ...] = ()
@@ -174,6 +178,7 @@ class Needs:
     projector: bool = False
     pixels: bool = False
     question: bool = False
+    final_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +313,11 @@ class Stage:
                 f"method={self.method.card.name!r}: it acts "
                 + ("behind" if self.kind == "pixel" else "before")
                 + f" the vision tower, which is no place for a {self.kind} stage"
+            )
+        if before and self.method is not None and not self.method.card.contract.keeps_some:
+            raise ConfigError(
+                f"method={self.method.card.name!r}: it may drop images whole, which only a cut can do; use its "
+                "own stages"
             )
         if (self.layer is None) != before:
             raise ConfigError(

@@ -9,6 +9,7 @@ import torch
 
 from .cost import Account, VisionInputs, account
 from .engine.probe import TAKE_BIAS
+from .method import Stage
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -109,7 +110,9 @@ class Report:
         except ValueError:
             digest = None
         warnings = [adapter.notes] if adapter.notes else []
-        if not ledger.dropped and ledger.computed() == ledger.tokens():
+        overdrawn = list(filter(None, (_overdrawn(stage, images) for stage in recipe.stages)))
+        warnings += overdrawn
+        if not ledger.dropped and ledger.computed() == ledger.tokens() and not overdrawn:
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
             reason = (
                 "the budget is at least the number of visual tokens"
@@ -195,6 +198,20 @@ def _requested(recipe: Recipe) -> str:
         return f"{recipe.average} on layer average"
     budgets = [str(s.keep) if s.keep is not None else "no budget" for s in recipe.stages if s.method is not None]
     return ", ".join(budgets) or "no budget"
+
+
+def _overdrawn(stage: Stage, images: tuple[ImageReport, ...]) -> str:
+    """What to say where pages stay whole and a single one is more than the budget of its prompt; empty otherwise."""
+    if stage.method is None or not stage.method.card.contract.whole_groups:
+        return ""
+    if stage.keep is None or stage.keep.kind not in ("tokens", "ratio"):
+        return ""
+    for row in {image.row for image in images}:
+        mine = [image for image in images if image.row == row]
+        wanted, kept = int(stage.keep.counts([i.tokens for i in mine]).sum()), sum(i.kept[-1] for i in mine)
+        if kept > wanted:
+            return f"prompt {row} keeps {kept} visual tokens instead of {wanted}: the best image, or frame, stays whole"
+    return ""
 
 
 def _joined(runs: list[VisionInputs]) -> VisionInputs:

@@ -124,6 +124,11 @@ class Case:
             raise NotApplicable("it chooses no tokens, its layers fix what is computed")
         return self.plain.asked
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether images of a prompt share one budget, and stay or go whole."""
+        return any(contract(method).whole_groups for method in self.selecting)
+
     def need_budget(self, keep: Budget) -> Recipe:
         """The recipe with another budget.
 
@@ -185,6 +190,9 @@ def budget(case: Case) -> None:
         if recipe.average is not None:
             _average(case, recipe, keep)
             continue
+        if case.whole_groups:
+            _of_prompts(case.run(recipe).report, keep)
+            continue
         for image in case.run(recipe).report.images:
             wanted, got = int(keep.counts([image.tokens])[0]), image.kept[-1]
             if got > wanted or got < (wanted if case.exact else 1):
@@ -240,7 +248,9 @@ def one_token(case: Case) -> None:
         inputs = zoo.batch(case.architecture, case.model, images=number)
         run = case.run(recipe, inputs)
         kept = [image.kept[-1] for image in run.report.images]
-        if kept != [1] * sum(number):
+        if case.whole_groups:
+            _of_prompts(run.report, Budget.tokens(1))
+        elif kept != [1] * sum(number):
             raise Failed(f"with keep=1 and {number} images per row it keeps {kept} tokens instead of one each")
         if not bool(run.logits[inputs["attention_mask"].bool()].isfinite().all()):
             raise Failed("with keep=1 the logits are not finite")
@@ -405,7 +415,7 @@ def against_oracle(
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
         frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(ledger, log), frozen)
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen)
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
@@ -464,33 +474,44 @@ def _average(case: Case, recipe: Recipe, keep: Budget) -> None:
             )
 
 
+def _of_prompts(report: Report, keep: Budget) -> None:
+    """Of a prompt at most the shares of its images together, or one group that is larger, but never nothing."""
+    for row in {image.row for image in report.images}:
+        mine = [image for image in report.images if image.row == row]
+        wanted = int(keep.counts([image.tokens for image in mine]).sum())
+        kept = [image.kept[-1] for image in mine]
+        if not any(kept) or (sum(kept) > wanted and sum(map(bool, kept)) > 1):
+            raise Failed(
+                f"asked for keep={keep}, {wanted} tokens of a prompt, it keeps {kept} of its images: keep the best "
+                "group, and others while they fit"
+            )
+
+
 def _merged(ledger: TokenLedger, log: Sequence[Asked]) -> torch.Tensor | None:
     """(B, N, D) embeddings that merging methods put into the prompt, NaN elsewhere; None if none did."""
-    units, merged = ledger.units, None
+    merged = None
     for asked in log:
         features = asked.answer.features
         if features is not None:
             if merged is None:
                 merged = features.new_full((*ledger.visual.shape, features.shape[-1]), torch.nan)
-            keep = asked.answer.keep & asked.context.valid
-            merged[units.row[:, None].expand_as(keep)[keep], units.slots[keep]] = features[keep]
+            keep, ctx = asked.answer.keep & asked.context.valid, asked.context
+            merged[ctx.row[:, None].expand_as(keep)[keep], ctx.place[keep]] = features[keep]
     return merged
 
 
-def _means(ledger: TokenLedger, log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
+def _means(log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
     """Per cut that merges: prompt row, position of a token, and positions of those whose mean it becomes."""
-    units = ledger.units
     means: dict[int, list[tuple[int, int, list[int]]]] = {}
     for asked in log:
-        into, layer = asked.answer.into, asked.context.layer
+        into, layer, place = asked.answer.into, asked.context.layer, asked.context.place
         if into is None or layer is None:
             continue
         found = means.setdefault(layer, [])
-        for u, row in enumerate(units.row.tolist()):
+        for u, row in enumerate(asked.context.row.tolist()):
             homes = torch.where(asked.context.valid[u], into[u], -1)
             for home in sorted(set(homes[homes >= 0].tolist())):
-                members = units.slots[u][homes == home].tolist()
-                found.append((row, int(units.slots[u, home]), members))
+                found.append((row, int(place[u, home]), place[u][homes == home].tolist()))
     return means
 
 

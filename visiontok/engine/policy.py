@@ -18,6 +18,7 @@ from ..cost import Load, decoder_flops, load_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
 from ..method import Mass, Selection, Stage, resolve_layer
+from .answer import answered
 from .call import Prefill, counted
 from .host import stops_host, upload
 from .pixels import Smaller
@@ -253,29 +254,27 @@ class StagePolicy:
 
         ``counts`` is how many of the tokens ``alive`` (B, N) of each image are to stay.
         That is where the budget is at least what is alive; for a method that may keep less than its budget, only where
-        it is everything there ever was.
+        it is everything there ever was. One that drops images whole may do so within any budget, and is always asked.
         """
         units = call.units
         valid = units.gather(alive[..., None])[..., 0] & units.valid
-        budgeted = stage.keep is not None or self.average is not None
-        most = call.counts if stage.method.card.contract.count_from_grid else units.sizes  # type: ignore[union-attr]
-        if budgeted and all(n >= known for n, known in zip(counts, most, strict=True)):
+        budgeted = self._budgeted(stage)
+        contract = stage.method.card.contract  # type: ignore[union-attr]
+        most = call.counts if contract.count_from_grid else units.sizes
+        enough = all(n >= known for n, known in zip(counts, most, strict=True))
+        if (budgeted and enough and not contract.whole_groups) or not any(call.counts):
             return None
         ctx = self._context(call, stage, layer, states, valid, counts)
         reserved = self._reserved(call, stage, ctx)
         whole, ctx = ctx, replace(ctx, valid=ctx.valid & ~reserved, count=ctx.count - reserved.sum(1))
-        answer = stage.method.select(ctx)  # type: ignore[union-attr]
-        selection = answer if isinstance(answer, Selection) else Selection(keep=answer)
+        selection = answered(stage, ctx, call.counts)
         keep, name = selection.keep, stage.label
-        if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != ctx.valid.shape:
-            found = f"{tuple(keep.shape)} {keep.dtype}" if torch.is_tensor(keep) else type(keep).__name__
-            raise ConfigError(f"{name}: select() returned {found}; it must return a bool mask {tuple(ctx.valid.shape)}")
         keep = keep.to(ctx.valid.device) & ctx.valid | reserved
         wanted = [min(n, known) for n, known in zip(counts, call.counts, strict=True)]
-        fixed = budgeted and self.fidelity == "fixed" and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
+        fixed = budgeted and self.fidelity == "fixed" and contract.count_from_grid
         found_counts = counted(keep, wanted if fixed else None)
         empty = any(known and not n for n, known in zip(found_counts, call.counts, strict=True))
-        if empty and stage.method.card.contract.keeps_some:  # type: ignore[union-attr]
+        if empty and contract.keeps_some:
             raise ConfigError(f"{name}: select() kept no token of an image; keep at least one, or use an exit stage")
         if fixed and stops_host(keep.device):
             call.promises.expect(
@@ -286,18 +285,8 @@ class StagePolicy:
                 ),
             )
         call.counts = found_counts
-        features = selection.features
-        if features is not None and features.shape != ctx.features.shape:
-            raise ConfigError(
-                f"{name}: Selection.features has shape {tuple(features.shape)}, expected {tuple(ctx.features.shape)}"
-            )
-        into = selection.into
+        features, into = selection.features, selection.into
         if into is not None:
-            if into.dtype != torch.long or into.shape != ctx.valid.shape:
-                raise ConfigError(
-                    f"{name}: Selection.into is {tuple(into.shape)} {into.dtype}; it must be long, "
-                    f"{tuple(ctx.valid.shape)}"
-                )
             into = torch.where(ctx.valid, into.to(keep.device), -1)
             lost = (into >= 0) & ~keep.gather(1, into.clamp(0, keep.shape[1] - 1))
             call.promises.expect(
@@ -359,6 +348,7 @@ class StagePolicy:
             features=features,
             valid=valid,
             count=upload(torch.tensor([min(n, m) for n, m in zip(counts, call.counts, strict=True)]), device),
+            budgeted=self._budgeted(stage),
             size=upload(torch.tensor(units.sizes), device),
             grid=units.grid,
             has_grid=units.has_grid,
@@ -370,6 +360,7 @@ class StagePolicy:
             model_type=self._model,
             encoder_features=encoder_features,
             project=project,
+            final_norm=self.decoder.final_norm if needs.final_norm else None,
             pixels=self.tower.pixels(call) if needs.pixels else None,
             text_ids=call.ids,
             text_features=call.embeds,
@@ -385,6 +376,9 @@ class StagePolicy:
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
         found = self.decoder.read(call, cut, stat, layer)
         return self.tower.read(call, stat, layer) if found is None else found
+
+    def _budgeted(self, stage: Stage) -> bool:
+        return stage.keep is not None or self.average is not None
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""

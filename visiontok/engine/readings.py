@@ -298,6 +298,15 @@ class DecoderReadings:
             pull = pull + units.gather(table) @ words.mT / table.shape[-1]
         return pull
 
+    @torch.no_grad()
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) → (..., D): the norm behind the last decoder layer."""
+        norm = getattr(getattr(self.adapter.base, self.adapter.text), "norm", None)
+        if not isinstance(norm, nn.Module):
+            raise UnsupportedError(f"{self._model}: its language model has no module named 'norm' behind its layers")
+        out: torch.Tensor = norm(x)
+        return out
+
 
 def _offsets(needs: Needs) -> dict[str, tuple[int, ...]]:
     """Decoder layers that are read, relative to the cut, per statistic and note."""

@@ -17,7 +17,7 @@ def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None, mo
 
     Args:
         features: (N, D) or (B, N, D).
-        keep: (N,) or (B, N) bool, at least one per row.
+        keep: (N,) or (B, N) bool; in a row that keeps nothing every token gets -1.
         valid: (N,) or (B, N) bool; other tokens get -1.
         most: the largest number of kept tokens of a row, where it is known; read from ``keep`` otherwise.
 
@@ -34,4 +34,5 @@ def nearest_kept(features: Tensor, keep: Tensor, valid: Tensor | None = None, mo
     front = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
     _, index = nearest(x, front, kept.gather(1, order)[:, None])
     place = order.gather(1, index.clamp_max(order.shape[1] - 1))
+    ok = ok & kept.any(-1, keepdim=True)
     return unrow(torch.where(ok, torch.where(kept, here, place), -1), features, 2)

@@ -586,7 +586,13 @@ def test_vtw_takes_no_budget() -> None:
         ("vscan", {"cut": 16 / 32}, 64, [96, 32]),
         ("hidrop", {}, 48, [87, 10, 5, 1]),
         ("hidrop", {"preset": 64}, 64, [215, 10, 5, 1]),
+        ("hidrop", {}, 64, [215, 10, 5, 1]),  # the layers are those of the 48-token preset
+        ("hidrop", {"preset": 80}, 80.03125, [453, 10, 5, 1]),
+        ("hidrop", {}, 118, [576, 88, 45, 9]),  # the first cut has all: 320 are left for 2, 2 and 6 layers, as 10:5:1
         ("pyramiddrop", {}, 270, [288, 144, 72]),
+        ("pyramiddrop", {}, 233.5, [230, 92, 36]),  # published with a ratio of 0.4
+        ("pyramiddrop", {}, 313, [345, 207, 124]),  # and of 0.6
+        ("pyramiddrop", {"shares": (0.5, 0.25, 0.25)}, 252, [216, 108, 108]),  # no powers: in proportion
         ("sparsevlm", {}, 206.53125, [309, 204, 113]),
     ],
 )

@@ -25,7 +25,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from .curves import (
     Exam,
     Sitting,
     append,
-    ask,
+    batches,
     check_same,
     measure,
     read,
@@ -57,7 +57,7 @@ from .curves import (
 from .model import load
 
 SHARES = (0.5, 0.35, 0.25, 0.11, 0.05)
-TURN_SHARES = (0.5, 0.35, 0.11)
+TURN_SHARES = (0.5, 0.11)
 PROMPT = ("visiontok", "cdpruner", "divprune", "idpruner", "hiprune", "visionzip", "random", "resize")
 VARIANTS = ("vscan cut=0.5", "vtw layer=1")
 """Methods that act inside the language model if asked to, and other layers where there is no budget."""
@@ -151,9 +151,38 @@ def _weighs(method: str) -> bool:
     return True  # its refusal is told once
 
 
-def measure_all(sitting: Sitting, entry: Entry) -> dict[str, Any]:
-    """What an entry's line says beyond its name."""
-    line = measure(sitting, entry.cell, ask_later if entry.cached else ask)
+class Seen(Sitting):
+    """A sitting whose prompts come with what the tower makes of their pictures, once for all cells."""
+
+    @cached_property
+    def batches(self) -> tuple[list[Any], list[int]]:
+        made, order = batches(self.processor, self.paper, self.size)
+        for inputs in made:
+            given = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw") if name in inputs}
+            with torch.inference_mode():
+                encoded = self.model.get_image_features(**given, return_dict=True)
+            inputs["mm_encoder_outputs"] = {"image": encoded}
+            given.pop("pixel_values")
+            inputs |= given  # the grid numbers the tokens
+        return made, order
+
+
+def blind_to_pixels(cell: Cell) -> bool:
+    """Whether a cell leaves alone what comes before the language model."""
+    if cell.method == STOCK:
+        return True
+    with contextlib.suppress(VisiontokError):
+        stages = cell.recipe.stages
+        needs = [asdict(stage.method.needs()) for stage in stages if stage.method]
+        reads = any(need[name] for need in needs for name in need if not name.startswith(("decoder", "question")))
+        return not reads and all(stage.kind not in ("pixel", "prompt") for stage in stages)
+    return False
+
+
+def measure_all(sitting: Sitting, seen: Sitting, entry: Entry) -> dict[str, Any]:
+    """What an entry's line says beyond its name; `seen` is the sitting for what is blind to pixels."""
+    fresh = seen if blind_to_pixels(entry.cell) else sitting
+    line = measure(sitting, entry.cell, ask_later) if entry.cached else measure(fresh, entry.cell)
     if "refused" not in line and entry.cell.method != STOCK:
         line |= costs(sitting, entry.cell)
     return line
@@ -306,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (papers[1], [replace(entry, cached=cached) for entry in turns for cached in (False, True)]),
         ]
         for paper, wanted in listed:
-            _sit(Sitting(model, processor, paper, options.batch), wanted, done, options.out, name, weights[name])
+            sittings = (kind(model, processor, paper, options.batch) for kind in (Sitting, Seen))
+            _sit(*sittings, wanted, done, options.out, name, weights[name])
 
 
 def default_methods(artefacts: Path) -> list[str]:
@@ -316,7 +346,13 @@ def default_methods(artefacts: Path) -> list[str]:
 
 
 def _sit(
-    sitting: Sitting, wanted: Sequence[Entry], done: dict[tuple[Any, ...], Any], out: Path, name: str, weights: str
+    sitting: Sitting,
+    seen: Sitting,
+    wanted: Sequence[Entry],
+    done: dict[tuple[Any, ...], Any],
+    out: Path,
+    name: str,
+    weights: str,
 ) -> None:
     """Measure what is not done, line by line."""
     paper = sitting.paper
@@ -326,7 +362,7 @@ def _sit(
     for number, entry in enumerate(missing, start=1):
         identity = {"model": name, "weights": weights, "exam": paper.digest}
         placed = {"share": entry.share, "cached": entry.cached}
-        line = {**identity, **asdict(entry.cell), **placed, **measure_all(sitting, entry)}
+        line = {**identity, **asdict(entry.cell), **placed, **measure_all(sitting, seen, entry)}
         if entry.cell.method == STOCK and entry.cached:
             fresh = done[replace(entry, cached=False).key(name, weights, paper.digest)]
             if line["answers"] != fresh["answers"]:

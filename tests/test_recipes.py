@@ -545,9 +545,10 @@ def test_a_wrong_type_is_named_with_the_right_one(name: str, options: dict[str, 
         visiontok.recipe(name, keep=3, **options)
 
 
-def test_no_option_has_the_name_of_an_argument_of_compress() -> None:
-    """It could not be given there, and the argument would be taken for it."""
+def test_no_option_has_a_name_that_is_taken() -> None:
+    """It could not be given there, and the argument would be taken for it; nor that of what every method has."""
     taken = set(inspect.signature(visiontok.compress).parameters) | set(inspect.signature(visiontok.recipe).parameters)
+    taken |= {name for name in vars(Method) if not name.startswith("__")}
     for card in visiontok.methods():
         assert not taken & {option.name for option in dataclasses.fields(find(card.name))}, card.name
 

@@ -363,7 +363,7 @@ class Method:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
         raise NotImplementedError
 
-    def spread(
+    def shared_out(
         self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
     ) -> list[int]:
         """How an average over all decoder layers is spent on the cuts of a method that alone selects.

@@ -555,7 +555,7 @@ class StagePolicy:
         cuts = [start] * len(self.prompt_stages) + sorted(self.cuts)
         own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._selecting]
         first, *others = (s.method for s in self._selecting)
-        spread = layer_average if any(type(m) is not type(first) for m in others) else first.spread  # type: ignore[union-attr]
+        spread = layer_average if any(type(m) is not type(first) for m in others) else first.shared_out  # type: ignore[union-attr]
         counts = spread(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
         return counts[self._selecting.index(stage)]
 

@@ -88,14 +88,14 @@ class HiDrop(Method):
             Stage(kind="exit", layer=self.exit),
         )
 
-    def spread(
+    def shared_out(
         self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
     ) -> list[int]:
         tail = [max(round(share * n), 1) for share in shape[1:]]
         counts = concave(n, average, cuts=cuts, tail=tail, **limits)
         if counts[0] < n or not tail:
             return counts
-        return [n, *super().spread(n, average, cuts=cuts[1:], shape=shape[1:], **limits)]
+        return [n, *super().shared_out(n, average, cuts=cuts[1:], shape=shape[1:], **limits)]
 
     def select(self, ctx: Context) -> Tensor:
         return topk(ctx.attention.last_row(0), ctx.count, ctx.valid)

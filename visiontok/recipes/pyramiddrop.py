@@ -61,11 +61,11 @@ class PyramidDrop(Method):
     def stages(self) -> tuple[Stage, ...]:
         return cuts(self, self.layers, self.shares)
 
-    def spread(
+    def shared_out(
         self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
     ) -> list[int]:
         if any(share != shape[0] ** i for i, share in enumerate(shape, 1)):
-            return super().spread(n, average, cuts=cuts, shape=shape, **limits)
+            return super().shared_out(n, average, cuts=cuts, shape=shape, **limits)
         return geometric(n, average, cuts=cuts, **limits)
 
     def select(self, ctx: Context) -> Tensor:

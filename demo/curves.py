@@ -124,14 +124,14 @@ class Cell:
     Attributes:
         method: registered name, with options behind it as in "idpruner scorer=norm balance=0.7"; or "stock" for the
             model as it is.
-        keep: share of the visual tokens.
+        keep: share of the visual tokens, or another budget as text, such as "layer_average:36".
         mass: mass attention, with its fields behind it as in "beta=1.2 merge=0.5"; without it, as the recipe says.
         positions: "original", or "compact": consecutive numbers over what is left.
         seed: of a stochastic method.
     """
 
     method: str = STOCK
-    keep: float | None = None
+    keep: float | str | None = None
     mass: bool | str = False
     positions: str = "original"
     seed: int | None = None
@@ -166,7 +166,7 @@ class Cell:
 
     def __str__(self) -> str:
         parts = [self.method]
-        parts += [] if self.keep is None else [f"{self.keep:g}"]
+        parts += [] if self.keep is None else [f"{self.keep:g}" if isinstance(self.keep, float) else self.keep]
         parts += [str(self.weighing)] * bool(self.mass) + ["compact"] * (self.positions == "compact")
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         return " ".join(parts)
@@ -193,18 +193,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def write_exam(split: str, questions: int) -> Exam:
+def write_exam(split: str, questions: int, turn: int | None = None) -> Exam:
     """Ask about the scenes of a split in order, one question of each kind, until there are as many of every kind.
 
     Args:
         split: as `visiontok.demo.measure.exam` knows them.
         questions: how many at least.
+        turn: of the conversations, ask only these, from 1.
     """
-    kinds = {one.question.kind for one in _questions(split, _LOOK)}
+    kinds = {one.question.kind for one in _questions(split, _LOOK, turn)}
     share = -(-questions // len(kinds))
     number: Counter[str] = Counter()
     chosen: list[Asked] = []
-    for _, about in itertools.groupby(_questions(split, _ENOUGH), lambda one: one.scene):
+    for _, about in itertools.groupby(_questions(split, _ENOUGH, turn), lambda one: one.scene):
         seen: set[str] = set()
         for one in about:
             kind = one.question.kind
@@ -217,8 +218,8 @@ def write_exam(split: str, questions: int) -> Exam:
     return Exam(split, tuple(chosen))
 
 
-def _questions(split: str, prompts: int) -> Iterator[Asked]:
-    """All questions about the first prompts of a split; a later turn follows the right answers to the earlier ones."""
+def _questions(split: str, prompts: int, turn: int | None = None) -> Iterator[Asked]:
+    """Questions about the first prompts of a split, all or of one turn; a later turn follows right answers."""
     scene = 0
     for sheet in exam(split, prompts):
         pictures = [Image.fromarray(pixels) for pixels in sheet.pixels.numpy()]
@@ -233,7 +234,8 @@ def _questions(split: str, prompts: int) -> Iterator[Asked]:
                 content = content if before else [{"type": "image"}] * len(images) + content
                 chat = (*before, {"role": "user", "content": content})
                 chats[number] = (*chat, {"role": "assistant", "content": question.answer})
-                yield Asked(images, chat, question, scene, place)
+                if turn is None or len(chat) == 2 * turn - 1:
+                    yield Asked(images, chat, question, scene, place)
             scene += 1
 
 
@@ -389,19 +391,26 @@ class Sitting:
         return list(picturewise.parts(self.processor, *zip(*sheets(self.paper), strict=True)))
 
 
-def measure(sitting: Sitting, cell: Cell) -> dict[str, Any]:
-    """What a cell's line says beyond its name."""
+def ask(sitting: Sitting, cell: Cell) -> tuple[list[str], str, float]:
+    """Ask every question with a prompt of its own; answers in the order of the exam, otherwise as `respond`."""
+    prompts, order = sitting.batches
+    words, label, tokens = respond(sitting.model, sitting.processor, prompts, cell)
+    return [word for _, word in sorted(zip(order, words, strict=True))], label, tokens
+
+
+def measure(
+    sitting: Sitting, cell: Cell, asking: Callable[[Sitting, Cell], tuple[list[str], str, float]] = ask
+) -> dict[str, Any]:
+    """What a cell's line says beyond its name; `asking` puts the questions where pictures do not share them."""
     model, paper = sitting.model, sitting.paper
     started = time.process_time()
     digest = None
     try:
         # Where nothing is dropped, the answers themselves are compared with those of the stock model.
-        if shares_pictures(cell) and cell.keep != 1.0:
+        if asking is ask and shares_pictures(cell) and cell.keep != 1.0:
             bits, label, tokens = respond_picturewise(model, sitting.parts, cell)
         else:
-            prompts, order = sitting.batches
-            words, label, tokens = respond(model, sitting.processor, prompts, cell)
-            answers = [word for _, word in sorted(zip(order, words, strict=True))]
+            answers, label, tokens = asking(sitting, cell)
             bits = np.array([said == one.question.answer for said, one in zip(answers, paper.asked, strict=True)])
             digest = hashlib.sha256("\n".join(answers).encode()).hexdigest()[:12]
     except VisiontokError as error:
@@ -445,12 +454,12 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
-def _check_same(path: Path, lines: Sequence[dict[str, Any]], models: dict[str, str], paper: Exam) -> None:
+def check_same(path: Path, lines: Sequence[dict[str, Any]], models: dict[str, str], paper: Exam) -> None:
     """Refuse to mix results of different weights or questions under one name."""
     for line in lines:
         if "exam" not in line:
@@ -499,9 +508,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _ = cell.weighing if cell == Cell() else (cell.recipe, cell.weighing)
     models = {folder.resolve().name: weights_digest(folder) for folder in options.folders}
     lines, paper = read(options.out), write_exam(options.split, options.questions)
-    _check_same(options.out, lines, models, paper)
+    check_same(options.out, lines, models, paper)
     if not any(line.get("split") and line["exam"] == paper.digest for line in lines):
-        _append(options.out, paper.line())
+        append(options.out, paper.line())
     keys = ("model", "weights", "exam", *Cell.__dataclass_fields__)
     done = {tuple(line[key] for key in keys): line for line in lines if "model" in line}
     for folder in options.folders:
@@ -525,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise RuntimeError(
                     f"{name}, {cell}: nothing is dropped, yet the answers are not those of the stock model"
                 )
-            _append(options.out, line)
+            append(options.out, line)
             done[key_of[cell]] = line
             left = (time.monotonic() - begun) / number * (len(missing) - number) / 60
             found = f"refused: {line['refused']}" if "refused" in line else _summary(line, len(paper.asked))

@@ -89,7 +89,7 @@ MAY_IMPORT = {
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "eval": API | {"package", "eval", "demo"},
-    "demo": API | {"package", "options", "demo"},
+    "demo": API | {"package", "options", "calibration", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {

@@ -545,9 +545,10 @@ def test_a_wrong_type_is_named_with_the_right_one(name: str, options: dict[str, 
         visiontok.recipe(name, keep=3, **options)
 
 
-def test_no_option_has_the_name_of_an_argument_of_compress() -> None:
-    """It could not be given there, and the argument would be taken for it."""
+def test_no_option_has_a_name_that_is_taken() -> None:
+    """It could not be given there, and the argument would be taken for it; nor that of what every method has."""
     taken = set(inspect.signature(visiontok.compress).parameters) | set(inspect.signature(visiontok.recipe).parameters)
+    taken |= {name for name in vars(Method) if not name.startswith("__")}
     for card in visiontok.methods():
         assert not taken & {option.name for option in dataclasses.fields(find(card.name))}, card.name
 
@@ -586,7 +587,13 @@ def test_vtw_takes_no_budget() -> None:
         ("vscan", {"cut": 16 / 32}, 64, [96, 32]),
         ("hidrop", {}, 48, [87, 10, 5, 1]),
         ("hidrop", {"preset": 64}, 64, [215, 10, 5, 1]),
+        ("hidrop", {}, 64, [215, 10, 5, 1]),  # the layers are those of the 48-token preset
+        ("hidrop", {"preset": 80}, 80.03125, [453, 10, 5, 1]),
+        ("hidrop", {}, 118, [576, 88, 45, 9]),  # the first cut has all: 320 are left for 2, 2 and 6 layers, as 10:5:1
         ("pyramiddrop", {}, 270, [288, 144, 72]),
+        ("pyramiddrop", {}, 233.5, [230, 92, 36]),  # published with a ratio of 0.4
+        ("pyramiddrop", {}, 313, [345, 207, 124]),  # and of 0.6
+        ("pyramiddrop", {"shares": (0.5, 0.25, 0.25)}, 252, [216, 108, 108]),  # no powers: in proportion
         ("sparsevlm", {}, 206.53125, [309, 204, 113]),
     ],
 )

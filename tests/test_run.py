@@ -315,6 +315,7 @@ def test_a_model_folder(photo: Path) -> None:
         (str, {"3": "3"}),
         (Literal["a", "b"] | None, {"a": "a", "none": None}),
         (int | None, {"4": 4, "none": None}),
+        (tuple[int | float, ...] | None, {"1,0.5": (1, 0.5), "3": (3,), "none": None}),
     ],
 )
 def test_options_are_read_as_the_type_of_their_field(hint: Any, values: dict[str, Any]) -> None:

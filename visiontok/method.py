@@ -7,7 +7,7 @@ that happens is a :class:`Stage`, and a list of stages is a :class:`visiontok.Re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -376,6 +376,28 @@ class Method:
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
         raise NotImplementedError
+
+    def shared_out(
+        self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
+    ) -> list[int]:
+        """How an average over all decoder layers is spent on the cuts of a method that alone selects.
+
+        Args:
+            n: visual tokens of the image.
+            average: wanted mean, in tokens per layer.
+            cuts: layers on whose input the set shrinks, ascending.
+            shape: share that each of them leaves by default; 1 where that is open.
+            **limits: ``depth``, ``start`` and ``stop`` of :func:`visiontok.allocators.layer_average`.
+
+        Returns:
+            One count per cut; by default in the proportion of ``shape``.
+
+        Raises:
+            ConfigError: if the average is too small.
+        """
+        from .allocators import layer_average
+
+        return layer_average(n, average, cuts=cuts, shape=shape, **limits)
 
     def picture(self, shape: tuple[int, int], count: int) -> tuple[int, int]:
         """Pixel methods: the size of the picture that the vision tower gets instead, in tokens.

@@ -27,7 +27,7 @@ def typed_options(method: type[Method], options: Mapping[str, str]) -> dict[str,
 
 
 def read_value(what: str, text: str, hint: Any) -> Any:
-    """``text`` as a value of the type ``hint``: a plain type, a Literal, None, or a union of these."""
+    """``text`` as a value of the type ``hint``: a plain type, a Literal, None, a tuple with commas, or a union."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices: dict[str, Any] = {}
     for member in members:
@@ -35,6 +35,9 @@ def read_value(what: str, text: str, hint: Any) -> Any:
         choices |= _WORDS.get(member, {})
     if text in choices:
         return choices[text]
+    for member in members:
+        if get_origin(member) is tuple and (text.strip() or None):
+            return tuple(read_value(what, part, get_args(member)[0]) for part in text.split(","))
     readers = [reader for reader in (int, float, str) if reader in members]  # the narrowest first
     for reader in readers:
         try:

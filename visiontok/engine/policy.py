@@ -433,7 +433,9 @@ class StagePolicy:
         start, stop = self.hidden.index(False), self.depth - self.hidden[::-1].index(False)
         cuts = [start] * len(self.prompt_stages) + sorted(self.cuts)
         own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._selecting]
-        counts = layer_average(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
+        first, *others = (s.method for s in self._selecting)
+        spread = layer_average if any(type(m) is not type(first) for m in others) else first.shared_out  # type: ignore[union-attr]
+        counts = spread(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
         return counts[self._selecting.index(stage)]
 
     def _generator(self, call: Prefill, unit: int) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..functional import topk
 from ..method import Card, Contract, Layer, Method, Needs, Stage
+from ..schedules import concave
 from ._cuts import cuts, listed
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ class HiDrop(Method):
         departures="Any number of images of any size, heads may share keys. Layers are fractions of the depth; cuts "
         "that meet in a shallow model are one. Differentiable top-k is visiontok.functional.soft_topk, in which the "
         "gradient reaches the scores. Trained within compress(), the row is the last one. A budget is the average over "
-        "all decoder layers.",
+        "all decoder layers: the shares behind the first cut stay, as in the presets, and it gets the rest; what "
+        "exceeds all tokens goes to the others.",
         defaults="preset=48, inject=8/32, exit=24/32.",
         cost="per cut: queries, keys and values of one layer again, O(ND²), and one attention row, O(HNd)",
         contract=Contract(question_independent=False, per_image=False),
@@ -84,6 +87,15 @@ class HiDrop(Method):
             *cuts(self, layers if self.layers is None else self.layers, shares),
             Stage(kind="exit", layer=self.exit),
         )
+
+    def shared_out(
+        self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
+    ) -> list[int]:
+        tail = [max(round(share * n), 1) for share in shape[1:]]
+        counts = concave(n, average, cuts=cuts, tail=tail, **limits)
+        if counts[0] < n or not tail:
+            return counts
+        return [n, *super().shared_out(n, average, cuts=cuts[1:], shape=shape[1:], **limits)]
 
     def select(self, ctx: Context) -> Tensor:
         return topk(ctx.attention.last_row(0), ctx.count, ctx.valid)

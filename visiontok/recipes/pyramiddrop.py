@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..functional import topk
 from ..method import Card, Contract, Layer, Method, Needs, Stage
+from ..schedules import geometric
 from ._cuts import cuts, listed
 
 if TYPE_CHECKING:
@@ -41,9 +43,9 @@ class PyramidDrop(Method):
         bugs="Queries and keys are multiplied head by head, which fails where heads share keys; one image per row; "
         "masks keep the old length behind a cut.",
         departures="Heads may share keys; any number of images, each with its own budget, rounded half up. Kept tokens "
-        "keep their positions; positions='compact' numbers them anew. Trained within "
-        "compress(), the row is the last one, too. A budget is the average over all decoder layers, shared out in the "
-        "proportion of shares.",
+        "keep their positions; positions='compact' numbers them anew. Trained within compress(), the row is the last "
+        "one, too. A budget is the average over all decoder layers, for which another ratio takes the place of 1/2; "
+        "shares that are no powers of one number keep their proportion.",
         defaults="layers=8/32, 16/32, 24/32 of the depth, shares=0.5, 0.25, 0.125, without keep.",
         cost="per cut: queries, keys and values of one layer again, O(ND²), and one attention row, O(HNd)",
         contract=Contract(question_independent=False, per_image=False),
@@ -58,6 +60,13 @@ class PyramidDrop(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         return cuts(self, self.layers, self.shares)
+
+    def shared_out(
+        self, n: int, average: float, *, cuts: Sequence[int], shape: Sequence[float], **limits: int
+    ) -> list[int]:
+        if any(share != shape[0] ** i for i, share in enumerate(shape, 1)):
+            return super().shared_out(n, average, cuts=cuts, shape=shape, **limits)
+        return geometric(n, average, cuts=cuts, **limits)
 
     def select(self, ctx: Context) -> Tensor:
         return topk(ctx.attention.last_row(0), ctx.count, ctx.valid)

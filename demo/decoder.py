@@ -341,8 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (papers[1], [replace(entry, cached=cached) for entry in turns for cached in (False, True)]),
         ]
         for paper, wanted in listed:
-            sittings = (kind(model, processor, paper, options.batch) for kind in (Sitting, Seen))
-            _sit(*sittings, wanted, done, options.out, name, weights[name])
+            one, seen = (kind(model, processor, paper, options.batch) for kind in (Sitting, Seen))
+            _sit(one, seen, wanted, done, options.out, name, weights[name])
 
 
 def default_methods(artefacts: Path) -> list[str]:

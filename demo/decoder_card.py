@@ -177,7 +177,7 @@ def _inside_against(measured: Stages, model: str) -> list[str]:
 def _mass(measured: Stages, model: str) -> list[str]:
     rows = []
     for method in measured.methods:
-        pairs = ([measured.at(model, method, share, mass) for mass in (True, False)] for share in measured.keeps)
+        pairs = ((measured.at(model, method, s, True), measured.at(model, method, s)) for s in measured.keeps)
         rows.append([measured.name(model, method), *(gain(*pair, measured.scene) for pair in pairs)])
     return _table("What `mass=True` adds (points):", measured, rows)
 

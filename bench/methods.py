@@ -34,7 +34,7 @@ STOCK = "stock"
 PARTS = ("first", "tower", "prefill", "decode")
 
 
-def recipe(name: str, average: float) -> Recipe | None:
+def recipe(name: str, keep: Budget) -> Recipe | None:
     """A registered method with the budget, if it takes one; None for the stock model.
 
     Raises:
@@ -43,10 +43,7 @@ def recipe(name: str, average: float) -> Recipe | None:
     if name == STOCK:
         return None
     made = visiontok.recipe(name)
-    stages = [stage.method for stage in made.stages if stage.method is not None]
-    if not any(method.card.budget for method in stages):
-        return made
-    return made.with_keep(Budget.layer_average(average))
+    return made.with_keep(keep) if visiontok.recipes.find(name).card.budget else made
 
 
 @torch.inference_mode()
@@ -105,6 +102,17 @@ def beside(model: T.LlavaModel, made: Recipe | None, text: int, steps: int, runs
     }
 
 
+def attempt(model: T.LlavaModel, name: str, average: int, **given: int) -> dict[str, Any]:
+    """`beside` for a method, or only "refused", why the toolkit does not run it."""
+    reasons = []
+    for keep in (Budget.layer_average(average), Budget.tokens(average)):
+        try:
+            return beside(model, recipe(name, keep), **given)
+        except VisiontokError as error:
+            reasons.append(" ".join(str(error).split()))
+    return {"refused": reasons[0]}
+
+
 def read(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The lines of a file, by method; a last one that was torn off does not count.
 
@@ -135,10 +143,7 @@ def run(
     if missing:
         measure(model, None, given["text"], 1)  # the first call is slower
     for number, name in enumerate(missing, start=1):
-        try:
-            found = beside(model, recipe(name, settings["average"]), **given)
-        except VisiontokError as error:
-            found = {"refused": " ".join(str(error).split())}
+        found = attempt(model, name, settings["average"], **given)
         done[name] = {"method": name, "settings": settings, "machine": machine(), **found}
         with path.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
@@ -162,11 +167,12 @@ def negatives(done: dict[str, dict[str, Any]]) -> list[str]:
     """What saves nothing, by what it does not save."""
     measured = {name: line for name, line in done.items() if name != STOCK and "refused" not in line}
     found = {
-        "No faster to the first token": [name for name, line in measured.items() if not faster(line, "first")],
-        "No faster in decoding": [name for name, line in measured.items() if not faster(line, "decode")],
-        "No smaller cache": [name for name, line in measured.items() if line["kv"] >= line["kv_stock"]],
+        "to the first token, not faster than stock in every round": lambda line: not faster(line, "first"),
+        "in decoding, not faster than stock in every round": lambda line: not faster(line, "decode"),
+        "cache no smaller": lambda line: line["kv"] >= line["kv_stock"],
     }
-    return [f"* {what} (in every round): {', '.join(names) or 'none'}." for what, names in found.items()]
+    named = {what: [name for name, line in measured.items() if holds(line)] for what, holds in found.items()}
+    return [f"* {what}: {', '.join(names) or 'none'}" for what, names in named.items()]
 
 
 def table(done: dict[str, dict[str, Any]], settings: dict[str, Any], command: str) -> str:
@@ -179,11 +185,12 @@ def table(done: dict[str, dict[str, Any]], settings: dict[str, Any], command: st
         "",
         f"* Command: `{command}`",
         f"* Machine: {last['machine']}",
-        f"* {settings['runs']} rounds, method and stock in turn, {settings['steps']} decode steps. CPU time of",
-        "  one thread. Ratios to stock are medians of those within a round, with the lowest and the highest; stock took",
-        f"  {statistics.median(stock):.2f} s to the first token." if stock else "  nothing was measured.",
-        "* The budget is an average over all decoder layers; methods that take none have their own. *First token* is",
-        "  tower and prefill with everything visiontok does in them. The cache is the memory that its tensors hold.",
+        "* {runs} rounds, method and stock in turn, {steps} decode steps each. CPU time of one".format(**settings),
+        "  thread. Ratios to stock are medians of those within a round, with the lowest and the highest; stock",
+        f"  took {statistics.median(stock):.2f} s to the first token." if stock else "  was not measured.",
+        "* The budget is an average over all decoder layers. Methods that take none have their own, and one whose cut",
+        "  is too deep for it keeps as many tokens behind the cut. *First token* is tower and prefill with everything",
+        "  visiontok does in them. The cache is the memory that its tensors hold.",
         "* Weights are random: what adapts to the picture or to attention may drop another number on a trained model.",
         "",
         "| method | acts | visual tokens¹ | FLOPs² | first token | tower | prefill | decode step | cache |",
@@ -198,7 +205,7 @@ def table(done: dict[str, dict[str, Any]], settings: dict[str, Any], command: st
             label = "stock again" if name == STOCK else line["label"]
             lines.append(f"| {' | '.join([label, acts, *tokens, *ratios, kept])} |")
     lines += ["", "¹ average over all decoder layers. ² of the decoder layers, to stock (`visiontok.cost`).", ""]
-    lines += negatives(done)
+    lines += ["What saves nothing:", "", *negatives(done)]
     refused = {name: line["refused"] for name, line in done.items() if "refused" in line}
     if refused:
         lines += ["", "Not measured:", "", *(f"* {name}: {why}" for name, why in refused.items())]

@@ -11,9 +11,8 @@ import visiontok._torchvision  # noqa: F401  # transformers imports torchvision
 # isort: split
 import json
 import math
-import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
@@ -26,10 +25,15 @@ import numpy as np
 from . import clips
 from .architectures import ARCHITECTURES
 from .curves import STOCK, Cell, from_hex, read, weights_digest
+from .markdown import estimate as _estimate
+from .markdown import gain as _gain
+from .markdown import percent as _percent
+from .markdown import prose as _prose
+from .markdown import table as _table
 from .measure import exam
 from .questions import KINDS, Question
 from .scenes import COLOR_NAMES, SHAPES, SIDE, seeds
-from .statistics import Estimate, accuracy, difference, kendall
+from .statistics import accuracy, difference, kendall
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -156,35 +160,6 @@ def render(weights: Path = WEIGHTS) -> dict[Path, str]:
     parts.append(_LIMITS)
     texts = {"README.md": parts, "pruning.md": tables, "search.md": search}
     return {weights.parent / name: "\n\n".join(text) + "\n" for name, text in texts.items()} | files
-
-
-# ------------------------------------------------------------------------------------------------------------- format
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _prose(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _percent(share: float, sign: str = "") -> str:
-    return format(round(100 * share, 1) + 0.0, f"{sign}.1f")  # + 0.0: no minus before a zero
-
-
-def _estimate(found: Estimate) -> str:
-    return f"{_percent(found.value)} [{_percent(found.low)}, {_percent(found.high)}]"
-
-
-def _gain(hits: np.ndarray | None, reference: np.ndarray | None, scene: np.ndarray) -> str:
-    """A paired difference in points; nothing where one side was not measured."""
-    if hits is None or reference is None:
-        return ""
-    found = difference(hits, reference, scene)
-    p = "p<0.001" if found.p < 0.001 else f"p={found.p:.3f}"
-    return f"{_percent(found.value, '+')} [{_percent(found.low, '+')}, {_percent(found.high, '+')}] {p}"
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -558,6 +533,7 @@ def _rankings(measured: Curves) -> list[str]:
     parts = [
         f"## Rankings, {measured.split}",
         "All accuracies under pruning, their differences and kinds of questions: [pruning.md](pruning.md).",
+        "Choosing inside the language model, at equal averages over its layers: [decoder.md](decoder.md).",
     ]
     rows = []
     for model in measured.models:

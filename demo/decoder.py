@@ -133,14 +133,16 @@ def entries(
                 if card.budget == (share is None) or (weighed and _weighs(method)):
                     continue
                 # Before the language model the average is what is kept, as in the curves, whose cells these are.
-                keep = f"layer_average:{count}" if count and (card.stage == "decoder" or _several(method)) else share
+                keep = share if share is None or _before(method) else f"layer_average:{count}"
                 seeds = SEEDS if card.stochastic else (None,)
                 found += [Entry(Cell(method, keep, weighed, seed=seed), share) for seed in seeds]
     return found
 
 
-def _several(method: str) -> bool:
-    return len(Cell(method).recipe.stages) > 1
+def _before(method: str) -> bool:
+    """Whether a method does nothing but keep so many tokens before the language model."""
+    cell = Cell(method)
+    return cell.card.stage != "decoder" and [s.kind for s in cell.recipe.stages] in (["prompt"], ["pixel"])
 
 
 def _weighs(method: str) -> bool:
@@ -181,8 +183,12 @@ def blind_to_pixels(cell: Cell) -> bool:
 
 def measure_all(sitting: Sitting, seen: Sitting, entry: Entry) -> dict[str, Any]:
     """What an entry's line says beyond its name; `seen` is the sitting for what is blind to pixels."""
-    fresh = seen if blind_to_pixels(entry.cell) else sitting
-    line = measure(sitting, entry.cell, ask_later) if entry.cached else measure(fresh, entry.cell)
+    if entry.cached:
+        line = measure(sitting, entry.cell, ask_later)
+    else:
+        line = measure(seen if blind_to_pixels(entry.cell) else sitting, entry.cell)
+        if "refused" in line:  # without pixels no method knows where a token lies
+            line = measure(sitting, entry.cell)
     if "refused" not in line and entry.cell.method != STOCK:
         line |= costs(sitting, entry.cell)
     return line
@@ -335,8 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (papers[1], [replace(entry, cached=cached) for entry in turns for cached in (False, True)]),
         ]
         for paper, wanted in listed:
-            sittings = (kind(model, processor, paper, options.batch) for kind in (Sitting, Seen))
-            _sit(*sittings, wanted, done, options.out, name, weights[name])
+            one, seen = (kind(model, processor, paper, options.batch) for kind in (Sitting, Seen))
+            _sit(one, seen, wanted, done, options.out, name, weights[name])
 
 
 def default_methods(artefacts: Path) -> list[str]:

@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
+import visiontok
 
 TINY = ["--layers", "2", "--hidden", "32", "--heads", "2", "--tower-layers", "3", "--tower-hidden", "32"]
 TINY += ["--image-size", "56", "--text", "6", "--keep", "4", "--runs", "2"]
@@ -22,7 +24,7 @@ def scripts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
         yield
-    for name in ("prefill", "overhead", "batches", "selection"):
+    for name in ("prefill", "overhead", "batches", "selection", "methods"):
         sys.modules.pop(name, None)
 
 
@@ -44,6 +46,11 @@ def batches() -> ModuleType:
 @pytest.fixture(scope="module")
 def selection() -> ModuleType:
     return importlib.import_module("selection")
+
+
+@pytest.fixture(scope="module")
+def methods() -> ModuleType:
+    return importlib.import_module("methods")
 
 
 def test_every_case_runs_at_the_length_it_names(prefill: ModuleType, tmp_path: Path) -> None:
@@ -214,3 +221,57 @@ def test_selection_check_fails_where_a_bar_is_missed(
 
     monkeypatch.setattr(selection, "measure", measured)
     assert selection.main(["--check", "--tokens", "2880"]) == code
+
+
+SMALL = ["--layers", "4", "--hidden", "32", "--heads", "2", "--tower-layers", "3", "--tower-hidden", "32"]
+SMALL += ["--image-size", "56", "--text", "6", "--average", "6", "--runs", "2", "--steps", "1"]
+
+
+def test_methods_are_measured_beside_stock_and_only_once(methods: ModuleType, tmp_path: Path) -> None:
+    """What a cache holds is what the report says that each layer keeps; what is out of reach keeps that many."""
+    out, lines = tmp_path / "methods.md", tmp_path / "methods.jsonl"
+    named = ["--methods", "divprune", "fastv", "sieve", "vtw"]
+    assert methods.main([*SMALL, *named, "--out", str(out)]) == 0
+    first = {line["method"]: line for line in map(json.loads, lines.read_text().splitlines())}
+    average = {name: line["average"] for name, line in first.items() if "average" in line}
+    assert average == {"divprune": 6, "fastv": (16 + 3 * 2) / 4, "sieve": (2 * 16 + 2 * 6) / 4, "vtw": 8}
+    for name, line in first.items():
+        slots = (average.get(name, 16) + 6 + 1) * 4  # all layers, after one decode step
+        assert line["kv"] == slots * 2 * 32 * 4
+        assert all(len(pairs) == 2 and min(map(min, pairs)) > 0 for pairs in line["seconds"].values())
+
+    lines.write_text(lines.read_text() + '{"method": "torn')
+    assert methods.main([*SMALL, *named, "grid", "--out", str(out)]) == 0
+    again = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["method"] for line in again] == [*first, "grid"]
+    assert {line["method"]: line for line in again} | first == {line["method"]: line for line in again}
+    with pytest.raises(SystemExit, match="give another file"):
+        methods.main([*SMALL, "--runs", "3", *named, "--out", str(out)])
+
+
+def test_all_registered_methods_are_measured(
+    methods: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(methods, "beside", lambda *_, **__: {"refused": "not here"})
+    methods.main([*SMALL, "--out", str(tmp_path / "methods.md")])
+    listed = [line.split(":")[0] for line in (tmp_path / "methods.md").read_text().splitlines()[-50:]]
+    assert {f"* {card.name}" for card in visiontok.methods()} <= set(listed)
+
+
+def test_a_view_counts_as_the_memory_that_it_holds(methods: ModuleType) -> None:
+    whole = torch.zeros(1, 2, 100, 4)
+    layers = [
+        SimpleNamespace(keys=whole[:, :, :3], values=whole[:, :, 3:5]),
+        SimpleNamespace(keys=whole.clone(), seen=3),
+    ]
+    assert methods.held(SimpleNamespace(layers=layers)) == 2 * whole.nbytes
+
+
+def test_what_saves_nothing_is_said(methods: ModuleType) -> None:
+    def line(ratios: list[float], kv: int) -> dict:
+        return {"seconds": {part: [[2.0, 2 * x] for x in ratios] for part in methods.PARTS}, "kv": kv, "kv_stock": 10}
+
+    done = {"stock": line([1.0, 1.0], 10), "fast": line([0.5, 0.9], 9), "once": line([0.5, 1.1], 10)}
+    assert methods.paired(done["fast"], "first") == pytest.approx(0.7)
+    assert [text.rpartition(": ")[2] for text in methods.negatives(done)] == ["once"] * 3
+    assert [text.rpartition(": ")[2] for text in methods.negatives({"fast": done["fast"]})] == ["none"] * 3

@@ -21,6 +21,7 @@ import pytest
 import test_cache
 import test_conformance
 import test_engine
+import test_freeze
 import test_generate
 import test_mass
 import test_mllama
@@ -39,6 +40,7 @@ from visiontok.engine.layout import Layout
 from visiontok.engine.masks import LayerMasks
 from visiontok.engine.policy import StagePolicy
 from visiontok.engine.readings import DecoderReadings
+from visiontok.engine.split import Rows, Split
 from visiontok.ledger import TokenLedger
 
 pytestmark = pytest.mark.engine
@@ -280,6 +282,60 @@ MUTANTS = [
         "key = self._kinds[index], first",
         "key = '', first",
         Probe(test_cache.test_windows_shorter_than_the_prompt, name="qwen2"),
+    ),
+    # ---- frozen tokens
+    Mutant(
+        "frozen and computed rows joined in the order in which they were made",
+        Rows.join,
+        "both.gather(2, self._place.to(both.device)[:, None, :, None].expand_as(both))",
+        "both",
+        oracle("llava", "freeze"),
+        oracle("gemma3", "freeze"),
+    ),
+    Mutant(
+        "text rows masked as if they stood first",
+        LayerMasks.rows,
+        "place = slots + past - offset",
+        "place = torch.arange(slots.shape[1]).expand_as(slots) + past - offset",
+        oracle("llava", "freeze"),
+    ),
+    Mutant(
+        "frozen tokens computed all the same",
+        Split.leave,
+        "hidden = self.rows.computed.scatter(self._x, hidden)",
+        "hidden = self.rows.computed.fill(hidden)",
+        oracle("llava", "freeze"),
+        oracle("qwen3_vl", "freeze"),
+    ),
+    Mutant(
+        "keys of frozen tokens at the positions of the text",
+        Attachment._split,
+        "self._gather_tokens(call, rows.frozen, frozen)\n        self._gather_tokens(call, rows.computed, kwargs)",
+        "self._gather_tokens(call, rows.computed, kwargs)\n        frozen.update((n, kwargs[n]) for n in kwargs)\n"
+        "        frozen['position_embeddings'] = tuple(e[:, -1:] for e in frozen['position_embeddings'])",
+        oracle("llava", "freeze"),
+        oracle("qwen2_5_vl", "freeze"),
+    ),
+    Mutant(
+        "window of frozen layers counted from the text",
+        LayerMasks.rows,
+        "place[..., None] - column < self.config.sliding_window",
+        "place[..., None] - column < slots.shape[1]",
+        Probe(test_freeze.test_windows_shorter_than_the_prompt, name="mistral", pad=0),
+    ),
+    Mutant(
+        "padding seen in frozen layers",
+        LayerMasks.rows,
+        "mask & seen[:, None, offset : offset + length]",
+        "mask",
+        oracle("llava", "freeze"),
+    ),
+    Mutant(
+        "frozen keys without gradient",
+        Split.attend,
+        "self.rows.join(a, b)",
+        "self.rows.join(a.detach(), b)",
+        Probe(test_training.test_loss_and_gradients_equal_the_oracle, name="llava", schedule="freeze"),
     ),
     # ---- positions
     Mutant(

@@ -30,6 +30,7 @@ from visiontok.recipes.divprune import DivPrune
 from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
+from visiontok.recipes.explain import Explain
 from visiontok.recipes.fastv import FastV
 from visiontok.recipes.feather import Feather
 from visiontok.recipes.fitprune import FitPrune
@@ -57,6 +58,7 @@ from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
 from visiontok.recipes.todre_exit import ToDREExit
 from visiontok.recipes.transprune import TransPrune
+from visiontok.recipes.urag import URaG
 from visiontok.recipes.v2drop import V2Drop
 from visiontok.recipes.visiontok import Visiontok
 from visiontok.recipes.visionzip import VisionZip
@@ -142,6 +144,7 @@ METHODS: list[Method] = [
     GemFilter(),
     FitPrune(layers=(3,), shares=(0.5,)),
     EntropyPrune(of="states"),
+    Explain(),
 ]
 
 
@@ -194,7 +197,7 @@ def context(
     def read(stat: str, layer: float) -> Tensor:
         if stat == "cls" and not has_cls:
             raise UnsupportedError("no CLS")
-        found = values(stat, layer, 3) if stat == "rotary_pull" else scores[stat, layer]
+        found = values(stat, layer, 3) if stat in ("rotary_pull", "relevance") else scores[stat, layer]
         return found[units, :width]
 
     empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Context))
@@ -497,6 +500,10 @@ def test_only_what_is_read_is_asked_for() -> None:
             for cls in (V2Drop, TransPrune, FitPrune)
         ),
         (GemFilter, {"width": 4}, "width=4: an odd number"),
+        (Explain, {"scores": [[]]}, r"scores=\[\[\]\]: give finite numbers"),
+        (URaG, {"groups": 0}, "groups=0: at least 1"),
+        (URaG, {"of": "page"}, "of='page': use 'image' or 'frame'"),
+        (URaG, {"tail": -1}, "tail=-1: a number of tokens"),
         (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
         (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares lie in"),
         (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares lie in"),

@@ -120,6 +120,11 @@ class Report:
         kernel = str(getattr(base, adapter.text).config._attn_implementation)
         if kernel not in TAKE_BIAS and any(s.mass is not None and s.mass.beta for s in recipe.stages):
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
+        if trace.explained:
+            warnings.append(
+                "the language model ran forward and backward once more before tokens were chosen, which is not "
+                "counted: an oracle to compare with, which saves nothing"
+            )
         if trace.chunk:
             warnings.append("the prefill came in chunks: this is the report of the last one with an image")
         if not trace.encoders:

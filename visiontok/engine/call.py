@@ -50,6 +50,7 @@ class Prefill:
             visual tokens have none.
         ahead: looks ahead to a decoder layer of the stock model, (B, N) products of the last prompt token's query with
             the keys; None where that cannot be done.
+        rests: (B, N) what the stock model's next token rests on; None where that cannot be asked.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
@@ -91,6 +92,7 @@ class Prefill:
         self.counts: list[int] = units.sizes
         self.positions: Callable[[], torch.Tensor] | None = None
         self.ahead: Callable[[int, Prefill], torch.Tensor] | None = None
+        self.rests: Callable[[Prefill], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.promises: Promises = trace.promises

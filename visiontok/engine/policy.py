@@ -36,7 +36,8 @@ from .call import Prefill, counted
 from .host import stops_host, upload
 from .observe import HEADS, heads, turned, visual, watch_modules
 from .pixels import Smaller
-from .probe import Tap, attention_modules
+from .probe import Tap, attention_modules, visible_keys
+from .relevance import note
 from .rotary import rotary_tables
 from .vision import BeforeTower, Encoded, current_record
 
@@ -207,6 +208,9 @@ class StagePolicy:
                 attachment.add(Tap(self._attention(attachment, layer), sink))
         for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
             attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
+        if any(_needs(stage).relevance for stage in self.prompt_stages):
+            for index in range(self.depth):
+                attachment.add(Tap(self._attention(attachment, index), None, functools.partial(note, index)))
         wanted: dict[int, set[str]] = {}
         tower = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         for stage in (*self.prompt_stages, *self.cuts.values()):
@@ -626,6 +630,8 @@ class StagePolicy:
             return rows.unflatten(-1, found.shape[2:]) if found.ndim > 2 else rows[..., 0]
         if stat == "ahead":
             return self._looked(call, cut, self._ahead(layer))
+        if stat == "relevance":
+            return self._rests(call, cut)
         if stat in _NOTED or stat == "transition":
             layers = [] if cut is None else self._since(layer, cut) if stat == "transition" else [cut + int(layer)]
             notes = [call.notes[stat, i] for i in layers if (stat, i) in call.notes]
@@ -661,6 +667,23 @@ class StagePolicy:
             call.trace.ahead.append(layer)
             call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
         return call.notes["ahead", layer]
+
+    def _rests(self, call: Prefill, cut: int | None) -> torch.Tensor:
+        """(U, N) how much the stock model's next token rests on each visual token."""
+        if cut is not None or not any(_needs(stage).relevance for stage in self.prompt_stages):
+            raise ConfigError(
+                "attention.relevance(): declare relevance=True in needs() of the method, in a prompt stage"
+            )
+        if call.rests is None:
+            raise UnsupportedError(
+                f"{self._model}: relevance needs the hooks of compress(), a DynamicCache and visual tokens in the "
+                "prompt; leave out cache_implementation and prefill_chunk_size, call generate() within compress(), or "
+                "give the method scores of visiontok.explain()"
+            )
+        if ("relevance", 0) not in call.notes:
+            call.trace.explained = True
+            call.notes["relevance", 0] = call.units.gather(call.rests(call)[..., None])[..., 0]
+        return call.notes["relevance", 0]
 
     def _pull(self, call: Prefill) -> torch.Tensor:
         """(U, N, Q) mean cosine between the rotary angles of visual tokens and words."""
@@ -836,7 +859,7 @@ class StagePolicy:
         """Note the statistics of the queries (B, H, M, d) and keys (B, G, K, d) of the slots of ``layer``."""
         layout = call.layouts[layer]
         used = self._slots_in_use(call, layer, q)
-        visible = _visible(mask, q, k, call.entry_valid if layout is None else layout.valid)
+        visible = visible_keys(mask, q, k, call.entry_valid if layout is None else layout.valid)
         row = torch.arange(q.shape[0], device=q.device)[:, None]
         for stat in stats:
             if stat == "last_row":
@@ -976,21 +999,6 @@ def _segments(
     if valid is not None and bool(valid.all()):
         valid = None
     return [(q[:, :, a:b], k[:, :, a:b], None if valid is None else valid[:, a:b]) for a, b in pairwise(borders)]
-
-
-def _visible(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
-    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return allowed & mask[:, None, :columns].bool()
-    if valid is not None:
-        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
-        return allowed & seen[:, None]
-    return allowed.expand(batch, rows, columns)
 
 
 def _last(used: torch.Tensor) -> torch.Tensor:

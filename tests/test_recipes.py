@@ -215,6 +215,8 @@ def context(
             "text_features": torch.randn(3, 33, 8, generator=g),
             "question_place": 30 + torch.arange(3).expand(3, 3),
             "encoder_features": encoder[units, :width],
+            "text_valid": torch.arange(33).expand(3, 33) >= 30,
+            "final_norm": lambda x: x,
             "project": lambda x: (x @ projector.to(x)).tanh(),
             "pixels": pixels[units, :width],
             "question_features": torch.randn(3, 3, 8, generator=g),
@@ -355,6 +357,8 @@ WORDS = {
     "decoder_text_peaks": "peaks of attention from the text",
     "decoder_ahead": "looked ahead at",
     "decoder_transition": "inputs and outputs of modules",
+    "relevance": "attention and its gradient in every decoder layer",
+    "final_norm": "final norm",
     "encoder_features": "projector inputs",
     "projector": "the projector",
     "pixels": "pixels",
@@ -385,6 +389,8 @@ def test_what_a_card_needs_is_what_its_method_reads(card: Card) -> None:
             needs = dataclasses.asdict(method.needs())
             told |= {name for name, value in needs.items() if value}
             ctx = context(method, has_cls=tower.has_cls)
+            if isinstance(method, URaG):  # it refuses prompts without a question
+                ctx = dataclasses.replace(ctx, question_valid=torch.ones(3, 3, dtype=torch.bool))
             watched = Watched(**{f.name: getattr(ctx, f.name) for f in dataclasses.fields(ctx)})
             method.select(watched)
             told |= watched.__dict__.get("read", set())

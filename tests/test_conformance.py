@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prumerge_plus, adaptive": ("prumerge_plus", {"adaptive": True}),
     "vscan, small windows": ("vscan", {"window": 2}),
     "vscan, both stages": ("vscan", {"cut": 0.5}),
-    "urag, one page": ("urag", {"groups": 1, "layer": 2}),
+    "urag, late": ("urag", {"layer": 2}),
     "urag, frames": ("urag", {"of": "frame", "tail": 2}),
     "todre_exit, at once": ("todre_exit", {"threshold": 1.0}),
     "sparsevlm, one cut": ("sparsevlm", {"layers": (2,), "shares": (0.5,)}),

@@ -43,6 +43,7 @@ LAYERS = {
     "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
+    "visiontok.rollout": "api",
     "visiontok.run": "run",
     "visiontok.cli": "cli",
     "visiontok.doctor": "doctor",

@@ -30,6 +30,7 @@ from visiontok.recipes.divprune import DivPrune
 from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
+from visiontok.recipes.explain import Explain
 from visiontok.recipes.fastv import FastV
 from visiontok.recipes.feather import Feather
 from visiontok.recipes.fitprune import FitPrune
@@ -57,6 +58,7 @@ from visiontok.recipes.textmonkey import TextMonkey
 from visiontok.recipes.todre import ToDRE
 from visiontok.recipes.todre_exit import ToDREExit
 from visiontok.recipes.transprune import TransPrune
+from visiontok.recipes.urag import URaG
 from visiontok.recipes.v2drop import V2Drop
 from visiontok.recipes.visiontok import Visiontok
 from visiontok.recipes.visionzip import VisionZip
@@ -142,6 +144,7 @@ METHODS: list[Method] = [
     GemFilter(),
     FitPrune(layers=(3,), shares=(0.5,)),
     EntropyPrune(of="states"),
+    Explain(),
 ]
 
 
@@ -194,7 +197,7 @@ def context(
     def read(stat: str, layer: float) -> Tensor:
         if stat == "cls" and not has_cls:
             raise UnsupportedError("no CLS")
-        found = values(stat, layer, 3) if stat == "rotary_pull" else scores[stat, layer]
+        found = values(stat, layer, 3) if stat in ("rotary_pull", "relevance") else scores[stat, layer]
         return found[units, :width]
 
     empty: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Context))
@@ -212,6 +215,8 @@ def context(
             "text_features": torch.randn(3, 33, 8, generator=g),
             "question_place": 30 + torch.arange(3).expand(3, 3),
             "encoder_features": encoder[units, :width],
+            "text_valid": torch.arange(33).expand(3, 33) >= 30,
+            "final_norm": lambda x: x,
             "project": lambda x: (x @ projector.to(x)).tanh(),
             "pixels": pixels[units, :width],
             "question_features": torch.randn(3, 3, 8, generator=g),
@@ -352,6 +357,8 @@ WORDS = {
     "decoder_text_peaks": "peaks of attention from the text",
     "decoder_ahead": "looked ahead at",
     "decoder_transition": "inputs and outputs of modules",
+    "relevance": "attention and its gradient in every decoder layer",
+    "final_norm": "final norm",
     "encoder_features": "projector inputs",
     "projector": "the projector",
     "pixels": "pixels",
@@ -382,6 +389,8 @@ def test_what_a_card_needs_is_what_its_method_reads(card: Card) -> None:
             needs = dataclasses.asdict(method.needs())
             told |= {name for name, value in needs.items() if value}
             ctx = context(method, has_cls=tower.has_cls)
+            if isinstance(method, URaG):  # it refuses prompts without a question
+                ctx = dataclasses.replace(ctx, question_valid=torch.ones(3, 3, dtype=torch.bool))
             watched = Watched(**{f.name: getattr(ctx, f.name) for f in dataclasses.fields(ctx)})
             method.select(watched)
             told |= watched.__dict__.get("read", set())
@@ -497,6 +506,10 @@ def test_only_what_is_read_is_asked_for() -> None:
             for cls in (V2Drop, TransPrune, FitPrune)
         ),
         (GemFilter, {"width": 4}, "width=4: an odd number"),
+        (Explain, {"scores": [[]]}, r"scores=\[\[\]\]: give finite numbers"),
+        (URaG, {"groups": 0}, "groups=0: at least 1"),
+        (URaG, {"of": "page"}, "of='page': use 'image' or 'frame'"),
+        (URaG, {"tail": -1}, "tail=-1: a number of tokens"),
         (EntropyPrune, {"of": "heads"}, "of='heads': use 'queries'"),
         (V2Drop, {"shares": (0.5, 0.6, 0.1)}, "shares=.*: shares lie in"),
         (TransPrune, {"layers": [3], "shares": [1.5]}, "shares=.*: shares lie in"),

@@ -67,6 +67,7 @@ LAYERS = {
     "feather": [144, 54, 5, 5],
     "hidrop": [0, 3, 1, 0],
     "aim": [36, 36, 9, 0],
+    "urag": [144, 144, 144, 144],  # the only page
     "todre_exit": [144, 144, 144, 144],  # random weights look everywhere
     "vtw": [144, 144, 0, 0],
     "shortv": [144] * 4,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from visiontok.method import Card, Contract, Mass, Method, Needs, Selection, Stage
     from visiontok.recipe import Recipe, recipe
     from visiontok.recipes import methods
+    from visiontok.rollout import explain
 
     __version__: str
 
@@ -41,6 +42,7 @@ __all__ = [
     "compress_inputs",
     "demo",
     "errors",
+    "explain",
     "functional",
     "methods",
     "recipe",
@@ -62,6 +64,7 @@ _SOURCES = {
     "attached": "visiontok.api",
     "compress": "visiontok.api",
     "compress_inputs": "visiontok.api",
+    "explain": "visiontok.rollout",
     "methods": "visiontok.recipes",
     "recipe": "visiontok.recipe",
 }

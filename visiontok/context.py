@@ -116,6 +116,12 @@ class Attention:
         a fraction of the depth) of the stock model: scaled products of its query with the keys."""
         return self._read("ahead", layer)
 
+    def relevance(self, offset: int = 0) -> torch.Tensor:
+        """Before the language model: how much the token that the stock model would say next rests on each visual token,
+        by a rollout of attention and its gradient over all decoder layers (:func:`visiontok.functional.relevance`), for
+        which the language model runs forward and backward. There is no other than ``offset`` 0."""
+        return self._read("relevance", offset)
+
     def transition(self, since: int | float) -> torch.Tensor:
         """What attention and MLP do to each token, summed over the decoder layers from ``since`` (an index, or a
         fraction of the depth) to the one just before the cut: :func:`visiontok.functional.transition` among the tokens

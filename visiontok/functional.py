@@ -30,6 +30,7 @@ from .scorers.interaction import late_interaction
 from .scorers.learned import learned
 from .scorers.minmax import minmax
 from .scorers.norm import norm
+from .scorers.relevance import relevance
 from .scorers.residual import centred, foreground, residual
 from .scorers.sensitivity import sensitivity
 from .scorers.spectrum import effective_rank
@@ -102,6 +103,7 @@ __all__ = [
     "quota",
     "rank",
     "rank_within",
+    "relevance",
     "residual",
     "sensitivity",
     "soft_topk",

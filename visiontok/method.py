@@ -147,6 +147,7 @@ class Needs:
         decoder_transition: decoder layers, indices or fractions of the depth, from which ``ctx.attention.transition``
             sums up to the one just before the cut.
         decoder_ahead: decoder layers, indices or fractions of the depth, for ``ctx.attention.ahead`` in a prompt stage.
+        relevance: ``ctx.attention.relevance`` in a prompt stage.
         encoder_features: ``ctx.encoder_features``.
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
@@ -174,6 +175,7 @@ class Needs:
     decoder_values: tuple[int, ...] = ()
     decoder_transition: tuple[Layer, ...] = ()
     decoder_ahead: tuple[Layer, ...] = ()
+    relevance: bool = False
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False

@@ -125,6 +125,11 @@ class Report:
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
         if kernel not in TAKE_BIAS and ledger.computed() != ledger.tokens():
             warnings.append(f"layers that visual tokens pass frozen run sdpa instead of {kernel}")
+        if trace.explained:
+            warnings.append(
+                "the language model ran forward and backward once more before tokens were chosen, which is not "
+                "counted: an oracle to compare with, which saves nothing"
+            )
         if trace.chunk:
             warnings.append("the prefill came in chunks: this is the report of the last one with an image")
         if not trace.encoders:

@@ -34,6 +34,7 @@ from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
 from .prompt import run_prompt_stages
+from .relevance import next_token
 from .renumber import Renumber
 from .split import Rows, Split
 from .trace import Trace, Traces
@@ -128,7 +129,7 @@ class Attachment:
         force: bool = False,
     ) -> None:
         self.adapter, self.policy, self.serves, self.force = adapter, policy, serves, force
-        self.base = adapter.base
+        self.base, self.outer = adapter.base, outer
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
         touched = [*policy.changes, *policy.frozen, *(() if policy.biased is None else (policy.biased,))]
@@ -326,6 +327,7 @@ class Attachment:
             attended=attended,
             positions=functools.partial(self._positions, kwargs.get("position_ids"), mask_2d, x, past),
             ahead=functools.partial(self._look_ahead, module, dict(kwargs)),
+            rests=functools.partial(self._explain, module, dict(kwargs)),
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and not self.policy.frozen and embeds is x
@@ -344,6 +346,12 @@ class Attachment:
     def _look_ahead(module: nn.Module, kwargs: dict[str, Any], layer: int, call: Prefill) -> torch.Tensor:
         with bypass():
             return look_ahead(module, layer, kwargs, call)
+
+    def _explain(self, module: nn.Module, kwargs: dict[str, Any], call: Prefill) -> torch.Tensor:
+        outer: list[Any] = [m for m in self.outer if hasattr(m, "get_output_embeddings")]
+        head = outer[0].get_output_embeddings() if outer else None
+        with bypass():
+            return next_token(module, head, kwargs, call)
 
     @staticmethod
     def _is_chunk(encoded: Any, records: list[Encoded]) -> bool:

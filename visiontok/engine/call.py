@@ -55,6 +55,7 @@ class Prefill:
         numbers: (B or 1, N) long, the positions that the stock language model would turn queries and keys by.
         ahead: looks ahead to a decoder layer of the stock model, (B, N) products of the last prompt token's query with
             the keys; None where that cannot be done.
+        rests: (B, N) what the stock model's next token rests on; None where that cannot be asked.
         mass: (U, N) float, how many original tokens each token stands for; None while each stands for itself.
         bias: (B, N) float, what mass adds to the attention logits of each key; None for nothing.
         alive: per decoder layer the (B, N) bool mask of tokens it holds, filled as layers run.
@@ -99,6 +100,7 @@ class Prefill:
         self.positions: Callable[[], torch.Tensor] | None = None
         self.numbers: torch.Tensor
         self.ahead: Callable[[int, Prefill], torch.Tensor] | None = None
+        self.rests: Callable[[Prefill], torch.Tensor] | None = None
         self.mass: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.promises: Promises = trace.promises

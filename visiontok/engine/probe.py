@@ -50,7 +50,16 @@ def _tapped_attention(
         name = "sdpa"  # only a bias per key leads to such a mask here
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return kernel(module, query, key, value, attention_mask, **kwargs)
+    out = kernel(module, query, key, value, attention_mask, **kwargs)
+    for tap in taps:
+        if tap.behind is not None:
+            out = _behind(tap.behind, query, key, value, attention_mask, kwargs, out)
+    return out
+
+
+@torch.compiler.disable
+def _behind(change: Callable[..., Any], *seen: Any) -> Any:
+    return change(*seen)
 
 
 @torch.compiler.disable
@@ -166,10 +175,12 @@ class Tap:
         module: attention module that dispatches through ``ALL_ATTENTION_FUNCTIONS``.
         sink: called as ``sink(call, query, key, value, attention_mask, kwargs)`` with query (B, H, Q, d), key and value
             (B, Hkv, K, d); must be picklable. None only lets the module take a bias per key.
+        behind: called as ``behind(query, key, value, attention_mask, kwargs, output)``, with gradients; returns the
+            output that goes on.
     """
 
-    def __init__(self, module: Any, sink: Sink | None) -> None:
-        self.module, self.sink = module, sink
+    def __init__(self, module: Any, sink: Sink | None, behind: Callable[..., Any] | None = None) -> None:
+        self.module, self.sink, self.behind = module, sink, behind
         config, taps = module.__dict__.get(_TAPS) or (module.config, ())
         module.__dict__[_TAPS] = (config, (*taps, self))
         if not taps:
@@ -191,3 +202,18 @@ class Tap:
 def attention_modules(tower: nn.Module) -> list[nn.Module]:
     """The attention modules of a stack, in layer order."""
     return [m for m in tower.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
+
+
+def visible_keys(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
+    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
+    if torch.is_tensor(mask) and mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
+    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        return allowed & mask[:, None, :columns].bool()
+    if valid is not None:
+        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
+        return allowed & seen[:, None]
+    return allowed.expand(batch, rows, columns)

@@ -33,6 +33,7 @@ def run_prompt_stages(
     attended: torch.Tensor,
     positions: Callable[[], torch.Tensor],
     ahead: Callable[[int, Prefill], torch.Tensor] | None = None,
+    rests: Callable[[Prefill], torch.Tensor] | None = None,
 ) -> tuple[Prefill, torch.Tensor | None, torch.Tensor]:
     """Ask the methods before the language model.
 
@@ -47,6 +48,7 @@ def run_prompt_stages(
         attended: (B, N) bool on the host, positions that are not padding.
         positions: makes the positions of the prompt in the language model, (…, B, N) long.
         ahead: looks ahead to a decoder layer; None if that cannot be done.
+        rests: says what the next token rests on; None if that cannot be done.
 
     Returns:
         the call with its books, the (B, N) keep mask over visual positions (None: all), and the embeddings, merged or
@@ -55,7 +57,7 @@ def run_prompt_stages(
     visual = functools.reduce(torch.logical_or, masks.values())
     units = _units(adapter, masks, records)
     call = Prefill(policy, trace, units, records, visual, attended, ids, ids_host, embeds)
-    call.positions, call.ahead = positions, ahead
+    call.positions, call.ahead, call.rests = positions, ahead, rests
     trace.ledger = TokenLedger(call.visual, call.attended, call.units, trace.depth)
     trace.encoders = [record.clock for record in records]
     config: Any = adapter.base.config

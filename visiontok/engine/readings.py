@@ -17,9 +17,10 @@ from ..method import Needs, Stage, resolve_layer
 from .ahead import stop
 from .call import Prefill
 from .observe import HEADS, heads, turned, visual, watch_modules
-from .probe import Tap, attention_modules
+from .probe import Tap, attention_modules, visible_keys
+from .relevance import note
 from .rotary import rotary_tables
-from .statistics import STATISTICS, UNTURNED, Seen, visibility
+from .statistics import STATISTICS, UNTURNED, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,6 +86,7 @@ class DecoderReadings:
     ) -> None:
         self.depth, self._hidden, self._official = len(hidden), hidden, official
         self._ahead = {self._look(layer) for stage in prompt for layer in needs_of(stage).decoder_ahead}
+        self._explains = any(needs_of(stage).relevance for stage in prompt)
         self._taps: dict[int, set[str]] = {}
         self._beforehand: dict[int, set[str]] = {}
         self._unturned: set[int] = set()
@@ -144,6 +146,9 @@ class DecoderReadings:
                 host.add(Tap(self._attention(host, layer), sink))
         for layer in sorted(self._ahead):
             host.add(Tap(self._attention(host, layer), functools.partial(stop, layer)))
+        if self._explains:
+            for index in range(self.depth):
+                host.add(Tap(self._attention(host, index), None, functools.partial(note, index)))
 
     @property
     def _model(self) -> str:
@@ -237,7 +242,7 @@ class DecoderReadings:
     ) -> None:
         """Note the statistics of the queries and keys of the slots of ``layer``."""
         layout = call.layouts[layer]
-        visible = visibility(mask, q, k, call.entry_valid if layout is None else layout.valid)
+        visible = visible_keys(mask, q, k, call.entry_valid if layout is None else layout.valid)
         seen = Seen(call, layer, q, k, visible, scale, bias, frozenset(self.adapter.special_ids()))
         for stat in stats:
             by_slot = STATISTICS[stat](seen)[:, -q.shape[2] :]  # cached tokens are not candidates
@@ -256,6 +261,8 @@ class DecoderReadings:
             return self._pull(call)
         if stat == "ahead":
             return self._looked(call, cut, self._look(layer))
+        if stat == "relevance":
+            return self._rests(call, cut)
         if stat in STATISTICS:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:
@@ -285,6 +292,23 @@ class DecoderReadings:
             call.trace.ahead.append(layer)
             call.notes["ahead", layer] = call.units.gather(call.ahead(layer, call)[..., None])[..., 0]
         return call.notes["ahead", layer]
+
+    def _rests(self, call: Prefill, cut: int | None) -> torch.Tensor:
+        """(U, N) how much the stock model's next token rests on each visual token."""
+        if cut is not None or not self._explains:
+            raise ConfigError(
+                "attention.relevance(): declare relevance=True in needs() of the method, in a prompt stage"
+            )
+        if call.rests is None:
+            raise UnsupportedError(
+                f"{self._model}: relevance needs the hooks of compress(), a DynamicCache and visual tokens in the "
+                "prompt; leave out cache_implementation and prefill_chunk_size, call generate() within compress(), or "
+                "give the method scores of visiontok.explain()"
+            )
+        if ("relevance", 0) not in call.notes:
+            call.trace.explained = True
+            call.notes["relevance", 0] = call.units.gather(call.rests(call)[..., None])[..., 0]
+        return call.notes["relevance", 0]
 
     def _pull(self, call: Prefill) -> torch.Tensor:
         """(U, N, Q) mean cosine between the rotary angles of visual tokens and words."""

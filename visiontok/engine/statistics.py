@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -172,18 +171,3 @@ STATISTICS: dict[str, Callable[[Seen], torch.Tensor]] = {
 
 UNTURNED = "unturned_row"
 """The one that wants queries and keys without rotary positions."""
-
-
-def visibility(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
-    batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return allowed & mask[:, None, :columns].bool()
-    if valid is not None:
-        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
-        return allowed & seen[:, None]
-    return allowed.expand(batch, rows, columns)

@@ -25,6 +25,7 @@ class Trace:
             outside the cost model.
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
         ahead: decoder layers that were looked ahead at.
+        explained: whether the language model ran forward and backward before, for what its next token rests on.
         chunk: whether this was a part of a prompt only.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
@@ -39,6 +40,7 @@ class Trace:
         self.inputs: list[tuple[VisionInputs, VisionInputs] | None] = []
         self.plane: Literal["hooks", "inputs"] = "hooks"
         self.ahead: list[int] = []
+        self.explained = False
         self.chunk = False
         self.promises = Promises()
         self.steps: int | None = 0

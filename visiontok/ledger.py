@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +36,18 @@ class TokenLedger:
         self._alive: list[torch.Tensor] | None = None
         self._widths = self.stock
         self._masses: list[torch.Tensor | None] = [None] * depth
+        self._cached: Mapping[int, tuple[torch.Tensor, int]] = {}
 
-    def fill(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
-        """Set per layer the (B, N) mask, how many slots per row it computed, and the (U, N) masses (None: all 1)."""
-        self._alive, self._widths, self._masses = alive, widths, masses
+    def fill(
+        self,
+        alive: list[torch.Tensor],
+        widths: list[int],
+        masses: list[torch.Tensor | None],
+        cached: Mapping[int, tuple[torch.Tensor, int]] | None = None,
+    ) -> None:
+        """Set per layer the (B, N) mask, how many slots per row it computed, and the (U, N) masses (None: all 1); for
+        layers whose cache was thinned also the (B, N, G) mask of what it holds, and slots per row."""
+        self._alive, self._widths, self._masses, self._cached = alive, widths, masses, cached or {}
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -49,6 +58,16 @@ class TokenLedger:
         if not 0 <= layer < self.depth:
             raise ConfigError(f"layer={layer}: this model has decoder layers 0 … {self.depth - 1}")
         return self.visual | self.attended if self._alive is None else self._alive[layer]
+
+    def cached(self, layer: int) -> torch.Tensor:
+        """(B, N, G) bool: prompt positions whose keys and values decoder layer ``layer`` holds behind the prefill, in
+        each of its G key heads; G is 1 where all hold what was alive.
+
+        Raises:
+            ConfigError: for a layer outside the model.
+        """
+        alive = self.alive(layer)[..., None]
+        return self._cached[layer][0] if layer in self._cached else alive
 
     def mass(self, layer: int) -> torch.Tensor:
         """(B, N) float: how many original tokens each living token stands for in ``layer``; 0 where none is alive.
@@ -61,8 +80,8 @@ class TokenLedger:
 
     @property
     def dropped(self) -> bool:
-        """Whether any visual token is missing in any layer."""
-        return any(bool((self.visual & ~self.alive(layer)).any()) for layer in range(self.depth))
+        """Whether any visual token is missing in any layer, or in its cache."""
+        return any(bool((self.visual[..., None] & ~self.cached(layer)).any()) for layer in range(self.depth))
 
     def grid(self) -> torch.Tensor:
         """(B, N, 4) long: (image of the row, t, row, col) of each visual token; -1 for text and where unknown."""
@@ -80,5 +99,15 @@ class TokenLedger:
         return [mask.sum(1).tolist() for mask in masks]
 
     def tokens(self) -> list[int]:
-        """Slots each decoder layer computed and cached per row: text, visual tokens and padding."""
+        """Slots each decoder layer computed per row, and cached unless a cache stage thinned them: text, visual tokens
+        and padding."""
         return list(self._widths)
+
+    def cached_tokens(self) -> list[int]:
+        """Slots each decoder layer has in its cache per row behind the prefill: text, visual tokens and padding."""
+        return [self._cached[i][1] if i in self._cached else width for i, width in enumerate(self._widths)]
+
+    def cached_counts(self) -> list[list[int]]:
+        """Visual tokens in the cache behind the prefill, per decoder layer (outer) and image (inner), in each head."""
+        masks = [self.units.gather(self.cached(layer)[..., 0][..., None])[..., 0] for layer in range(self.depth)]
+        return [mask.sum(1).tolist() for mask in masks]

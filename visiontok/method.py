@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -99,7 +99,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"prompt"`` or ``"decoder"``.
+        stage: ``"pixel"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -117,7 +117,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "prompt", "decoder"]
+    stage: Literal["pixel", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -144,6 +144,8 @@ class Needs:
         decoder_transition: decoder layers, indices or fractions of the depth, from which ``ctx.attention.transition``
             sums up to the one just before the cut.
         decoder_ahead: decoder layers, indices or fractions of the depth, for ``ctx.attention.ahead`` in a prompt stage.
+        cache_window: numbers of last prompt tokens, for ``ctx.attention.cache_window`` in a cache stage.
+        cache_received: (0,) for ``ctx.attention.cache_received`` in a cache stage.
         encoder_features: ``ctx.encoder_features``.
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
@@ -170,6 +172,8 @@ class Needs:
     decoder_values: tuple[int, ...] = ()
     decoder_transition: tuple[Layer, ...] = ()
     decoder_ahead: tuple[Layer, ...] = ()
+    cache_window: tuple[int, ...] = ()
+    cache_received: tuple[int, ...] = ()
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False
@@ -201,7 +205,7 @@ class Selection:
     """A method's answer when it merges: which tokens stay, and what they become.
 
     Attributes:
-        keep: (U, N) bool, tokens that stay.
+        keep: (U, N) bool, tokens that stay; at a cache stage also (U, N, G), those of each of G key-value heads.
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
         into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
@@ -271,13 +275,15 @@ class Stage:
     Attributes:
         kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
-            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``.
+            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``; ``cache``
+            selects which of the keys and values that a layer has stored stay for what comes behind the prompt.
+        layer: decoder layer (index or fraction of the depth); None for ``pixel``, ``prompt`` and ``cache``, which acts
+            in every layer.
         until: first layer after a ``skip``.
-        method: who selects, for ``pixel``, ``prompt`` and ``cut``.
-        keep: how many of the *original* visual tokens of an image are left afterwards, for the same three; at most as
+        method: who selects, for ``pixel``, ``prompt``, ``cut`` and ``cache``.
+        keep: how many of the *original* visual tokens of an image are left afterwards, for the same four; at most as
             many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for the same three.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -295,7 +301,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         before = self.kind in ("pixel", "prompt")
-        selects = before or self.kind == "cut"
+        speaks = before or self.kind == "cut"
+        selects = speaks or self.kind == "cache"
         if self.kind not in get_args(StageKind):
             raise ConfigError(f"kind={self.kind!r}: a stage is one of {', '.join(get_args(StageKind))}")
         if selects != (self.method is not None):
@@ -308,15 +315,27 @@ class Stage:
                 + ("behind" if self.kind == "pixel" else "before")
                 + f" the vision tower, which is no place for a {self.kind} stage"
             )
-        if (self.layer is None) != before:
+        if self.method is not None and (self.kind == "cache") != (self.method.card.stage == "cache"):
             raise ConfigError(
-                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
+                f"method={self.method.card.name!r}: it chooses "
+                + ("tokens, not what a cache keeps of each head" if self.kind == "cache" else "what a cache keeps")
+                + f", which is no answer for a {self.kind} stage"
+            )
+        everywhere = before or self.kind == "cache"
+        if (self.layer is None) != everywhere:
+            raise ConfigError(
+                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if everywhere else "needs a layer")
             )
         if (self.until is None) != (self.kind != "skip"):
             raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")
         if self.keep is not None and not selects:
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage drops every visual token and takes no budget")
-        if self.mass is not None and not selects:
+        if self.kind == "cache" and self.keep is not None and self.keep.kind in ("flops", "layer_average"):
+            raise ConfigError(
+                f"keep={self.keep}: a cache stage leaves the prefill as it is and every layer as many tokens; give "
+                "tokens or a ratio"
+            )
+        if self.mass is not None and not speaks:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
         if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
             raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
@@ -337,7 +356,8 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures.
+    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. A cache
+    method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -357,7 +377,8 @@ class Method:
 
     def stages(self) -> tuple[Stage, ...]:
         """Where in the model the method acts when it is used by name; budgets come later."""
-        return (Stage(kind="pixel" if self.card.stage == "pixel" else "prompt", method=self),)
+        acts = self.card.stage
+        return (Stage(kind=acts if acts == "pixel" or acts == "cache" else "prompt", method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""

@@ -57,6 +57,8 @@ class Policy(Protocol):
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
     """First decoder layer whose keys may get a bias; None for none."""
+    thinned: frozenset[int]
+    """Decoder layers of whose cache a part may go as soon as it is stored."""
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(B, N) keep mask over the visual positions (None: all), and the embeddings (B, N, D), merged or not."""
@@ -68,6 +70,10 @@ class Policy(Protocol):
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees."""
+        ...
+
+    def thins(self, call: Prefill) -> bool:
+        """Whether any layer stores more visual tokens than are to stay in its cache."""
         ...
 
     def wants_state(self, layer: int) -> bool:
@@ -158,7 +164,7 @@ class Attachment:
         self.base = adapter.base
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
-        touched = [*policy.changes] if policy.biased is None else [*policy.changes, policy.biased]
+        touched = [*policy.changes, *policy.thinned] + ([] if policy.biased is None else [policy.biased])
         if touched and adapter.prompt_only:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
@@ -168,7 +174,7 @@ class Attachment:
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self.traces = Traces()
         # whether layers are rewritten one by one, or get what the language model was given
-        self._layered = force or bool(policy.changes) or policy.biased is not None
+        self._layered = force or bool(touched)
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             self.text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -271,6 +277,9 @@ class Attachment:
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
+            types: Any = kwargs.get("token_type_ids")
+            if _is_2d(types) and x is not None:  # of the whole text, which would be read at the places of stored tokens
+                kwargs["token_type_ids"] = types[:, -x.shape[1] :]
         return args, kwargs
 
     @staticmethod
@@ -325,6 +334,11 @@ class Attachment:
         past = 0 if cache is None else cache.get_seq_length()  # before the layers fill it
         records = take_records(handover["encoded"])
         trace.chunk = self._is_chunk(handover["encoded"], records)
+        if trace.chunk and self.policy.thinned:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: this prefill comes in chunks, and what a cache keeps is chosen by the "
+                "whole prompt; leave prefill_chunk_size out, or use a recipe without a cache stage"
+            )
         if trace.chunk and self.policy.selects:
             self._refuse_split_images(masks, cache)
         call, keep, embeds = run_prompt_stages(
@@ -341,7 +355,7 @@ class Attachment:
             ahead=functools.partial(self._look_ahead, module, dict(kwargs)),
         )
         drops = list(call.counts) != call.units.sizes
-        nothing = not drops and not self.policy.changes and embeds is x
+        nothing = not drops and not self.policy.changes and embeds is x and not self.policy.thins(call)
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
         if nothing and not self.force and stock_masks:
@@ -383,6 +397,7 @@ class Attachment:
         length = call.length
         self._refuse_masks(kwargs)
         cache, past = self._cache(module, kwargs), 0
+        call.trace.stores = cache is not None
         if cache is not None:
             past = cache.get_seq_length()
             call.first_key = self.masks.key(cache, 0)
@@ -565,7 +580,10 @@ class Attachment:
                 output.last_hidden_state = hidden
             depth = range(len(self.layers))
             call.trace.finish(
-                [call.alive[i] for i in depth], [call.slots(i) for i in depth], [call.masses.get(i) for i in depth]
+                [call.alive[i] for i in depth],
+                [call.slots(i) for i in depth],
+                [call.masses.get(i) for i in depth],
+                call.cached,
             )
             self._ignore_labels(call)
         self.traces.publish(call.trace)

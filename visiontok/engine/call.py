@@ -15,6 +15,7 @@ from .trace import Trace
 from .vision import Encoded, Units
 
 if TYPE_CHECKING:
+    from ..context import Context
     from .attach import Policy
 
 
@@ -57,6 +58,9 @@ class Prefill:
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
+        cached: per decoder layer whose cache was thinned the (B, N, G) bool mask of the tokens that each key head has
+            left, and the slots of a row.
+        asked_of_cache: what does not change from layer to layer in the question to a cache method.
         stock: nothing is dropped, and the language model runs untouched.
     """
 
@@ -113,6 +117,8 @@ class Prefill:
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
         self.notes: dict[tuple[str, int], torch.Tensor] = {}
+        self.cached: dict[int, tuple[torch.Tensor, int]] = {}
+        self.asked_of_cache: Context | None = None
 
     def row_counts(self, counts: Sequence[int]) -> list[int]:
         """Tokens of each row, text included, if so many of each unit are alive."""

@@ -32,6 +32,7 @@ from ..functional import (
 from ..method import Layer, Mass, Needs, Selection, Stage, Tower, resolve_layer
 from .ahead import stop
 from .call import Prefill, counted
+from .evict import thin
 from .host import stops_host, upload
 from .observe import HEADS, heads, turned, visual, watch_modules
 from .pixels import Smaller
@@ -114,6 +115,10 @@ class StagePolicy:
                 f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
                 "depend; give tokens or a ratio"
             )
+        caches = [s for s in stages if s.kind == "cache"]
+        if len(caches) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
+        self.cache_stage = next(iter(caches), None)
         self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
@@ -151,10 +156,17 @@ class StagePolicy:
         self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts))
-        self.selects = bool(self._selecting)
+        self.selects = bool(self._selecting or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
+        if self.cache_stage is not None and self.biased is not None:
+            raise ConfigError(
+                f"mass: {self.cache_stage.label} leaves each head other tokens in the cache, and mass attention gives "
+                "all heads one bias; use mass=False, or a recipe without a cache stage"
+            )
+        seeing = () if self.cache_stage is None else (i for i in range(depth) if not hidden[i])
+        self.thinned: frozenset[int] = frozenset(seeing)
         self._taps: dict[int, set[str]] = {}
         self._beforehand: dict[int, set[str]] = {}
         self._unturned: set[int] = set()
@@ -204,6 +216,8 @@ class StagePolicy:
             if shown or layer in glanced:
                 sink = functools.partial(self._decoder_sink, layer, frozenset(shown)) if shown else None
                 attachment.add(Tap(self._attention(attachment, layer), sink))
+        for layer in sorted(self.thinned):
+            attachment.add(Tap(self._attention(attachment, layer), functools.partial(thin, self, layer)))
         for layer in sorted({self._ahead(x) for stage in self.prompt_stages for x in _needs(stage).decoder_ahead}):
             attachment.add(Tap(self._attention(attachment, layer), functools.partial(stop, layer)))
         wanted: dict[int, set[str]] = {}
@@ -237,7 +251,15 @@ class StagePolicy:
 
     def wants_state(self, layer: int) -> bool:
         """Whether a tap of this decoder layer must see the call."""
-        return layer in self._taps
+        return layer in self._taps or layer in self.thinned
+
+    def thins(self, call: Prefill) -> bool:
+        """Whether any layer stores more visual tokens than are to stay; see :class:`visiontok.engine.attach.Policy`."""
+        return self.cache_stage is not None and any(map(int.__lt__, self.to_cache(call), call.counts))
+
+    def to_cache(self, call: Prefill) -> list[int]:
+        """Visual tokens of each unit that are to stay in the cache of a layer, as far as it has so many."""
+        return call.units.sizes if self.cache_stage is None else self._counts(self.cache_stage, call)
 
     def note_state(self, call: Prefill, layer: int, x: torch.Tensor) -> None:
         """``x`` (B, M, D) enters ``layer``; see :class:`visiontok.engine.attach.Policy`."""
@@ -622,6 +644,8 @@ class StagePolicy:
     def _read(self, call: Prefill, cut: int | None, stat: str, layer: int | float) -> torch.Tensor:
         if stat == "rotary_pull":
             return self._pull(call)
+        if stat.startswith("cache_"):
+            raise ConfigError(f"attention.{stat}({layer}): only a cache stage has it; at a cut, read text_rows")
         if stat in _DECODER:
             found = None if cut is None else call.attention.get((stat, cut + int(layer)))
             if found is None:

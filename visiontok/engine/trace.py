@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ class Trace:
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
         ahead: decoder layers that were looked ahead at.
         chunk: whether this was a part of a prompt only.
+        stores: whether the language model has a cache.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
             cache is stock too and is not watched.
@@ -39,6 +41,7 @@ class Trace:
         self.plane: Literal["hooks", "inputs"] = "hooks"
         self.ahead: list[int] = []
         self.chunk = False
+        self.stores = True
         self.promises = Promises()
         self.steps: int | None = 0
 
@@ -46,10 +49,16 @@ class Trace:
         """The recipe kept every token, and the call ran untouched."""
         self.steps = None
 
-    def finish(self, alive: list[torch.Tensor], widths: list[int], masses: list[torch.Tensor | None]) -> None:
-        """The prefill is through; per layer the (B, N) mask of living tokens, the slots per row, and the masses."""
+    def finish(
+        self,
+        alive: list[torch.Tensor],
+        widths: list[int],
+        masses: list[torch.Tensor | None],
+        cached: Mapping[int, tuple[torch.Tensor, int]] | None = None,
+    ) -> None:
+        """The prefill is through; see :meth:`visiontok.ledger.TokenLedger.fill`."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths, masses)
+            self.ledger.fill(alive, widths, masses, cached)
         self.clock.mark("finished")
 
     def note_step(self) -> None:

@@ -6,6 +6,7 @@ The oracle is the stock model at full length, where rows behind the prompt are m
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from visiontok.conformance.checks import against_oracle
 from visiontok.conformance.oracle import DenseMasked, greedy
 from visiontok.conformance.schedules import cut, inject, leave, prompt
 from visiontok.conformance.zoo import BANNED, IMAGE, batch, build, visual
+from visiontok.engine import evict
 from visiontok.engine.probe import Tap, attention_modules
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage
@@ -307,9 +309,9 @@ def places(inputs: dict[str, Any]) -> list[tuple[int, list[int]]]:
 
 
 def by_window(
-    attention: torch.Tensor, inputs: dict[str, Any], row: int, own: list[int], heads: list[int]
+    attention: torch.Tensor, inputs: dict[str, Any], row: int, own: list[int], heads: list[int], window: int = 3
 ) -> list[float]:
-    rows = asking(inputs, row)[-3:]
+    rows = asking(inputs, row)[-window:]
     sums = [sum(float(attention[row, h, t, i]) for h in heads for t in rows) for i in own]
     return [sum(sums[max(0, i - 2) : i + 3]) / len(sums[max(0, i - 2) : i + 3]) for i in range(len(sums))]
 
@@ -321,16 +323,23 @@ def by_column(
     return [sum(float(attention[row, h, t, i]) for h in heads for t in rows) for i in own]
 
 
-LOOPS: dict[str, tuple[Any, dict[str, Any]]] = {"snapkv": (by_window, {"window": 3}), "h2o": (by_column, {})}
+LOOPS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "snapkv": ("snapkv", by_window, {"window": 3}),
+    "snapkv, all text behind the image": ("snapkv", functools.partial(by_window, window=99), {"window": 99}),
+    "h2o": ("h2o", by_column, {}),
+}
 
 
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("method", LOOPS)
+@pytest.mark.parametrize("case", LOOPS)
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_each_head_keeps_what_a_plain_loop_does(architecture: str, method: str, joined: bool) -> None:
+def test_each_head_keeps_what_a_plain_loop_does(
+    architecture: str, case: str, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evict, "_TILE", 7)  # shorter than the prompt
     model = build(architecture)
     inputs = batch(architecture, model, images=[2, 1])
-    rule, options = LOOPS[method]
+    method, rule, options = LOOPS[case]
     with visiontok.compress(model, method, keep=0.4, joined=joined, **options) as compression, torch.no_grad():
         model(**inputs)
         thinned = held(compression)
@@ -342,6 +351,25 @@ def test_each_head_keeps_what_a_plain_loop_does(architecture: str, method: str, 
             for g, heads in enumerate(groups):
                 kept = [own[i] for i in best(rule(attention, inputs, row, own, heads.tolist()), k)]
                 assert [i for i in own if thinned[layer][row, i, g]] == kept
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_dycoke_keeps_in_later_layers_what_the_last_token_looks_at(architecture: str) -> None:
+    model = build(architecture)
+    inputs = batch(architecture, model, images=[2, 1])
+    with visiontok.compress(model, "dycoke", keep=0.4, layer=2) as compression, torch.no_grad():
+        model(**inputs)
+        thinned, whole = held(compression), alive(compression)
+    last = maps(architecture, inputs)[1].mean(1)[:, -1]
+    for layer in range(DEPTH):
+        assert thinned[layer].shape[2] == 1
+        if layer < 2:
+            assert torch.equal(thinned[layer][..., 0], whole[layer])
+            continue
+        for row, own in places(inputs):
+            kept = [own[i] for i in best(last[row, own].tolist(), int(Budget.ratio(0.4).counts([len(own)])[0]))]
+            assert [i for i in own if thinned[layer][row, i, 0]] == kept
+    against_oracle(model, inputs, visiontok.recipe("dycoke", keep=0.4, layer=2), BANNED)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -389,7 +417,7 @@ def test_what_cannot_be_asked_for() -> None:
     for make, message in (
         (lambda: Stage(kind="cache", method=fixed), "no answer for a cache stage"),
         (lambda: Stage(kind="prompt", method=SnapKV()), "no answer for a prompt stage"),
-        (lambda: Stage(kind="cache", method=SnapKV(), layer=2), "a cache stage has no layer"),
+        (lambda: visiontok.compress(model, "dycoke", keep=0.4, layer=0), "layer=0"),
         (lambda: visiontok.recipe("snapkv", keep="flops:0.5"), "leaves the prefill as it is"),
         (lambda: visiontok.recipe("snapkv", keep="layer_average:5"), "with a cache stage, give each"),
         (lambda: (visiontok.recipe("fastv") + visiontok.recipe("snapkv")).with_keep(Budget.ratio(0.5)), "give each"),

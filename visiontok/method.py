@@ -277,8 +277,8 @@ class Stage:
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``; ``cache``
             selects which of the keys and values that a layer has stored stay for what comes behind the prompt.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel``, ``prompt`` and ``cache``, which acts
-            in every layer.
+        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
+            in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
         until: first layer after a ``skip``.
         method: who selects, for ``pixel``, ``prompt``, ``cut`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for the same four; at most as
@@ -321,10 +321,9 @@ class Stage:
                 + ("tokens, not what a cache keeps of each head" if self.kind == "cache" else "what a cache keeps")
                 + f", which is no answer for a {self.kind} stage"
             )
-        everywhere = before or self.kind == "cache"
-        if (self.layer is None) != everywhere:
+        if (self.layer is None) != before and self.kind != "cache":
             raise ConfigError(
-                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if everywhere else "needs a layer")
+                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
             )
         if (self.until is None) != (self.kind != "skip"):
             raise ConfigError(f"until={self.until!r}: only a skip stage has, and needs, until")

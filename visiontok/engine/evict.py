@@ -127,10 +127,12 @@ def _read(
 ) -> torch.Tensor:
     """(U, N, G) statistics of the attention that a layer just computed; see :class:`visiontok.context.Attention`."""
     stage: Any = policy.cache_stage
-    if not stat.startswith("cache_") or argument not in getattr(stage.method.needs(), stat):
+    if not stat.startswith("cache_") and policy.thins_from is not None:
+        return policy._read(call, policy.thins_from, stat, argument)
+    if argument not in getattr(stage.method.needs(), stat, ()):
         raise ConfigError(
-            f"attention.{stat}({argument}): a cache stage has cache_window and cache_received, which needs() of the "
-            "method must declare"
+            f"attention.{stat}({argument}): declare it in needs() of the method; a cache stage without a layer has "
+            "cache_window and cache_received only"
         )
     if stat == "cache_window":
         rows = _window(call, layer, used, argument)

@@ -165,17 +165,25 @@ class StagePolicy:
                 f"mass: {self.cache_stage.label} leaves each head other tokens in the cache, and mass attention gives "
                 "all heads one bias; use mass=False, or a recipe without a cache stage"
             )
-        seeing = () if self.cache_stage is None else (i for i in range(depth) if not hidden[i])
-        self.thinned: frozenset[int] = frozenset(seeing)
+        readers = list(self.cuts.items())
+        self.thinned: frozenset[int] = frozenset()
+        self.thins_from: int | None = None
+        if self.cache_stage is not None:
+            start = 0
+            if self.cache_stage.layer is not None:
+                lowest = _earliest_cut(self.cache_stage)
+                start = self.thins_from = resolve_layer(self.cache_stage.layer, depth, name="layer", lowest=lowest)
+                readers.append((start, self.cache_stage))
+            self.thinned = frozenset(i for i in range(start, depth) if not hidden[i])
         self._taps: dict[int, set[str]] = {}
         self._beforehand: dict[int, set[str]] = {}
         self._unturned: set[int] = set()
-        for layer, stage in self.cuts.items():
+        for layer, stage in readers:
             needs = _needs(stage)
             tapped = []
             for stat, offsets in zip((*_DECODER, *_NOTED), _offsets(needs), strict=True):
                 for offset in offsets:
-                    if offset > 0 or (not offset and stat not in _BEFOREHAND):
+                    if offset > 0 or (not offset and (stat not in _BEFOREHAND or stage is self.cache_stage)):
                         raise ConfigError(f"{stat}({offset}): {stage.label} may read earlier layers only")
                     tapped.append((stat, layer + offset))
             for first in needs.decoder_transition:

@@ -22,6 +22,7 @@ from visiontok.context import Attention
 pytestmark = pytest.mark.engine
 
 PROMPT = [card for card in visiontok.methods() if card.stage == "prompt"]
+CACHE = [card for card in visiontok.methods() if card.stage == "cache"]
 ARCHITECTURES = ("llava", "qwen2_5_vl")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -76,8 +77,11 @@ def reads(method: visiontok.Method, ctx: Context) -> tuple[list[str], Selection]
     return found, answer if isinstance(answer, Selection) else Selection(keep=answer)
 
 
+SYNC_FREE = [card for card in (*PROMPT, *CACHE) if card.contract.sync_free]
+
+
 @every_architecture
-@cards(lambda card: card.contract.sync_free)
+@pytest.mark.parametrize("card", SYNC_FREE, ids=lambda card: card.name)
 def test_sync_free_selection_reads_nothing_back(card: Card, architecture: str) -> None:
     question = asked(card.name, architecture)
     found, answer = reads(question.method, question.context)

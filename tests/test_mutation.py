@@ -21,6 +21,7 @@ import pytest
 import test_cache
 import test_conformance
 import test_engine
+import test_evict
 import test_freeze
 import test_generate
 import test_mass
@@ -32,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import visiontok
 from visiontok.api import Compression
 from visiontok.conformance.checks import Failed
-from visiontok.engine import vision
+from visiontok.engine import evict, vision
 from visiontok.engine.attach import Attachment
 from visiontok.engine.cache import TwoLengthCache, TwoLengthLayer, TwoLengthSlidingLayer
 from visiontok.engine.cross import CrossAttachment, CrossCache
@@ -146,6 +147,11 @@ def by_hand(name: str, schedule: str, rows: int) -> Probe:
 
 def text_turns(name: str, schedule: str) -> Probe:
     return Probe(test_generate.test_text_turns, name=name, schedule=schedule)
+
+
+def evicted(name: str, recipe: str) -> Probe:
+    """The core test of the cache stage."""
+    return Probe(test_evict.test_generation_equals_the_oracle, architecture=name, name=recipe, attention="sdpa")
 
 
 def every_check(method: str) -> Probe:
@@ -626,6 +632,68 @@ MUTANTS = [
         "slots + self.columns",
         "slots",
         Probe(test_mllama.test_a_new_image_on_a_used_cache, fraction=0.4, then=0.6),
+    ),
+    # ---- what a cache stage leaves
+    Mutant(
+        "a thinned cache forgets what it stands for",
+        TwoLengthLayer.thin,
+        "self.dropped + gone,",
+        "self.dropped,",
+        Probe(test_evict.test_rows_and_crops_of_a_thinned_cache),
+    ),
+    Mutant(
+        "a thinned cache can be cropped into the image",
+        TwoLengthLayer.thin,
+        "self.floor - gone",
+        "self.floor - 2 * gone",
+        Probe(test_evict.test_rows_and_crops_of_a_thinned_cache),
+    ),
+    Mutant(
+        "padding of rows that keep less is seen",
+        TwoLengthLayer.thin,
+        "torch.cat([known, fresh], 1)",
+        "torch.ones_like(torch.cat([known, fresh], 1))",
+        evicted("llava", "any heads"),
+    ),
+    Mutant(
+        "a view holds on to what is freed",
+        TwoLengthLayer.thin,
+        "torch.cat([x[:, :, :past], x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3]))], 2)",
+        "torch.cat([x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3])), x], 2)[:, :, : slots.shape[2]]",
+        Probe(test_evict.test_storages_shrink_to_what_the_report_says, architecture="llava", name="one choice"),
+    ),
+    Mutant(
+        "a thinned sliding layer counts what is gone",
+        TwoLengthSlidingLayer.thin,
+        "self.cumulative_length = past + slots.shape[2]",
+        "pass",
+        Probe(test_evict.test_a_window_that_holds_the_prompt_slides_over_what_was_kept),
+    ),
+    Mutant(
+        "all heads keep what the first one does",
+        evict.thin,
+        "index.expand(-1, k.shape[1], -1)",
+        "index[:, :1].expand(-1, k.shape[1], -1)",
+        evicted("qwen2_5_vl", "any heads"),
+    ),
+    Mutant(
+        "the image looks at itself from the window",
+        evict._window,
+        "(slot > last)",
+        "(slot >= 0)",
+        Probe(
+            test_evict.test_each_head_keeps_what_a_plain_loop_does,
+            architecture="llava",
+            case="snapkv, all text behind the image",
+            joined=False,
+        ),
+    ),
+    Mutant(
+        "token types of the whole text are read at stored places",
+        Attachment._base_pre,
+        "types[:, -x.shape[1] :]",
+        "types",
+        Probe(test_evict.test_a_second_turn_sees_what_was_kept, made=test_evict.TURNS[-1], architecture="gemma3"),
     ),
     Mutant(
         "crop takes visual tokens away",

@@ -27,6 +27,7 @@ from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
+from visiontok.recipes.dycoke import DyCoke
 from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
@@ -37,6 +38,7 @@ from visiontok.recipes.fitprune import FitPrune
 from visiontok.recipes.gemfilter import GemFilter
 from visiontok.recipes.globalcom2 import GlobalCom2
 from visiontok.recipes.grid import Grid
+from visiontok.recipes.h2o import H2O
 from visiontok.recipes.hidrop import HiDrop
 from visiontok.recipes.hiprune import HiPrune
 from visiontok.recipes.holov import HoloV
@@ -52,6 +54,7 @@ from visiontok.recipes.pyramiddrop import PyramidDrop
 from visiontok.recipes.random import Random
 from visiontok.recipes.scope import Scope
 from visiontok.recipes.sieve import Sieve
+from visiontok.recipes.snapkv import SnapKV
 from visiontok.recipes.sparsevlm import SparseVLM
 from visiontok.recipes.sparsevlm_plus import SparseVLMPlus
 from visiontok.recipes.textmonkey import TextMonkey
@@ -145,6 +148,11 @@ METHODS: list[Method] = [
     FitPrune(layers=(3,), shares=(0.5,)),
     EntropyPrune(of="states"),
     Explain(),
+    DyCoke(),
+    H2O(),
+    H2O(joined=True),
+    SnapKV(),
+    SnapKV(width=1, joined=True),
 ]
 
 
@@ -152,6 +160,7 @@ def values(stat: str, layer: float, units: int) -> Tensor:
     """What a tap yields, 9 where no token is."""
     heads = dict.fromkeys(("keys", "decoder_keys", "decoder_queries", "decoder_values"), (2, 4))
     wide: dict[str, tuple[int, ...]] = heads | {"decoder_states": (8,), "text_heads": (2, 3), "rotary_pull": (3,)}
+    wide |= dict.fromkeys(("cache_window", "cache_received"), (2,))
     shape = (3, 30, *wide.get(stat, ()))
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(len(stat) + int(10 * layer))) / 30
     padding = ~PADDED.view(3, 30, *[1] * (len(shape) - 2))
@@ -159,7 +168,9 @@ def values(stat: str, layer: float, units: int) -> Tensor:
 
 
 def keeps(answer: Tensor | Selection) -> Tensor:
-    return answer.keep if isinstance(answer, Selection) else answer
+    """(U, N); of a cache what its last head keeps."""
+    keep = answer.keep if isinstance(answer, Selection) else answer
+    return keep[..., -1] if keep.ndim == 3 else keep
 
 
 def context(
@@ -323,7 +334,7 @@ class TestEveryMethod:
     def test_its_stages(self, method: Method) -> None:
         selecting = [stage for stage in method.stages() if stage.method is not None]
         mine = [stage for stage in selecting if type(stage.method) is type(method)]
-        assert {stage.kind for stage in mine} == {"prompt" if method.card.stage == "prompt" else "cut"}
+        assert {stage.kind for stage in mine} == {"cut" if method.card.stage == "decoder" else method.card.stage}
         assert len(selecting) == 1 or all(stage.keep is not None for stage in selecting)
 
 
@@ -356,6 +367,8 @@ WORDS = {
     "decoder_own_peaks": "peaks of attention from the image",
     "decoder_text_peaks": "peaks of attention from the text",
     "decoder_ahead": "looked ahead at",
+    "cache_window": "what the end of the prompt looks at",
+    "cache_received": "what all of the prompt looks at",
     "decoder_transition": "inputs and outputs of modules",
     "relevance": "attention and its gradient in every decoder layer",
     "final_norm": "final norm",

@@ -77,6 +77,16 @@ class Attention:
         cut."""
         return self._read("to_text", offset)
 
+    def cache_window(self, width: int) -> torch.Tensor:
+        """(U, N, G) at a cache stage: what the last ``width`` tokens of the prompt look at in the layer, those behind
+        its last visual token, one at least; summed over them and over the heads that share each of G key heads."""
+        return self._read("cache_window", width)
+
+    def cache_received(self, offset: int = 0) -> torch.Tensor:
+        """(U, N, G) at a cache stage: what all tokens of the prompt look at in the layer (``offset`` 0), summed over
+        them and over the heads that share each of G key heads."""
+        return self._read("cache_received", offset)
+
     def flow(self, offset: int = -1) -> torch.Tensor:
         """Where attention leads in five steps in the decoder layer ``offset`` from the cut; see
         :func:`visiontok.functional.attention_flow`."""
@@ -138,11 +148,11 @@ class Context:
     smaller picture's tokens are ``valid``, and the others have the features of the token that covers them.
 
     Attributes:
-        stage: ``pixel``, ``prompt`` or ``decoder``.
-        layer: decoder layer of the cut; None at the others.
+        stage: ``pixel``, ``prompt``, ``decoder`` or ``cache``.
+        layer: decoder layer of the cut, or whose cache is chosen from; None at the others.
         features: (U, N, D).
         valid: (U, N) bool, candidates.
-        count: (U,) long, how many to keep of each image.
+        count: (U,) long, how many to keep of each image; at a cache stage in each head.
         budgeted: whether ``count`` is a budget; it is all there is otherwise.
         size: (U,) long, how many visual tokens each image had originally.
         grid: (U, N, 3) long, (t, row, col) in the image; -1 where a slot has no patch or nothing is known.
@@ -173,7 +183,7 @@ class Context:
             place in the batch; beams of one prompt get equal ones.
     """
 
-    stage: Literal["pixel", "prompt", "decoder"]
+    stage: Literal["pixel", "prompt", "decoder", "cache"]
     layer: int | None
     features: torch.Tensor
     valid: torch.Tensor

@@ -290,6 +290,11 @@ def kv_bytes(config: Any, tokens: Sequence[int], *, dtype_bytes: int = 2, batch:
         UnsupportedError: The text family is not in the cost model.
         ConfigError: `tokens` does not have one count per layer.
     """
+    return sum(_kv_bytes(config, tokens, dtype_bytes, batch))
+
+
+def _kv_bytes(config: Any, tokens: Sequence[int], dtype_bytes: int, batch: int) -> list[int]:
+    """Of each layer."""
     text = _text(config)
     blocks = _decoder_blocks(text)
     counts = _per_layer("tokens", tokens, len(blocks))
@@ -299,7 +304,13 @@ def kv_bytes(config: Any, tokens: Sequence[int], *, dtype_bytes: int = 2, batch:
         counts = [
             min(n, window - 1) if kind == "sliding_attention" else n for n, kind in zip(counts, kinds, strict=True)
         ]
-    return sum(2 * batch * n * block.kv_width * dtype_bytes for n, block in zip(counts, blocks, strict=True))
+    return [2 * batch * n * block.kv_width * dtype_bytes for n, block in zip(counts, blocks, strict=True)]
+
+
+def _kv_peak(whole: Sequence[int], left: Sequence[int]) -> int:
+    """The most bytes held at once, if every layer is stored whole and copied to what is left of it before the next."""
+    copied = [0 if a == b else b for a, b in zip(whole, left, strict=True)]
+    return max(sum(left[:i]) + whole[i] + copied[i] for i in range(len(whole)))
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
@@ -696,6 +707,7 @@ class Account:
         lm_head: Language-model head, for one token per row; the same in all runs.
         kv_stock: Bytes of keys and values after the stock prefill.
         kv: Bytes of keys and values after the compressed prefill.
+        kv_peak: The most of them at any time of it; more than `kv` where a cache stage frees a part.
         not_counted: Why, for each None.
     """
 
@@ -709,6 +721,7 @@ class Account:
     lm_head: int
     kv_stock: int | None
     kv: int | None
+    kv_peak: int | None
     not_counted: tuple[str, ...] = ()
 
     def speed_up(self) -> SpeedUp | None:
@@ -745,6 +758,7 @@ def account(
     stock: Sequence[int],
     kept: Sequence[int],
     text: int,
+    cached: Sequence[int] | None = None,
     batch: int = 1,
     dtype_bytes: int = 2,
     ran: VisionInputs | None = None,
@@ -760,6 +774,7 @@ def account(
         stock: Tokens per decoder layer and row in the stock model, text and padding included.
         kept: The same as run.
         text: Tokens per row if every visual token were gone; a cross-attention layer would have none.
+        cached: Tokens per decoder layer and row that stay in the cache; those that ran by default.
         batch: Rows.
         dtype_bytes: Bytes per element of the cache.
         ran: What entered the tower as run, if a pixel-stage recipe made it less.
@@ -779,7 +794,7 @@ def account(
     except UnsupportedError as error:
         reasons.append(str(error))
     layers: list[tuple[int, ...] | None] = [None, None, None]
-    caches: list[int | None] = [None, None]
+    caches: list[int | None] = [None, None, None]
     try:
         cross = _cross_layers(config)
         text_only = [0 if layer in cross else text for layer in range(len(stock))]
@@ -790,7 +805,8 @@ def account(
         for stop in ahead:
             looked = _looked_ahead(config, stock, stop, batch)
             layers[1] = tuple(a + b for a, b in zip(layers[1] or (), looked, strict=True))
-        caches = [kv_bytes(config, counts, dtype_bytes=dtype_bytes, batch=batch) for counts in (stock, kept)]
+        held, whole, left = (_kv_bytes(config, n, dtype_bytes, batch) for n in (stock, kept, cached or kept))
+        caches = [sum(held), sum(left), _kv_peak(whole, left)]
     except UnsupportedError as error:
         reasons.append(str(error))
     return Account(
@@ -804,5 +820,6 @@ def account(
         lm_head=lm_head_flops(config, batch),
         kv_stock=caches[0],
         kv=caches[1],
+        kv_peak=caches[2],
         not_counted=tuple(reasons),
     )

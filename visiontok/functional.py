@@ -18,6 +18,7 @@ from .mergers.peaks import density_peaks
 from .scorers.attention import (
     attention_columns,
     attention_flow,
+    attention_groups,
     attention_heads,
     attention_logits,
     attention_peaks,
@@ -67,6 +68,7 @@ __all__ = [
     "apportion",
     "attention_columns",
     "attention_flow",
+    "attention_groups",
     "attention_heads",
     "attention_logits",
     "attention_peaks",

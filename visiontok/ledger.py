@@ -37,6 +37,7 @@ class TokenLedger:
         self._widths = self.stock
         self._masses: list[torch.Tensor | None] = [None] * depth
         self._frozen: Mapping[int, int] = {}
+        self._cached: Mapping[int, tuple[torch.Tensor, int]] = {}
 
     def fill(
         self,
@@ -44,12 +45,15 @@ class TokenLedger:
         widths: list[int],
         masses: list[torch.Tensor | None],
         frozen: Mapping[int, int],
+        cached: Mapping[int, tuple[torch.Tensor, int]],
     ) -> None:
         """Set per layer the (B, N) mask, how many slots per row it held, and the (U, N) masses (None: all 1).
 
-        ``frozen``: the slots per row that a layer computed which visual tokens passed as they were.
+        ``frozen``: the slots per row that a layer computed which visual tokens passed as they were. ``cached``: of a
+        layer whose cache was thinned, the (B, N, G) mask of what it holds, and slots per row.
         """
-        self._alive, self._widths, self._masses, self._frozen = alive, widths, masses, frozen
+        self._alive, self._widths, self._masses = alive, widths, masses
+        self._frozen, self._cached = frozen, cached
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -60,6 +64,16 @@ class TokenLedger:
         if not 0 <= layer < self.depth:
             raise ConfigError(f"layer={layer}: this model has decoder layers 0 … {self.depth - 1}")
         return self.visual | self.attended if self._alive is None else self._alive[layer]
+
+    def cached(self, layer: int) -> torch.Tensor:
+        """(B, N, G) bool: prompt positions whose keys and values decoder layer ``layer`` holds behind the prefill, in
+        each of its G key heads; G is 1 where all hold what was alive.
+
+        Raises:
+            ConfigError: for a layer outside the model.
+        """
+        alive = self.alive(layer)[..., None]
+        return self._cached[layer][0] if layer in self._cached else alive
 
     def frozen(self, layer: int) -> torch.Tensor:
         """(B, N) bool: tokens that are alive in ``layer`` but leave it as they entered; others attend to them there.
@@ -81,8 +95,8 @@ class TokenLedger:
 
     @property
     def dropped(self) -> bool:
-        """Whether any visual token is missing in any layer."""
-        return any(bool((self.visual & ~self.alive(layer)).any()) for layer in range(self.depth))
+        """Whether any visual token is missing in any layer, or in its cache."""
+        return any(bool((self.visual[..., None] & ~self.cached(layer)).any()) for layer in range(self.depth))
 
     def grid(self) -> torch.Tensor:
         """(B, N, 4) long: (image of the row, t, row, col) of each visual token; -1 for text and where unknown."""
@@ -100,9 +114,19 @@ class TokenLedger:
         return [mask.sum(1).tolist() for mask in masks]
 
     def tokens(self) -> list[int]:
-        """Slots each decoder layer held and cached per row: text, visual tokens and padding."""
+        """Slots each decoder layer held per row, and cached unless a cache stage thinned them: text, visual tokens and
+        padding."""
         return list(self._widths)
 
     def computed(self) -> list[int]:
         """Slots each decoder layer made queries, outputs and MLP of, per row; the same but for frozen tokens."""
         return [self._frozen.get(layer, width) for layer, width in enumerate(self._widths)]
+
+    def cached_tokens(self) -> list[int]:
+        """Slots each decoder layer has in its cache per row behind the prefill: text, visual tokens and padding."""
+        return [self._cached[i][1] if i in self._cached else width for i, width in enumerate(self._widths)]
+
+    def cached_counts(self) -> list[list[int]]:
+        """Visual tokens in the cache behind the prefill, per decoder layer (outer) and image (inner), in each head."""
+        masks = [self.units.gather(self.cached(layer)[..., 0][..., None])[..., 0] for layer in range(self.depth)]
+        return [mask.sum(1).tolist() for mask in masks]

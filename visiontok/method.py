@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -102,7 +102,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"prompt"`` or ``"decoder"``.
+        stage: ``"pixel"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -120,7 +120,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "prompt", "decoder"]
+    stage: Literal["pixel", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -148,6 +148,8 @@ class Needs:
             sums up to the one just before the cut.
         decoder_ahead: decoder layers, indices or fractions of the depth, for ``ctx.attention.ahead`` in a prompt stage.
         relevance: ``ctx.attention.relevance`` in a prompt stage.
+        cache_window: numbers of last prompt tokens, for ``ctx.attention.cache_window`` in a cache stage.
+        cache_received: (0,) for ``ctx.attention.cache_received`` in a cache stage.
         encoder_features: ``ctx.encoder_features``.
         projector: ``ctx.project``, and with it ``ctx.encoder_features``.
         pixels: ``ctx.pixels``.
@@ -176,6 +178,8 @@ class Needs:
     decoder_transition: tuple[Layer, ...] = ()
     decoder_ahead: tuple[Layer, ...] = ()
     relevance: bool = False
+    cache_window: tuple[int, ...] = ()
+    cache_received: tuple[int, ...] = ()
     encoder_features: bool = False
     projector: bool = False
     pixels: bool = False
@@ -208,7 +212,7 @@ class Selection:
     """A method's answer when it merges: which tokens stay, and what they become.
 
     Attributes:
-        keep: (U, N) bool, tokens that stay.
+        keep: (U, N) bool, tokens that stay; at a cache stage also (U, N, G), those of each of G key-value heads.
         features: (U, N, D) or None; rows of kept tokens replace the originals, other rows are ignored. Prompt stage
             only.
         into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
@@ -279,13 +283,15 @@ class Stage:
         kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``; these let
-            them pass as they are, attended to but not computed, if they ``freeze``.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``.
+            them pass as they are, attended to but not computed, if they ``freeze``; ``cache`` selects which of the keys
+            and values that a layer has stored stay for what comes behind the prompt.
+        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
+            in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
         until: first layer after a ``skip`` or a ``freeze``, which without is of one layer; 1.0 is the end.
-        method: who selects, for ``pixel``, ``prompt`` and ``cut``.
-        keep: how many of the *original* visual tokens of an image are left afterwards, for the same three; at most as
+        method: who selects, for ``pixel``, ``prompt``, ``cut`` and ``cache``.
+        keep: how many of the *original* visual tokens of an image are left afterwards, for the same four; at most as
             many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for the same three.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -303,7 +309,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         before = self.kind in ("pixel", "prompt")
-        selects = before or self.kind == "cut"
+        speaks = before or self.kind == "cut"
+        selects = speaks or self.kind == "cache"
         if self.kind not in get_args(StageKind):
             raise ConfigError(f"kind={self.kind!r}: a stage is one of {', '.join(get_args(StageKind))}")
         if selects != (self.method is not None):
@@ -321,7 +328,13 @@ class Stage:
                 f"method={self.method.card.name!r}: it may drop images whole, which only a cut can do; use its "
                 "own stages"
             )
-        if (self.layer is None) != before:
+        if self.method is not None and (self.kind == "cache") != (self.method.card.stage == "cache"):
+            raise ConfigError(
+                f"method={self.method.card.name!r}: it chooses "
+                + ("tokens, not what a cache keeps of each head" if self.kind == "cache" else "what a cache keeps")
+                + f", which is no answer for a {self.kind} stage"
+            )
+        if (self.layer is None) != before and self.kind != "cache":
             raise ConfigError(
                 f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
             )
@@ -332,7 +345,12 @@ class Stage:
         if self.keep is not None and not selects:
             does = "drops no visual token" if self.kind == "freeze" else "drops every visual token"
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage {does} and takes no budget")
-        if self.mass is not None and not selects:
+        if self.kind == "cache" and self.keep is not None and self.keep.kind in ("flops", "layer_average"):
+            raise ConfigError(
+                f"keep={self.keep}: a cache stage leaves the prefill as it is and every layer as many tokens; give "
+                "tokens or a ratio"
+            )
+        if self.mass is not None and not speaks:
             raise ConfigError(f"mass={self.mass}: a {self.kind} stage keeps no token that could speak for others")
         if isinstance(self.reserve, bool) or not isinstance(self.reserve, int | float) or not 0 <= self.reserve < 0.5:
             raise ConfigError(f"reserve={self.reserve!r}: a share of the budget, at least 0 and below 1/2")
@@ -353,7 +371,8 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures.
+    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. A cache
+    method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -373,7 +392,8 @@ class Method:
 
     def stages(self) -> tuple[Stage, ...]:
         """Where in the model the method acts when it is used by name; budgets come later."""
-        return (Stage(kind="pixel" if self.card.stage == "pixel" else "prompt", method=self),)
+        acts = self.card.stage
+        return (Stage(kind=acts if acts == "pixel" or acts == "cache" else "prompt", method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""

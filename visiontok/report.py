@@ -31,6 +31,8 @@ class ImageReport:
         modality: ``image`` or ``video``.
         tokens: visual tokens of the stock model.
         kept: visual tokens alive in each decoder layer.
+        cached: visual tokens in the cache of each decoder layer behind the prefill, per key head; fewer than ``kept``
+            with a cache stage.
     """
 
     row: int
@@ -38,11 +40,17 @@ class ImageReport:
     modality: str
     tokens: int
     kept: tuple[int, ...]
+    cached: tuple[int, ...]
 
     @property
     def average(self) -> float:
         """Tokens alive, averaged over all decoder layers."""
         return sum(self.kept) / len(self.kept)
+
+    @property
+    def cache_average(self) -> float:
+        """Tokens in the cache, averaged over all decoder layers."""
+        return sum(self.cached) / len(self.cached)
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,11 @@ class Report:
         cls, recipe: Recipe, label: str, base: nn.Module, adapter: Adapter, ledger: TokenLedger, trace: Trace
     ) -> Report:
         """Read the books of a call; ``label`` names what ran, with every default filled in."""
-        per_layer, units = ledger.kept(), ledger.units
-        rows = units.rows
+        units = ledger.units
+        kept, cached = (list(zip(*layers, strict=True)) for layers in (ledger.kept(), ledger.cached_counts()))
         images = tuple(
-            ImageReport(rows[u], units.ordinal[u], units.modality[u], units.sizes[u], tuple(n[u] for n in per_layer))
-            for u in range(len(units))
+            ImageReport(row, units.ordinal[u], units.modality[u], units.sizes[u], kept[u], cached[u])
+            for u, row in enumerate(units.rows)
         )
         batch = len(ledger.visual)
         text = int((ledger.attended & ~ledger.visual).sum(1).max())
@@ -100,6 +108,7 @@ class Report:
             stock=ledger.stock,
             kept=ledger.tokens(),
             computed=ledger.computed(),
+            cached=ledger.cached_tokens(),
             ahead=trace.ahead,
             text=text,
             batch=batch,
@@ -112,7 +121,9 @@ class Report:
         warnings = [adapter.notes] if adapter.notes else []
         overdrawn = list(filter(None, (_overdrawn(stage, images) for stage in recipe.stages)))
         warnings += overdrawn
-        if not ledger.dropped and ledger.computed() == ledger.tokens() and not overdrawn:
+        if not trace.stores and any(s.kind == "cache" for s in recipe.stages):
+            warnings.append("this call kept no cache, so that the cache stage had nothing to thin")
+        elif not ledger.dropped and ledger.computed() == ledger.tokens() and not overdrawn:
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
             reason = (
                 "the budget is at least the number of visual tokens"
@@ -153,13 +164,18 @@ class Report:
         """Visual tokens per image, averaged over images and all decoder layers."""
         return sum(i.average for i in self.images) / max(len(self.images), 1)
 
+    @property
+    def cache_average(self) -> float:
+        """Visual tokens per image in the cache behind the prefill, averaged over images and all decoder layers."""
+        return sum(i.cache_average for i in self.images) / max(len(self.images), 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         out = asdict(self)
         for image, entry in zip(self.images, out["images"], strict=True):
-            entry["average"] = image.average
+            entry["average"], entry["cache_average"] = image.average, image.cache_average
         out["account"] = self.account.to_dict()
-        out["layer_average"] = self.layer_average
+        out["layer_average"], out["cache_average"] = self.layer_average, self.cache_average
         return out
 
     def __str__(self) -> str:
@@ -175,8 +191,12 @@ class Report:
         if frozen := sum(a != b for a, b in zip(self.layer_tokens, self.layer_computed, strict=True)):
             lines.append(f"frozen         in {frozen} of {len(self.layer_tokens)} layers")
         costs = self.account
-        if costs.kv_stock is not None and costs.kv is not None:
-            lines.append(f"KV cache       {_bytes(costs.kv_stock)} -> {_bytes(costs.kv)}")
+        if self.cache_average != self.layer_average:
+            share = self.cache_average * len(self.images) / max(tokens, 1)
+            lines.append(f"in the cache   {self.cache_average:.1f} per image and head on layer average ({share:.1%})")
+        if costs.kv_stock is not None and costs.kv is not None and costs.kv_peak is not None:
+            peak = f", {_bytes(costs.kv_peak)} for a moment" if costs.kv_peak > costs.kv else ""
+            lines.append(f"KV cache       {_bytes(costs.kv_stock)} -> {_bytes(costs.kv)}{peak}")
         if costs.decoder_stock is not None and costs.decoder is not None:
             lines.append(f"LM prefill     {sum(costs.decoder_stock):.3g} -> {sum(costs.decoder):.3g} FLOPs")
         if costs.vision is not None and costs.vision_stock is not None:

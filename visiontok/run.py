@@ -707,6 +707,8 @@ def _notes(
     notes = [*report.warnings, *report.account.not_counted]
     if any(stage.kind == "cut" for stage in recipe.stages):
         notes.append("selection inside the language model is counted as prefill")
+    if any(stage.kind == "cache" for stage in recipe.stages):
+        notes.append("tokens that leave the cache behind the prefill are not counted as dropped, and save none of it")
     if any(stage.kind == "pixel" for stage in recipe.stages):
         notes.append("the vision tower gets smaller pictures, which saves more than the cap knows of")
     elif speed_up.time_to_first_token > speed_up.cap:

@@ -22,7 +22,7 @@ from ..recipe import Recipe
 from ..report import Report
 from . import zoo
 from .oracle import DenseMasked, encodings, greedy
-from .spy import Asked, alone, ask, contract, keeps, padded, permuted, spied, take, without_ties
+from .spy import Asked, alone, ask, contract, keeps, padded, permuted, spied, take, within, without_ties
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -143,7 +143,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut", "cache")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -158,8 +158,9 @@ def rows(case: Case) -> None:
     together = case.plain
     for b, mask in enumerate(case.inputs["attention_mask"].bool()):
         single = case.run(case.asking, zoo.batch(case.architecture, case.model, pad=0, only=b))
-        for layer, (alive, mine) in enumerate(zip(together.alive, single.alive, strict=True)):
-            if not torch.equal(alive[b, mask], mine[0]):
+        for layer in range(together.ledger.depth):
+            held, mine = (run.ledger.cached(layer) for run in (together, single))
+            if not torch.equal(held[b, mask], mine[0]):
                 raise Failed(
                     f"prompt {b} keeps other tokens in a batch than alone (decoder layer {layer}): a token's fate "
                     "must not depend on the other rows, so reduce over dim 1, never over the images"
@@ -174,7 +175,7 @@ def images(case: Case) -> None:
     for asked in case.questions():
         if not asked.contract.per_image:
             raise NotApplicable("its contract says per_image=False")
-        together = asked.answer.keep & asked.context.valid
+        together = within(asked.answer.keep, asked.context)
         for u in range(len(together)):
             if not torch.equal(keeps(asked.method, alone(asked.context, u))[0], together[u]):
                 raise Failed(
@@ -194,7 +195,7 @@ def budget(case: Case) -> None:
             _of_prompts(case.run(recipe).report, keep)
             continue
         for image in case.run(recipe).report.images:
-            wanted, got = int(keep.counts([image.tokens])[0]), image.kept[-1]
+            wanted, got = int(keep.counts([image.tokens])[0]), image.cached[-1]
             if got > wanted or got < (wanted if case.exact else 1):
                 most = "" if case.exact else "at most "
                 raise Failed(
@@ -247,7 +248,7 @@ def one_token(case: Case) -> None:
     for number in ([2, 0], [0, 1]):
         inputs = zoo.batch(case.architecture, case.model, images=number)
         run = case.run(recipe, inputs)
-        kept = [image.kept[-1] for image in run.report.images]
+        kept = [image.cached[-1] for image in run.report.images]
         if case.whole_groups:
             _of_prompts(run.report, Budget.tokens(1))
         elif kept != [1] * sum(number):
@@ -273,14 +274,14 @@ def nan(case: Case) -> None:
 def padding(case: Case) -> None:
     """What stands where no token is (ctx.valid is False) changes nothing and is never kept."""
     for asked in case.questions():
-        plain = asked.answer.keep & asked.context.valid
-        if bool((asked.answer.keep & ~asked.context.valid).any()):
+        plain = within(asked.answer.keep, asked.context)
+        if not torch.equal(asked.answer.keep, plain):
             raise Failed("it keeps slots that hold no token: keep only where ctx.valid is True")
         n = plain.shape[1]
         for value in (0.0, torch.nan, 1e9, -torch.inf):
             ctx = padded(asked.context, value)
             keep = ask(asked.method, ctx).answer.keep
-            if bool((keep & ~ctx.valid).any()):
+            if not torch.equal(keep, within(keep, ctx)):
                 raise Failed(f"it keeps slots that hold no token once {value} stands there: mask scores by ctx.valid")
             if not torch.equal(keep[:, :n], plain):
                 raise Failed(f"{value} in slots that hold no token changes what it keeps: mask by ctx.valid first")
@@ -293,7 +294,7 @@ def bfloat16(case: Case) -> None:
     run = case.run(case.asking, inputs, model)
     if not bool(run.logits[inputs["attention_mask"].bool()].isfinite().all()):
         raise Failed("on a bfloat16 model its logits are not finite")
-    wanted, got = ([image.kept for image in r.report.images] for r in (case.plain, run))
+    wanted, got = ([image.cached for image in r.report.images] for r in (case.plain, run))
     if case.takes_budget and case.exact and wanted != got:
         raise Failed(
             f"on a bfloat16 model it keeps {got[0]} tokens of the first image per layer, in float64 {wanted[0]}"
@@ -348,7 +349,7 @@ def count(case: Case) -> None:
         if not contract(method).count_from_grid:
             raise NotApplicable("its contract says count_from_grid=False")
     other = case.run(case.asking, case.inputs | {"pixel_values": -case.inputs["pixel_values"]})
-    kept, others = ([image.kept for image in run.report.images] for run in (case.plain, other))
+    kept, others = ([image.cached for image in run.report.images] for run in (case.plain, other))
     if kept != others:
         raise Failed(
             f"other pixels keep {others[0]} instead of {kept[0]} tokens per layer, though the contract says "
@@ -408,14 +409,16 @@ def against_oracle(
         ledger = compression.ledger
     alive = [ledger.alive(layer) for layer in range(ledger.depth)]
     stored = [layer.keys.shape[-2] - STEPS + 1 for layer in out.past_key_values.layers]
-    if stored != ledger.tokens():
-        raise Failed(f"the cache holds {stored} prompt tokens per layer, the ledger says {ledger.tokens()}")
+    if stored != ledger.cached_tokens():
+        raise Failed(f"the cache holds {stored} prompt tokens per layer, the ledger says {ledger.cached_tokens()}")
     text = inputs["attention_mask"].bool() & ~ledger.visual
-    if any(not torch.equal(mask & ~ledger.visual, text) for mask in alive):
+    cached = [ledger.cached(layer) for layer in range(ledger.depth)]
+    masks = [*alive, *(head for layer in cached for head in layer.unbind(2))]
+    if any(not torch.equal(mask & ~ledger.visual, text) for mask in masks):
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
         frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen)
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen, cached)
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
@@ -456,7 +459,10 @@ def _stock(architecture: str) -> torch.Tensor:
 
 def _alike(a: Run, b: Run) -> bool:
     """Whether both kept the same tokens in every layer."""
-    return all(torch.equal(x & a.ledger.visual, y & b.ledger.visual) for x, y in zip(a.alive, b.alive, strict=True))
+    first, second = (
+        [r.ledger.visual[..., None] & r.ledger.cached(layer) for layer in range(r.ledger.depth)] for r in (a, b)
+    )
+    return all(map(torch.equal, first, second))
 
 
 def _average(case: Case, recipe: Recipe, keep: Budget) -> None:
@@ -526,8 +532,8 @@ def _moved(asked: Asked, *, scattered: bool) -> float:
         ctx = without_ties(asked.context, seed, scattered=scattered)
         order = _shuffles(ctx.size, ctx.valid, seed)
         plain, other = ask(asked.method, ctx), ask(asked.method, permuted(ctx, order))
-        keep, shuffled = take(plain.answer.keep & ctx.valid, order), other.answer.keep & other.context.valid
-        moved += (keep != shuffled).any(1).tolist()
+        keep, shuffled = take(within(plain.answer.keep, ctx), order), within(other.answer.keep, other.context)
+        moved += (keep != shuffled).flatten(1).any(1).tolist()
         if plain.answer.features is not None and other.answer.features is not None:
             both = keep & shuffled
             if gap(other.answer.features[both], take(plain.answer.features, order)[both]) > CLOSE:

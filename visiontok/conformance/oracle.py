@@ -19,7 +19,9 @@ class DenseMasked:
 
     ``merged`` are the embeddings (B, N, D) that a merging method put in the place of the model's own, NaN where it left
     them. ``means`` are per decoder layer (row, position, positions): on its input, the state becomes
-    the mean of those. ``frozen`` are per layer the (B, N) tokens that are seen but not processed.
+    the mean of those. ``frozen`` are per layer the (B, N) tokens that are seen but not processed. ``cached`` are per
+    layer the (B, N, G) tokens that positions from N on see in each key head; ``since`` (N,) long says so for each
+    token, if some are thinned earlier.
     """
 
     def __init__(
@@ -29,10 +31,14 @@ class DenseMasked:
         merged: torch.Tensor | None = None,
         means: Mapping[int, Sequence[tuple[int, int, list[int]]]] | None = None,
         frozen: Sequence[torch.Tensor] | None = None,
+        cached: Sequence[torch.Tensor] | None = None,
+        since: torch.Tensor | None = None,
     ) -> None:
         base, text = model.model, model.get_decoder()
         self.alive, self.merged, self.means = alive, merged, means or {}
         self.processed = alive if frozen is None else [a & ~still for a, still in zip(alive, frozen, strict=True)]
+        self.cached, self.since = cached, since
+        self.heads = model.config.get_text_config().num_attention_heads
         self.handles = [
             base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -82,7 +88,14 @@ class DenseMasked:
             seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
             if self.mask_2d is not None:
                 seen = seen & self.mask_2d.bool()[:, None, None]
-        seen = (seen & self._onwards(self.alive[index], length)[:, None, None]) | torch.eye(length, dtype=torch.bool)
+        seen = seen & self._onwards(self.alive[index], length)[:, None, None]
+        if self.cached is not None:
+            held = self.cached[index].transpose(1, 2).repeat_interleave(self.heads // self.cached[index].shape[2], 1)
+            prompt = held.shape[2]
+            since = torch.full((prompt,), prompt) if self.since is None else self.since
+            shown = held[:, :, None] | (torch.arange(length)[:, None] < since)  # (B, H, length, N)
+            seen = seen & torch.cat([shown, shown.new_ones(*shown.shape[:3], length - prompt)], 3)
+        seen = seen | torch.eye(length, dtype=torch.bool)
         lowest = torch.finfo(self.before.dtype).min
         kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
         return args, kwargs

@@ -114,8 +114,13 @@ def ask(method: Method, ctx: Context) -> Asked:
 
 
 def keeps(method: Method, ctx: Context) -> torch.Tensor:
-    """(U, N) bool: what the method keeps of the candidates."""
-    return ask(method, ctx).answer.keep & ctx.valid
+    """(U, N), or (U, N, G) per head of a cache, bool: what the method keeps of the candidates."""
+    return within(ask(method, ctx).answer.keep, ctx)
+
+
+def within(keep: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """What of ``keep`` is a candidate."""
+    return keep & ctx.valid.view(*ctx.valid.shape, *[1] * (keep.ndim - 2))
 
 
 def without_ties(ctx: Context, seed: int, *, scattered: bool) -> Context:

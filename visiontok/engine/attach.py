@@ -64,6 +64,8 @@ class Policy(Protocol):
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
     """First decoder layer whose keys may get a bias; None for none."""
+    thinned: frozenset[int]
+    """Decoder layers of whose cache a part may go as soon as it is stored."""
     compact: bool
     """Whether positions are counted through in every layer."""
     decoder: DecoderReadings
@@ -79,6 +81,10 @@ class Policy(Protocol):
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees."""
+        ...
+
+    def thins(self, call: Prefill) -> bool:
+        """Whether any layer stores more visual tokens than are to stay in its cache."""
         ...
 
 
@@ -132,7 +138,8 @@ class Attachment:
         self.base, self.outer = adapter.base, outer
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
-        touched = [*policy.changes, *policy.frozen, *(() if policy.biased is None else (policy.biased,))]
+        touched = [*policy.changes, *policy.frozen, *policy.thinned]
+        touched += [] if policy.biased is None else [policy.biased]
         if touched and adapter.prompt_only:
             raise UnsupportedError(
                 f"{self.base.config.model_type}: {adapter.prompt_only}, so tokens can only be dropped before the first "
@@ -259,6 +266,9 @@ class Attachment:
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
             kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
+            types: Any = kwargs.get("token_type_ids")
+            if _is_2d(types) and x is not None:  # of the whole text, which would be read at the places of stored tokens
+                kwargs["token_type_ids"] = types[:, -x.shape[1] :]
         return args, kwargs
 
     @staticmethod
@@ -313,6 +323,11 @@ class Attachment:
         past = 0 if cache is None else cache.get_seq_length()  # before the layers fill it
         records = take_records(handover["encoded"])
         trace.chunk = self._is_chunk(handover["encoded"], records)
+        if trace.chunk and self.policy.thinned:
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: this prefill comes in chunks, and what a cache keeps is chosen by the "
+                "whole prompt; leave prefill_chunk_size out, or use a recipe without a cache stage"
+            )
         if trace.chunk and self.policy.selects:
             self._refuse_split_images(masks, cache)
         call, keep, embeds = run_prompt_stages(
@@ -331,6 +346,7 @@ class Attachment:
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and not self.policy.frozen and embeds is x
+        nothing = nothing and not self.policy.thins(call)
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
         if nothing and not self.force and stock_masks:
@@ -378,6 +394,7 @@ class Attachment:
         length = call.length
         self._refuse_masks(kwargs)
         cache, past = self._cache(module, kwargs), 0
+        call.trace.stores = cache is not None
         if cache is not None:
             past = cache.get_seq_length()
             call.first_key = self.masks.key(cache, 0)
@@ -571,6 +588,7 @@ class Attachment:
                 [call.slots(i) for i in depth],
                 [call.masses.get(i) for i in depth],
                 {index: rows.computed.width for index, rows in call.rows.items()},
+                call.cached,
             )
             self._ignore_labels(call)
         self.traces.publish(call.trace)
@@ -602,7 +620,9 @@ class Attachment:
             if tables is not None:
                 kwargs["position_embeddings"] = tables
             return args, kwargs
-        if not self.policy.decoder.wants_state(index):  # a tap in this layer reads it further down
+        if not (
+            self.policy.decoder.wants_state(index) or index in self.policy.thinned
+        ):  # a tap in this layer reads it further down
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:

@@ -25,6 +25,8 @@ SHORT = "_visiontok_short"
 def _two_length(base: type[DynamicLayer]) -> type[Any]:
     # Built per base by single inheritance: in-place __class__ assignment needs an identical object layout.
     class Layer(base):  # type: ignore[misc, valid-type]
+        keys: Any
+        values: Any
         dropped = 0  # logical minus physical tokens
         prompt = 0  # physical slots up to the end of the last prefill
         floor = 0  # physical slots up to its last visual token; with tokens dropped, these cannot be cropped
@@ -124,6 +126,34 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
             self.dropped += logical - width
             self.prompt = past + width
             self.floor = self.prompt - text
+
+        def thin(self, slots: torch.Tensor, new: int, valid: torch.Tensor | None) -> None:
+            """Keep some of the slots that the present prefill has stored, and free the memory of the others.
+
+            Args:
+                slots: (B, G, K) long, for each key head the slots to keep, in order, counted from this prefill's first.
+                new: slots that this prefill has stored.
+                valid: (B, K) bool, which of those kept hold a token; None for all.
+            """
+            past = self.keys.shape[2] - new
+            left = self.physical_length() - past - new  # before the window of a sliding layer, no longer stored
+            index = slots[..., None]
+            # joined, so that no view holds on to what is gone
+            self.keys, self.values = (
+                torch.cat([x[:, :, :past], x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3]))], 2)
+                for x in (self.keys, self.values)
+            )
+            gone = left + new - slots.shape[2]
+            self.dropped, self.prompt, self.floor = self.dropped + gone, self.prompt - gone, self.floor - gone
+            if self.is_sliding:
+                self.cumulative_length = past + slots.shape[2]
+            if self.valid is not None or valid is not None:
+                known = slots.new_ones(len(slots), past, dtype=torch.bool)
+                if self.valid is not None:
+                    known = self.valid[:, left : left + past]
+                fresh = known.new_ones(len(slots), slots.shape[2]) if valid is None else valid
+                self.valid = torch.cat([known, fresh], 1)
+            self.pattern = (*self.pattern[:-2], 0 if valid is None else id(valid), 0)
 
         def check_crop(self, tokens_to_remove: int) -> int:
             """Tokens to remove, as a negative number; raises where tokens are gone."""

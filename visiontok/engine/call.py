@@ -16,6 +16,7 @@ from .trace import Trace
 from .vision import Encoded, Units
 
 if TYPE_CHECKING:
+    from ..context import Context
     from .attach import Policy
 
 
@@ -65,6 +66,9 @@ class Prefill:
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
+        cached: per decoder layer whose cache was thinned the (B, N, G) bool mask of the tokens that each key head has
+            left, and the slots of a row.
+        asked_of_cache: what does not change from layer to layer in the question to a cache method.
         stock: nothing is dropped, and the language model runs untouched.
     """
 
@@ -125,6 +129,8 @@ class Prefill:
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}
         self.notes: dict[tuple[str, int], torch.Tensor] = {}
+        self.cached: dict[int, tuple[torch.Tensor, int]] = {}
+        self.asked_of_cache: Context | None = None
 
     def row_counts(self, counts: Sequence[int]) -> list[int]:
         """Tokens of each row, text included, if so many of each unit are alive."""
@@ -162,6 +168,18 @@ class Prefill:
         if self.entry_valid is not None:
             return self.entry_valid
         return torch.ones(self.batch, self.width, dtype=torch.bool, device=self.visual.device)
+
+    def slots_in_use(self, layer: int) -> torch.Tensor:
+        """(B, M) bool: slots of ``layer`` that hold a token."""
+        layout = self.layouts[layer]
+        if layout is None:
+            return self.entry_valid_or_ones()
+        return torch.ones_like(layout.slots, dtype=torch.bool) if layout.valid is None else layout.valid
+
+    def held(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, …) in prompt positions → (B, M, …) in the slots of ``layer``; those not in use hold anything."""
+        x, layout = self.enter(x), self.layouts[layer]
+        return x if layout is None else layout.gather(x)
 
     def check_last(self, alive: torch.Tensor) -> None:
         """The token that predicts the next one must stay.

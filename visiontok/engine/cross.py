@@ -88,8 +88,9 @@ class CrossPolicy(StagePolicy):
         """As :class:`~visiontok.engine.policy.StagePolicy`, which also takes what is ``shared`` by the stages."""
         for stage in stages:
             if stage.kind not in ("pixel", "prompt"):
+                where = "" if stage.layer is None else f" at layer {stage.layer}"
                 raise UnsupportedError(
-                    f"{stage.kind} stage at layer {stage.layer}: a cross-attention model has no visual tokens in the "
+                    f"{stage.kind} stage{where}: a cross-attention model has no visual tokens in the "
                     "sequence of its decoder layers, and what its cross-attention layers see is fixed before the "
                     "first of them; use a recipe of prompt stages"
                 )

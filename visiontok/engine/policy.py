@@ -20,9 +20,11 @@ from ..functional import absorb, coordinates, nearest_kept
 from ..method import Mass, Selection, Stage, resolve_layer
 from .answer import answered
 from .call import Prefill, counted
+from .evict import thin
 from .host import stops_host, upload
 from .pixels import Smaller
-from .readings import DecoderReadings, Host, earliest_cut, needs_of
+from .probe import Tap
+from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_of
 from .rotary import rotary_tables
 from .tower import TowerReadings
 from .vision import BeforeTower
@@ -68,6 +70,10 @@ class StagePolicy:
                 f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
                 "depend; give tokens or a ratio"
             )
+        caches = [s for s in stages if s.kind == "cache"]
+        if len(caches) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
+        self.cache_stage = next(iter(caches), None)
         self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
@@ -110,12 +116,32 @@ class StagePolicy:
         self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts))
-        self.selects = bool(self._selecting)
+        self.selects = bool(self._selecting or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
+        if self.cache_stage is not None and self.biased is not None:
+            raise ConfigError(
+                f"mass: {self.cache_stage.label} leaves each head other tokens in the cache, and mass attention gives "
+                "all heads one bias; use mass=False, or a recipe without a cache stage"
+            )
+        readers = list(self.cuts.items())
+        self.thinned: frozenset[int] = frozenset()
+        self.thins_from: int | None = None
+        if self.cache_stage is not None:
+            start = 0
+            if self.cache_stage.layer is not None:
+                lowest = earliest_cut(self.cache_stage)
+                start = self.thins_from = resolve_layer(self.cache_stage.layer, depth, name="layer", lowest=lowest)
+                readers.append((start, self.cache_stage))
+            self.thinned = frozenset(i for i in range(start, depth) if not hidden[i])
+            for layer in sorted(self.thinned & self.frozen):
+                raise ConfigError(
+                    f"layer={layer}: {self.cache_stage.label} chooses by what a layer computes, which visual tokens "
+                    "pass frozen; leave the freeze or the cache stage out"
+                )
         self.decoder = DecoderReadings(
-            self.prompt_stages, self.cuts, hidden, self.frozen, official=fidelity == "official"
+            self.prompt_stages, readers, hidden, self.frozen, official=fidelity == "official"
         )
 
     def attach(self, attachment: Host) -> None:
@@ -134,11 +160,21 @@ class StagePolicy:
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
         self.decoder.tap(attachment)
+        for layer in sorted(self.thinned):
+            attachment.add(Tap(attention_of(attachment, layer), functools.partial(thin, self, layer)))
         self.tower = self.tower_readings(attachment, self._selecting)
 
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
+
+    def thins(self, call: Prefill) -> bool:
+        """Whether any layer stores more visual tokens than are to stay; see :class:`visiontok.engine.attach.Policy`."""
+        return self.cache_stage is not None and any(map(int.__lt__, self.to_cache(call), call.counts))
+
+    def to_cache(self, call: Prefill) -> list[int]:
+        """Visual tokens of each unit that are to stay in the cache of a layer, as far as it has so many."""
+        return call.units.sizes if self.cache_stage is None else self._counts(self.cache_stage, call)
 
     def prompt(self, call: Prefill, embeds: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Run the prompt stages; see :class:`visiontok.engine.attach.Policy`."""

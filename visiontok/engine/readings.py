@@ -6,7 +6,7 @@ Everything is noted on the call, and lives as long as it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -61,12 +61,25 @@ def earliest_cut(stage: Stage) -> int:
     return max((-offset for offset in offsets), default=1 if needs.decoder_transition else 0)
 
 
+def attention_of(host: Host, layer: int) -> nn.Module:
+    """The attention module of a decoder layer.
+
+    Raises:
+        UnsupportedError: if there is not one.
+    """
+    modules = attention_modules(host.layers[layer])
+    if len(modules) != 1:
+        model = host.adapter.base.config.model_type
+        raise UnsupportedError(f"{model}: decoder layer {layer} has no single attention module to tap")
+    return modules[0]
+
+
 class DecoderReadings:
     """What the methods of a recipe read of the decoder layers.
 
     Args:
         prompt: stages before the language model.
-        cuts: stages inside it, by layer.
+        inside: stages inside it, and the layer of each.
         hidden: per layer, whether it sees no visual token.
         frozen: layers that visual tokens pass as they are.
         official: whether published flaws are wanted.
@@ -78,7 +91,7 @@ class DecoderReadings:
     def __init__(
         self,
         prompt: Sequence[Stage],
-        cuts: Mapping[int, Stage],
+        inside: Sequence[tuple[int, Stage]],
         hidden: list[bool],
         frozen: Set[int],
         *,
@@ -90,7 +103,7 @@ class DecoderReadings:
         self._taps: dict[int, set[str]] = {}
         self._beforehand: dict[int, set[str]] = {}
         self._unturned: set[int] = set()
-        for layer, stage in cuts.items():
+        for layer, stage in inside:
             for stat, read in self._declared(stage, layer):
                 if read < 0 or hidden[read]:
                     raise ConfigError(
@@ -112,7 +125,7 @@ class DecoderReadings:
         needs, found = needs_of(stage), []
         for stat, offsets in _offsets(needs).items():
             for offset in offsets:
-                if offset > 0 or (not offset and stat not in _BEFOREHAND):
+                if offset > 0 or (not offset and (stat not in _BEFOREHAND or stage.kind == "cache")):
                     raise ConfigError(f"{stat}({offset}): {stage.label} may read earlier layers only")
                 found.append((stat, cut + offset))
         return found + [
@@ -143,22 +156,16 @@ class DecoderReadings:
             shown = stats.intersection((*STATISTICS, *HEADS))
             if shown or layer in glanced:
                 sink = functools.partial(self._sink, layer, frozenset(shown)) if shown else None
-                host.add(Tap(self._attention(host, layer), sink))
+                host.add(Tap(attention_of(host, layer), sink))
         for layer in sorted(self._ahead):
-            host.add(Tap(self._attention(host, layer), functools.partial(stop, layer)))
+            host.add(Tap(attention_of(host, layer), functools.partial(stop, layer)))
         if self._explains:
             for index in range(self.depth):
-                host.add(Tap(self._attention(host, index), None, functools.partial(note, index)))
+                host.add(Tap(attention_of(host, index), None, functools.partial(note, index)))
 
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
-
-    def _attention(self, host: Host, layer: int) -> nn.Module:
-        modules = attention_modules(host.layers[layer])
-        if len(modules) != 1:
-            raise UnsupportedError(f"{self._model}: decoder layer {layer} has no single attention module to tap")
-        return modules[0]
 
     # ---- what the attachment shows
 
@@ -259,6 +266,8 @@ class DecoderReadings:
         """
         if stat == "rotary_pull":
             return self._pull(call)
+        if stat.startswith("cache_"):
+            raise ConfigError(f"attention.{stat}({layer}): only a cache stage has it; at a cut, read text_rows")
         if stat == "ahead":
             return self._looked(call, cut, self._look(layer))
         if stat == "relevance":

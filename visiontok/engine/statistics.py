@@ -44,9 +44,7 @@ class Seen:
     @property
     def used(self) -> torch.Tensor:
         """(B, M) bool: slots that hold a token."""
-        layout = self.call.layouts[self.layer]
-        valid = self.call.entry_valid if layout is None else layout.valid
-        return torch.ones_like(self.visible[..., 0]) if valid is None else valid
+        return self.call.slots_in_use(self.layer)
 
     @property
     def last(self) -> torch.Tensor:
@@ -65,9 +63,7 @@ class Seen:
 
     def held(self, prompt: torch.Tensor) -> torch.Tensor:
         """(B, N) in prompt positions → (B, M) in the slots of the layer, False or 0 where there is no token."""
-        call, layout = self.call, self.call.layouts[self.layer]
-        here = call.enter(prompt) * call.entry_valid_or_ones()
-        return (here if layout is None else layout.gather(here)) * self.used
+        return self.call.held(self.layer, prompt * self.call.attended) * self.used
 
     @property
     def shown(self) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Trace:
         ahead: decoder layers that were looked ahead at.
         explained: whether the language model ran forward and backward before, for what its next token rests on.
         chunk: whether this was a part of a prompt only.
+        stores: whether the language model has a cache.
         promises: what was taken for granted and is checked later.
         steps: forwards on a compressed cache between this prefill and the next one; None if this call ran stock, whose
             cache is stock too and is not watched.
@@ -42,6 +43,7 @@ class Trace:
         self.ahead: list[int] = []
         self.explained = False
         self.chunk = False
+        self.stores = True
         self.promises = Promises()
         self.steps: int | None = 0
 
@@ -55,10 +57,11 @@ class Trace:
         widths: list[int],
         masses: list[torch.Tensor | None],
         frozen: Mapping[int, int] | None = None,
+        cached: Mapping[int, tuple[torch.Tensor, int]] | None = None,
     ) -> None:
         """The prefill is through; see :meth:`visiontok.ledger.TokenLedger.fill`."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths, masses, frozen or {})
+            self.ledger.fill(alive, widths, masses, frozen or {}, cached or {})
         self.clock.mark("finished")
 
     def note_step(self) -> None:

@@ -70,6 +70,20 @@ def attention_heads(
     return unrow(_weights(q, k, scale, visible, bias).flatten(1, 2), q, 3)
 
 
+def attention_groups(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`attention_rows`, the sum over the heads that share each key head.
+
+    Returns:
+        (G, R, N) or (B, G, R, N) float32.
+
+    Reference:
+        H2O, arXiv 2306.14048, and SnapKV, arXiv 2404.14469, which choose for each key-value head.
+    """
+    return unrow(_weights(q, k, scale, visible, bias).sum(2), q, 3)
+
+
 def attention_peaks(
     q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:

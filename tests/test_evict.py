@@ -336,7 +336,7 @@ LOOPS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 def test_each_head_keeps_what_a_plain_loop_does(
     architecture: str, case: str, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evict, "_TILE", 7)  # shorter than the prompt
+    monkeypatch.setattr(evict, "TILE", 7)  # shorter than the prompt
     model = build(architecture)
     inputs = batch(architecture, model, images=[2, 1])
     method, rule, options = LOOPS[case]

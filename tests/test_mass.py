@@ -385,7 +385,7 @@ def test_attention_taps_see_the_bias():
     )
 
 
-@pytest.mark.parametrize("method", [c.name for c in visiontok.methods() if c.budget])
+@pytest.mark.parametrize("method", [c.name for c in visiontok.methods() if c.budget and c.stage != "cache"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_the_masses_of_every_method_add_up_to_all_tokens(name, method):
     model = build(name, dtype=torch.float32)

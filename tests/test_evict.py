@@ -357,7 +357,7 @@ def test_each_head_keeps_what_a_plain_loop_does(
 def test_dycoke_keeps_in_later_layers_what_the_last_token_looks_at(architecture: str) -> None:
     model = build(architecture)
     inputs = batch(architecture, model, images=[2, 1])
-    with visiontok.compress(model, "dycoke", keep=0.4, layer=2) as compression, torch.no_grad():
+    with visiontok.compress(model, "dycoke_cache", keep=0.4, layer=2) as compression, torch.no_grad():
         model(**inputs)
         thinned, whole = held(compression), alive(compression)
     last = maps(architecture, inputs)[1].mean(1)[:, -1]
@@ -369,7 +369,7 @@ def test_dycoke_keeps_in_later_layers_what_the_last_token_looks_at(architecture:
         for row, own in places(inputs):
             kept = [own[i] for i in best(last[row, own].tolist(), int(Budget.ratio(0.4).counts([len(own)])[0]))]
             assert [i for i in own if thinned[layer][row, i, 0]] == kept
-    against_oracle(model, inputs, visiontok.recipe("dycoke", keep=0.4, layer=2), BANNED)
+    against_oracle(model, inputs, visiontok.recipe("dycoke_cache", keep=0.4, layer=2), BANNED)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -417,7 +417,7 @@ def test_what_cannot_be_asked_for() -> None:
     for make, message in (
         (lambda: Stage(kind="cache", method=fixed), "no answer for a cache stage"),
         (lambda: Stage(kind="prompt", method=SnapKV()), "no answer for a prompt stage"),
-        (lambda: visiontok.compress(model, "dycoke", keep=0.4, layer=0), "layer=0"),
+        (lambda: visiontok.compress(model, "dycoke_cache", keep=0.4, layer=0), "layer=0"),
         (lambda: visiontok.recipe("snapkv", keep="flops:0.5"), "leaves the prefill as it is"),
         (lambda: visiontok.recipe("snapkv", keep="layer_average:5"), "with a cache stage, give each"),
         (lambda: (visiontok.recipe("fastv") + visiontok.recipe("snapkv")).with_keep(Budget.ratio(0.5)), "give each"),

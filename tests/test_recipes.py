@@ -27,7 +27,7 @@ from visiontok.recipes.cdpruner import CDPruner
 from visiontok.recipes.cls_topk import ClsTopK
 from visiontok.recipes.dart import Dart
 from visiontok.recipes.divprune import DivPrune
-from visiontok.recipes.dycoke import DyCoke
+from visiontok.recipes.dycoke_cache import DyCokeCache
 from visiontok.recipes.eadp import EADP
 from visiontok.recipes.entropyprune import EntropyPrune
 from visiontok.recipes.erase import Erase
@@ -148,7 +148,7 @@ METHODS: list[Method] = [
     FitPrune(layers=(3,), shares=(0.5,)),
     EntropyPrune(of="states"),
     Explain(),
-    DyCoke(),
+    DyCokeCache(),
     H2O(),
     H2O(joined=True),
     SnapKV(),

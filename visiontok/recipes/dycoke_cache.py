@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DyCoke(Method):
+class DyCokeCache(Method):
     """One layer chooses what all later ones keep of the visual tokens for decoding.
 
     Attributes:
@@ -25,7 +25,7 @@ class DyCoke(Method):
     layer: Layer = 3 / 28
 
     card: ClassVar[Card] = Card(
-        name="dycoke",
+        name="dycoke_cache",
         title="thin the cache of later layers behind the prefill, by what the last token looks at in an early one",
         paper="arXiv 2411.15024 (stage 2)",
         venue="CVPR 2025",

@@ -161,6 +161,7 @@ def test_kept_pages_are_those_of_the_plain_loop(name: str) -> None:
     for share in (0.05, 0.4, 0.7, 1.0):
         assert kept(model, inputs, "urag", layer=CUT, keep=share) == expected(name, share=share)
     assert kept(model, inputs, "urag", layer=CUT, keep=0.7, groups=1) == expected(name, share=0.7, most=1)
+    assert kept(model, inputs, "urag", layer=CUT, keep=1.0, groups=1) == expected(name, most=1)
     assert kept(model, inputs, "urag", layer=CUT, groups=1, tail=4) == expected(name, most=1, tail=4)
 
 

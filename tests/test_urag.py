@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers import CLIPImageProcessor
 import visiontok
 import visiontok.functional as F
 from visiontok import Budget, Recipe, overlay
-from visiontok.conformance.checks import Case, against_oracle, rows
+from visiontok.conformance.checks import CHECKS, Case, Failed, against_oracle, rows
 from visiontok.conformance.zoo import BANNED, IMAGE, VIDEO, batch, build
 from visiontok.errors import ConfigError
 from visiontok.method import Stage
+from visiontok.recipe import of_method
 from visiontok.recipes import find
 from visiontok.recipes.urag import URaG, urag
 
@@ -159,6 +161,7 @@ def test_kept_pages_are_those_of_the_plain_loop(name: str) -> None:
     for share in (0.05, 0.4, 0.7, 1.0):
         assert kept(model, inputs, "urag", layer=CUT, keep=share) == expected(name, share=share)
     assert kept(model, inputs, "urag", layer=CUT, keep=0.7, groups=1) == expected(name, share=0.7, most=1)
+    assert kept(model, inputs, "urag", layer=CUT, keep=1.0, groups=1) == expected(name, most=1)
     assert kept(model, inputs, "urag", layer=CUT, groups=1, tail=4) == expected(name, most=1, tail=4)
 
 
@@ -312,6 +315,25 @@ def test_the_report_says_where_one_page_is_more_than_the_budget() -> None:
     assert compression.report.warnings == (
         "prompt 0 keeps 16 visual tokens instead of 8: the best image, or frame, stays whole",
     )
+
+
+@dataclass(frozen=True)
+class Faulty(URaG):
+    """Says that pages stay or go whole, and keeps all of them or none."""
+
+    all_of_them: bool = True
+    card = replace(URaG.card, name="faulty")
+
+    def select(self, ctx: visiontok.Context) -> Tensor:
+        return ctx.valid & self.all_of_them
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("keeps", "found"), [(True, r"\[16, 16\]"), (False, r"\[0, 0\]")])
+def test_the_kit_rejects_more_than_the_budget_and_nothing(keeps: bool, found: str) -> None:
+    case = Case(of_method(Faulty(layer=CUT, all_of_them=keeps)), "llava")
+    with pytest.raises(Failed, match=f"it keeps {found} of its images: keep the best group"):
+        CHECKS["budget"](case)
 
 
 # -------------------------------------------------------------------------------------- images of which nothing is left

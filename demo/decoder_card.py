@@ -71,6 +71,11 @@ class Stages(Curves):
         wanted = (model, method, keep, False)
         return next((c for c in self.cells if (c["model"], c["method"], c["keep"], c["mass"]) == wanted), None)
 
+    def missing(self, model: str, method: str, share: float) -> str:
+        """What stands for a cell without a result: a dash if the toolkit refuses it, nothing if it was not measured."""
+        refused = any((c["model"], c["method"], c["keep"]) == (model, method, share) for c in self.refused)
+        return _OUT_OF_REACH if refused else ""
+
     def column(self, model: str, method: str) -> float | None:
         """The share that a method without budget meets."""
         line = self.line(model, method, None)
@@ -123,7 +128,7 @@ def render(weights: Path = WEIGHTS) -> str:
     """The text of decoder.md."""
     parts = [_HEAD]
     for fresh, cached in exams(weights):
-        if cached.cells:
+        if fresh.split == "turns":
             parts += _turns(fresh, cached)
             continue
         parts += [
@@ -149,7 +154,10 @@ def _side_by_side(measured: Stages, model: str) -> list[str]:
         for share in measured.keeps:
             hits, chance = measured.at(model, method, share), measured.hits(model, "random", share)
             compared = gain(hits, stock if method == "random" else chance, measured.scene)
-            shown = _OUT_OF_REACH if hits is None else percent(hits.mean()) + _realised(measured, model, method, share)
+            if hits is None:
+                row.append(measured.missing(model, method, share))
+                continue
+            shown = percent(hits.mean()) + _realised(measured, model, method, share)
             row.append(shown + f" ({compared})" * bool(compared))
         own, line = measured.hits(model, method, None), measured.line(model, method, None)
         apart = own is not None and line is not None and measured.column(model, method) is None
@@ -231,10 +239,10 @@ def _turns(fresh: Stages, cached: Stages) -> list[str]:
             for share in fresh.keeps:
                 reused, anew = cached.at(model, method, share), fresh.at(model, method, share)
                 if reused is None or anew is None:
-                    row += [_OUT_OF_REACH] * 3
+                    row += [cached.missing(model, method, share)] * 3
                 else:
                     row += [percent(anew.mean()), percent(reused.mean()), gain(reused, anew, fresh.scene)]
-            if any(cell != _OUT_OF_REACH for cell in row[2:]):
+            if any(cell not in ("", _OUT_OF_REACH) for cell in row[2:]):
                 rows.append(row)
         stock = cached.hits(model, STOCK, None)
         head = [f"{name}, {what}" for name in fresh.tokens for what in ("anew", "reused", "difference")]
@@ -248,12 +256,15 @@ def _refused(measured: Stages) -> list[str]:
     shares: dict[tuple[str, str], list[str]] = defaultdict(list)
     reasons: dict[tuple[str, str], str] = {}
     for line in measured.refused:
-        key = line["model"], line["method"]
+        key = line["model"], measured.name(line["model"], line["method"])
         share = "own" if line["keep"] is None else f"{line['keep']:.0%}"
         if share not in shares[key]:
             shares[key].append(share)
         reasons.setdefault(key, line["refused"])
-    lines = [f"* {model}, {name}, {', '.join(shares[model, name])}: {why}" for (model, name), why in reasons.items()]
+    alike = defaultdict(list)
+    for (model, name), why in reasons.items():
+        alike[model, ", ".join(shares[model, name]), why].append(name)
+    lines = [f"* {model}, {at}: {', '.join(names)}: {why}" for (model, at, why), names in alike.items()]
     return ["Out of reach, or refused:", "\n".join(lines)] if lines else []
 
 

@@ -133,7 +133,8 @@ class Context:
 
     Attributes:
         stage: ``pixel``, ``prompt`` or ``decoder``.
-        layer: decoder layer of the cut; None at the others.
+        layer: decoder layer of the cut or the route; None at the others.
+        depth: decoder layers of the model.
         features: (U, N, D).
         valid: (U, N) bool, candidates.
         count: (U,) long, how many to keep of each image.
@@ -167,6 +168,7 @@ class Context:
 
     stage: Literal["pixel", "prompt", "decoder"]
     layer: int | None
+    depth: int = 0
     features: torch.Tensor
     valid: torch.Tensor
     count: torch.Tensor

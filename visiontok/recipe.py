@@ -49,8 +49,10 @@ class Recipe:
         if self.average is not None:
             if self.average.kind not in ("tokens", "ratio", "layer_average"):
                 raise ConfigError(f"keep={self.average}: an average over layers is given in tokens or as a ratio")
-            if any(s.kind == "skip" for s in self.stages):
-                raise ConfigError(f"keep={self.average}: with a skip stage, give each selection its own budget instead")
+            if routing := next((s.kind for s in self.stages if s.kind in ("skip", "route")), None):
+                raise ConfigError(
+                    f"keep={self.average}: with a {routing} stage, give each selection its own budget instead"
+                )
 
     @property
     def label(self) -> str:
@@ -95,9 +97,11 @@ class Recipe:
         Raises:
             ConfigError: if the recipe selects nothing.
         """
-        if mass is not None and not any(s.method is not None for s in self.stages):
+        keeping = [s.method is not None and s.kind != "route" for s in self.stages]
+        if mass is not None and not any(keeping):
             raise ConfigError(f"mass={mass}: {self.label} keeps no token that could speak for others")
-        return replace(self, stages=tuple(s if s.method is None else replace(s, mass=mass) for s in self.stages))
+        stages = zip(self.stages, keeping, strict=True)
+        return replace(self, stages=tuple(replace(s, mass=mass) if keeps else s for s, keeps in stages))
 
     def with_reserve(self, reserve: float) -> Recipe:
         """The recipe with this share of every budget reserved for coordinate tokens, twice; see :class:`Stage`.
@@ -181,7 +185,7 @@ class Recipe:
                 method = find(entry["method"]).build(entry.get("options") or {})
             keep = Budget.from_json(entry["keep"]) if "keep" in entry else None
             if "kind" not in entry:
-                raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip, freeze)")
+                raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip, freeze, route)")
             stages.append(
                 Stage(
                     kind=entry["kind"],

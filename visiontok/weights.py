@@ -1,8 +1,9 @@
-"""Weights of trained scorers, from safetensors files only: nothing in them is ever executed."""
+"""Weights of trained scorers and routers, from safetensors files only: nothing in them is ever executed."""
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -29,17 +30,8 @@ def load_selector(path: str, device: torch.device) -> tuple[tuple[Tensor, Tensor
     Raises:
         ConfigError: if there is no such file, it cannot be read, or it holds another head.
     """
-    said, place = f"scorer_weights={path!r}", Path(path)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
-        found = f"a folder with {len(files)} .safetensors files" if place.is_dir() else "no .safetensors file"
-        raise ConfigError(f"{said}: {found}; give one .safetensors file, or a folder that holds one")
-    try:
-        with safe_open(files[0], framework="pt") as stored:
-            names: list[str] = stored.keys()
-            parts = {functools.reduce(_unwrapped, _WRAPPERS, name): stored.get_tensor(name) for name in names}
-    except Exception as error:  # safetensors has an exception of its own for each kind of damage
-        raise ConfigError(f"{said}: cannot be read ({error}); fetch the file again") from error
+    said = f"scorer_weights={path!r}"
+    parts = {functools.reduce(_unwrapped, _WRAPPERS, name): part for name, part in _read(path, said).items()}
     if sorted(parts) != sorted(_NAMES):
         missing, odd = sorted(set(_NAMES) - set(parts)), sorted(set(parts) - set(_NAMES))
         wrong = "; ".join(
@@ -52,6 +44,55 @@ def load_selector(path: str, device: torch.device) -> tuple[tuple[Tensor, Tensor
         raise ConfigError(f"{said}: {listed}; both weights must be (H, D) and both biases (H,)")
     wq, bq, wk, bk = (parts[name].to(device, torch.float32) for name in _NAMES)
     return (wq, bq), (wk, bk)
+
+
+@functools.lru_cache(maxsize=4)
+def load_routers(path: str, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+    """Linear maps to one number, one per decoder layer that has some; read once per device.
+
+    Args:
+        path: a .safetensors file, or a folder with one, of ``layers.L.weight`` (1, D) and ``layers.L.bias`` (1,).
+        device: where the weights are wanted.
+
+    Returns:
+        by layer, a weight (D,) and a bias (1,).
+
+    Raises:
+        ConfigError: if there is no such file, it cannot be read, or it holds something else.
+    """
+    said = f"weights={path!r}"
+    parts = _read(path, said)
+    layers = {match[1] for name in parts if (match := re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name))}
+    wanted = [f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    if not wanted or sorted(wanted) != sorted(parts):
+        odd = sorted(set(parts) ^ set(wanted))[:4]
+        raise ConfigError(
+            f"{said}: no routers ({', '.join(odd) or 'empty'}); it has layers.L.weight and layers.L.bias only"
+        )
+    found = {}
+    for layer in layers:
+        weight, bias = parts[f"layers.{layer}.weight"], parts[f"layers.{layer}.bias"]
+        if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
+            raise ConfigError(
+                f"{said}: layers.{layer} has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; a router is "
+                "(1, D) and (1,)"
+            )
+        found[int(layer)] = (weight[0].to(device), bias.to(device))
+    return found
+
+
+def _read(path: str, said: str) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, or of the one in a folder; ``said`` is how errors name it."""
+    place = Path(path)
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
+        found = f"a folder with {len(files)} .safetensors files" if place.is_dir() else "no .safetensors file"
+        raise ConfigError(f"{said}: {found}; give one .safetensors file, or a folder that holds one")
+    try:
+        with safe_open(files[0], framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not iterable
+    except Exception as error:  # safetensors has an exception of its own for each kind of damage
+        raise ConfigError(f"{said}: cannot be read ({error}); fetch the file again") from error
 
 
 def _unwrapped(name: str, wrapper: str) -> str:

@@ -20,8 +20,8 @@ class DenseMasked:
     ``merged`` are the embeddings (B, N, D) that a merging method put in the place of the model's own, NaN where it left
     them. ``means`` are per decoder layer (row, position, positions): on its input, the state becomes
     the mean of those. ``frozen`` are per layer the (B, N) tokens that are seen but not processed. ``weights`` are
-    (B, N) factors in layers that some pass by: of the states of these, and of what the MLP adds to the others, which is what
-    the layer returns more than with an MLP that returns nothing.
+    (B, N) factors in layers that some pass by: of the states of these, and of what the MLP adds to the others, which
+    is what the layer returns more than with an MLP that returns nothing.
     """
 
     def __init__(

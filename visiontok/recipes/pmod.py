@@ -95,7 +95,7 @@ class PMoD(Method):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage(kind="route", method=self, layer=0, until=1.0),)
+        return (Stage(kind="route", method=self, layer=0.0, until=1.0),)
 
     def select(self, ctx: Context) -> Tensor | Selection:
         layer: int = ctx.layer  # type: ignore[assignment]  # a route has one

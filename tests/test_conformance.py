@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
+from test_pmod import some_routers
 from visiontok.adapters.base import adapter_class, find
 
 import visiontok
@@ -54,6 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o, one choice per layer": ("h2o", {"joined": True}),
     "snapkv, one choice per layer": ("snapkv", {"joined": True, "window": 2}),
     "sparsevlm, one cut": ("sparsevlm", {"layers": (2,), "shares": (0.5,)}),
+    "shortv, two layers": ("shortv", {"layers": (0, -1)}),
 }
 
 
@@ -110,12 +112,14 @@ def refusal(card: Card, architecture: str) -> str:
 
 @pytest.mark.parametrize(("card", "architecture"), cases())
 def test_every_method(card: Card, architecture: str) -> None:
+    options = {"weights": some_routers()} if card.name == "pmod" else {}
     reason = refusal(card, architecture)
     if reason:
         results = run(card.name, {architecture: Case(visiontok.recipe(card.name), architecture)}).results
         assert all(r.outcome == "n/a" and reason in r.sentence for r in results)
         return
-    assert_conforms(visiontok.recipe(card.name), card, architecture, OTHERWISE.get((card.name, architecture), ()))
+    recipe = visiontok.recipe(card.name, **options)
+    assert_conforms(recipe, card, architecture, OTHERWISE.get((card.name, architecture), ()))
 
 
 # The default suite takes one architecture for what the defaults of a method do not reach.

@@ -42,6 +42,7 @@ from visiontok.recipes.hiprune import hiprune, hiprune_official
 from visiontok.recipes.idpruner import idpruner
 from visiontok.recipes.m3_pool import m3_pool
 from visiontok.recipes.mmtok import cover_table, mmtok
+from visiontok.recipes.pmod import pmod
 from visiontok.recipes.prumerge import outliers, prumerge
 from visiontok.recipes.prumerge_plus import prumerge_plus_official
 from visiontok.recipes.scope import scope
@@ -51,6 +52,7 @@ from visiontok.recipes.transprune import shares_of, transprune
 from visiontok.recipes.v2drop import v2drop
 from visiontok.recipes.visionzip import visionzip
 from visiontok.recipes.vispruner import vispruner
+from visiontok.schedules import shifted_cosine
 
 HERE = Path(__file__).parent / "golden"
 FOLDERS = {"repo": HERE, "extra": Path(os.environ.get("VISIONTOK_GOLDEN", HERE))}
@@ -541,6 +543,21 @@ def call_gemfilter(keys: Tensor, q_last: Tensor, k: int, groups: int) -> Outputs
     return {"kept_sorted": kept(gemfilter(F.attention_logits(q_last[:, None], keys)[0], k, official=True))}
 
 
+def call_pmod_ratios(configs: list[dict[str, Any]]) -> Outputs:
+    shares = [shifted_cosine(32, shift=c["avg"], most=c["max"], least=c["min"]) for c in configs]
+    return {"ratios": shares}
+
+
+def call_pmod_router(logits: Tensor, mask: Tensor, ratio: float, norm: str, scale: float, bias: float) -> Outputs:
+    assert (norm, bias) == ("tanh", 1.0)
+    routed = pmod(logits, ratio, mask.bool(), scale=scale)
+    return {
+        "kept_mask": routed.keep,
+        "weights": routed.weights,
+        "n_kept": int(routed.keep.sum()),
+    }
+
+
 TABLE: dict[str, Callable[..., Outputs]] = {
     name.removeprefix("call_"): function for name, function in list(globals().items()) if name.startswith("call_")
 }
@@ -584,6 +601,9 @@ def check(name: str, mine: Any, entry: dict[str, Any], data: dict[str, Tensor], 
     theirs = value(entry, data)
     if isinstance(theirs, dict):
         assert mine == theirs, name
+    elif entry["compare"] == "exact" and torch.as_tensor(theirs).is_floating_point():
+        mine, theirs = (torch.as_tensor(x, dtype=torch.float64) for x in (mine, theirs))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}")
     elif entry["compare"] == "exact":
         mine, theirs = torch.as_tensor(mine).long(), torch.as_tensor(theirs).long()
         assert mine.shape == theirs.shape, f"{name}: {tuple(mine.shape)} instead of {tuple(theirs.shape)}"

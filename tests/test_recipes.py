@@ -392,6 +392,8 @@ class Watched(Context):
 
 @pytest.mark.parametrize("card", visiontok.methods(), ids=lambda card: card.name)
 def test_what_a_card_needs_is_what_its_method_reads(card: Card) -> None:
+    if card.name == "pmod":
+        pytest.skip("reads nothing without its routers; tests/test_pmod.py gives it some")
     told, cls = set(), find(card.name)
     variants = [cls(), cls(features="merger_in")] if issubclass(cls, VectorMethod) else [cls()]
     for tower, variant in itertools.product((CLIP, NEXT, QWEN), variants):

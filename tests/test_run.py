@@ -81,7 +81,7 @@ LAYERS = {
 KEEPS = {"v2drop": 0.5, "transprune": 0.5, "fitprune": 0.5}
 
 
-@pytest.mark.parametrize("method", [card.name for card in visiontok.methods()])
+@pytest.mark.parametrize("method", [card.name for card in visiontok.methods() if card.name != "pmod"])  # has no weights
 def test_every_method(method: str, tmp_path: Path) -> None:
     path = tmp_path / "overlay.png"
     keep = KEEPS.get(method)

@@ -149,7 +149,8 @@ class Context:
 
     Attributes:
         stage: ``pixel``, ``prompt``, ``decoder`` or ``cache``.
-        layer: decoder layer of the cut, or whose cache is chosen from; None at the others.
+        layer: decoder layer of the cut or the route, or whose cache is chosen from; None at the others.
+        depth: decoder layers of the model.
         features: (U, N, D).
         valid: (U, N) bool, candidates.
         count: (U,) long, how many to keep of each image; at a cache stage in each head.
@@ -185,6 +186,7 @@ class Context:
 
     stage: Literal["pixel", "prompt", "decoder", "cache"]
     layer: int | None
+    depth: int = 0
     features: torch.Tensor
     valid: torch.Tensor
     count: torch.Tensor

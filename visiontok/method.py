@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "cache"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "route", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -218,11 +218,14 @@ class Selection:
         into: (U, N) long or None; for each token the place of the kept token whose features contain it, -1 for tokens
             that went nowhere. Mass attention counts such tokens there and moves them no further. At a cut, a kept
             token's state becomes the mean of those that went into it; its own is one of them if ``into`` says so.
+        weights: (U, N) float or None, for a route: the factor of the state of a token that passes the layer by, and of
+            what the MLP adds to the state of one that goes through it. None is 1.
     """
 
     keep: torch.Tensor
     features: torch.Tensor | None = None
     into: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +285,17 @@ class Stage:
     Attributes:
         kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
-            ``exit`` keeps them out from ``layer`` on; ``skip`` keeps them out of layers ``layer … until-1``; these let
-            them pass as they are, attended to but not computed, if they ``freeze``; ``cache`` selects which of the keys
-            and values that a layer has stored stay for what comes behind the prompt.
+            ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
+            out, ``freeze`` lets them pass as they are, attended to but not computed, and ``route`` chooses anew who
+            goes through the layer; the others pass it by. ``cache`` selects which of the keys and values that a layer
+            has stored stay for what comes behind the prompt.
         layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
             in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
-        until: first layer after a ``skip`` or a ``freeze``, which without is of one layer; 1.0 is the end.
-        method: who selects, for ``pixel``, ``prompt``, ``cut`` and ``cache``.
-        keep: how many of the *original* visual tokens of an image are left afterwards, for the same four; at most as
-            many for ``pixel``.
+        until: first layer after a ``skip``, a ``freeze`` or a ``route``; the last two are of one layer without. 1.0 is
+            the end.
+        method: who selects, for ``pixel``, ``prompt``, ``cut``, ``route`` and ``cache``.
+        keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
+            as many for ``pixel``.
         mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
@@ -310,7 +315,7 @@ class Stage:
     def __post_init__(self) -> None:
         before = self.kind in ("pixel", "prompt")
         speaks = before or self.kind == "cut"
-        selects = speaks or self.kind == "cache"
+        selects = speaks or self.kind in ("route", "cache")
         if self.kind not in get_args(StageKind):
             raise ConfigError(f"kind={self.kind!r}: a stage is one of {', '.join(get_args(StageKind))}")
         if selects != (self.method is not None):
@@ -340,10 +345,10 @@ class Stage:
             )
         if self.until is None and self.kind == "skip":
             raise ConfigError("until=None: a skip stage needs until, the first layer after it")
-        if self.until is not None and self.kind not in ("skip", "freeze"):
-            raise ConfigError(f"until={self.until!r}: only a skip or a freeze stage has until")
-        if self.keep is not None and not selects:
-            does = "drops no visual token" if self.kind == "freeze" else "drops every visual token"
+        if self.until is not None and self.kind not in ("skip", "freeze", "route"):
+            raise ConfigError(f"until={self.until!r}: only a skip, a freeze or a route stage has until")
+        if self.keep is not None and (not selects or self.kind == "route"):
+            does = "drops no visual token" if self.kind in ("freeze", "route") else "drops every visual token"
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage {does} and takes no budget")
         if self.kind == "cache" and self.keep is not None and self.keep.kind in ("flops", "layer_average"):
             raise ConfigError(
@@ -385,6 +390,13 @@ class Method:
     def adapt(self, tower: Tower) -> Method:
         """The method with the defaults that depend on the model's vision tower filled in."""
         return self
+
+    def check(self) -> None:
+        """Called before the method is attached to a model.
+
+        Raises:
+            ConfigError: if it cannot run as it is, without trained weights for instance.
+        """
 
     def needs(self) -> Needs:
         """What :meth:`select` reads from the context beyond features, grid and budget."""

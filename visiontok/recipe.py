@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .budget import Budget
 from .errors import ConfigError
-from .method import Mass, Method, Stage, labelled
+from .method import Mass, Method, Stage, StageKind, labelled
 
 Fidelity = Literal["fixed", "official"]
 Positions = Literal["original", "compact"]
@@ -55,11 +55,10 @@ class Recipe:
         if self.average is not None:
             if self.average.kind not in ("tokens", "ratio", "layer_average"):
                 raise ConfigError(f"keep={self.average}: an average over layers is given in tokens or as a ratio")
-            for kind in ("skip", "cache"):
-                if any(s.kind == kind for s in self.stages):
-                    raise ConfigError(
-                        f"keep={self.average}: with a {kind} stage, give each selection its own budget instead"
-                    )
+            if routing := next((s.kind for s in self.stages if s.kind in ("skip", "route", "cache")), None):
+                raise ConfigError(
+                    f"keep={self.average}: with a {routing} stage, give each selection its own budget instead"
+                )
 
     @property
     def label(self) -> str:
@@ -108,7 +107,7 @@ class Recipe:
         Raises:
             ConfigError: if the recipe selects nothing.
         """
-        speaking = [s.method is not None and s.kind != "cache" for s in self.stages]
+        speaking = [s.method is not None and s.kind not in ("route", "cache") for s in self.stages]
         if mass is not None and not any(speaking):
             raise ConfigError(f"mass={mass}: {self.label} keeps no token that could speak for others")
         stages = zip(self.stages, speaking, strict=True)
@@ -198,7 +197,8 @@ class Recipe:
                 method = find(entry["method"]).build(entry.get("options") or {})
             keep = Budget.from_json(entry["keep"]) if "keep" in entry else None
             if "kind" not in entry:
-                raise ConfigError(f"stage={entry!r}: it needs a kind (prompt, cut, inject, exit, skip, freeze, cache)")
+                kinds = ", ".join(get_args(StageKind))
+                raise ConfigError(f"stage={entry!r}: it needs a kind ({kinds})")
             stages.append(
                 Stage(
                     kind=entry["kind"],

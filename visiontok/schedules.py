@@ -2,7 +2,7 @@
 
 One cut has a closed form, :func:`~visiontok.functional.layer_average`, and so has a concave pyramid, whose tail is
 given. A geometric pyramid and a straight line have one free number each; more of it costs more, so it is found by
-bisection, in whole numbers and therefore exactly.
+bisection, in whole numbers and therefore exactly. A shifted cosine is what it is.
 """
 
 from __future__ import annotations
@@ -125,3 +125,22 @@ def concave(
             f"raise the average to {float(least):.2f}, or shorten the tail"
         )
     return [first, *tail]
+
+
+def shifted_cosine(depth: int, *, shift: float = 0.5, most: float = 0.85, least: float = 0.15) -> list[float]:
+    """cos(π·l / (L - 1)) / 2 + shift, the share of tokens in each layer l of L; all of them where it is above ``most``.
+
+    Args:
+        depth: decoder layers L.
+        shift: added to the half cosine.
+        most: the largest share that is not everything.
+        least: the smallest share.
+
+    Returns:
+        One share per layer, 1.0 for all tokens.
+
+    Reference:
+        p-MoD (ICCV 2025), progressive ratio decay: shift 0.5, from 0.85 to 0.15.
+    """
+    shares = [math.cos(math.pi * layer / max(depth - 1, 1)) / 2 + shift for layer in range(depth)]
+    return [1.0 if share > most else max(share, least) for share in shares]

@@ -1,8 +1,9 @@
-"""Weights of trained scorers, from safetensors files only: nothing in them is ever executed."""
+"""Weights of trained scorers and routers, from safetensors files only: nothing in them is ever executed."""
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ def load_selector(path: str, device: torch.device) -> tuple[tuple[Tensor, Tensor
         ConfigError: if there is no such file, it cannot be read, or it holds another head.
     """
     said = f"scorer_weights={path!r}"
-    parts = _read(said, path, "VisionSelector head", _NAMES, _WRAPPERS)
+    parts = _read(said, path, _WRAPPERS)
+    _check_names(said, parts, "VisionSelector head", _NAMES)
     shapes = [tuple(parts[name].shape) for name in _NAMES]
     if len(shapes[0]) != 2 or shapes != [shapes[0], shapes[0][:1]] * 2:
         listed = ", ".join(f"{name} {shape}" for name, shape in zip(_NAMES, shapes, strict=True))
@@ -56,7 +58,8 @@ def load_retriever(path: str, device: torch.device) -> tuple[tuple[Tensor, Tenso
         ConfigError: if there is no such file, it cannot be read, or it holds something else.
     """
     said = f"head={path!r}"
-    parts = _read(said, path, "retrieval head", _LAYERS, ())
+    parts = _read(said, path)
+    _check_names(said, parts, "retrieval head", _LAYERS)
     shapes = [tuple(parts[name].shape) for name in _LAYERS]
     first, second = shapes[0], shapes[2]
     fits = len(first) == len(second) == 2 and shapes[1] == first[:1] and shapes[3] == second[:1]
@@ -67,12 +70,43 @@ def load_retriever(path: str, device: torch.device) -> tuple[tuple[Tensor, Tenso
     return (w1, b1), (w2, b2)
 
 
-def _read(said: str, path: str, what: str, wanted: tuple[str, ...], wrappers: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a file, which must be those ``wanted`` once ``wrappers`` are taken off their names.
+@functools.lru_cache(maxsize=4)
+def load_routers(path: str, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+    """Linear maps to one number, one per decoder layer that has some; read once per device.
+
+    Args:
+        path: a .safetensors file, or a folder with one, of ``layers.L.weight`` (1, D) and ``layers.L.bias`` (1,).
+        device: where the weights are wanted.
+
+    Returns:
+        by layer, a weight (D,) and a bias (1,).
 
     Raises:
-        ConfigError: begins with ``said``.
+        ConfigError: if there is no such file, it cannot be read, or it holds something else.
     """
+    said = f"weights={path!r}"
+    parts = _read(said, path)
+    layers = {match[1] for name in parts if (match := re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name))}
+    wanted = [f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    if not wanted or sorted(wanted) != sorted(parts):
+        odd = sorted(set(parts) ^ set(wanted))[:4]
+        raise ConfigError(
+            f"{said}: no routers ({', '.join(odd) or 'empty'}); it has layers.L.weight and layers.L.bias only"
+        )
+    found = {}
+    for layer in layers:
+        weight, bias = parts[f"layers.{layer}.weight"], parts[f"layers.{layer}.bias"]
+        if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
+            raise ConfigError(
+                f"{said}: layers.{layer} has weight {tuple(weight.shape)} and bias {tuple(bias.shape)}; a router is "
+                "(1, D) and (1,)"
+            )
+        found[int(layer)] = (weight[0].to(device), bias.to(device))
+    return found
+
+
+def _read(said: str, path: str, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All tensors of a file, without ``wrappers`` before their names; errors begin with ``said``."""
     place = Path(path)
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
@@ -81,16 +115,19 @@ def _read(said: str, path: str, what: str, wanted: tuple[str, ...], wrappers: tu
     try:
         with safe_open(files[0], framework="pt") as stored:
             names: list[str] = stored.keys()
-            parts = {functools.reduce(_unwrapped, wrappers, name): stored.get_tensor(name) for name in names}
+            return {functools.reduce(_unwrapped, wrappers, name): stored.get_tensor(name) for name in names}
     except Exception as error:  # safetensors has an exception of its own for each kind of damage
         raise ConfigError(f"{said}: cannot be read ({error}); fetch the file again") from error
-    if sorted(parts) != sorted(wanted):
-        missing, odd = sorted(set(wanted) - set(parts)), sorted(set(parts) - set(wanted))
-        wrong = "; ".join(
-            f"{fault} {', '.join(found[:4])}" for fault, found in (("no", missing), ("unknown", odd)) if found
-        )
-        raise ConfigError(f"{said}: no {what} ({wrong}); it has {', '.join(wanted)} and nothing else")
-    return parts
+
+
+def _check_names(said: str, parts: dict[str, Tensor], what: str, wanted: tuple[str, ...]) -> None:
+    if sorted(parts) == sorted(wanted):
+        return
+    missing, odd = sorted(set(wanted) - set(parts)), sorted(set(parts) - set(wanted))
+    wrong = "; ".join(
+        f"{fault} {', '.join(found[:4])}" for fault, found in (("no", missing), ("unknown", odd)) if found
+    )
+    raise ConfigError(f"{said}: no {what} ({wrong}); it has {', '.join(wanted)} and nothing else")
 
 
 def _unwrapped(name: str, wrapper: str) -> str:

@@ -418,7 +418,8 @@ def against_oracle(
         raise Failed("text tokens are dropped, or padding is kept")
     with encodings(base_model(model), features) if pixels else nullcontext():
         frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen, cached)
+        weights = _weights(ledger, log)
+        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen, cached, weights=weights)
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):
@@ -519,6 +520,17 @@ def _means(log: Sequence[Asked]) -> dict[int, list[tuple[int, int, list[int]]]]:
             for home in sorted(set(homes[homes >= 0].tolist())):
                 found.append((row, int(place[u, home]), place[u][homes == home].tolist()))
     return means
+
+
+def _weights(ledger: TokenLedger, log: Sequence[Asked]) -> dict[int, torch.Tensor] | None:
+    """Per layer that some tokens pass by the (B, N) factors, 1 for text; None if there are none."""
+    units, found = ledger.units, {}
+    for asked in log:
+        weights, layer = asked.answer.weights, asked.context.layer
+        if weights is not None and layer is not None:
+            there = units.scatter(asked.context.valid)
+            found[layer] = torch.where(there, units.scatter(weights), 1.0)
+    return found or None
 
 
 def _moved(asked: Asked, *, scattered: bool) -> float:

@@ -21,7 +21,9 @@ class DenseMasked:
     them. ``means`` are per decoder layer (row, position, positions): on its input, the state becomes
     the mean of those. ``frozen`` are per layer the (B, N) tokens that are seen but not processed. ``cached`` are per
     layer the (B, N, G) tokens that positions from N on see in each key head; ``since`` (N,) long says so for each
-    token, if some are thinned earlier.
+    token, if some are thinned earlier. ``weights`` are (B, N) factors in layers that some pass by: of
+    the states of these, and of what the MLP adds to the others, which is what the layer returns more than with an MLP
+    that returns nothing.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class DenseMasked:
         frozen: Sequence[torch.Tensor] | None = None,
         cached: Sequence[torch.Tensor] | None = None,
         since: torch.Tensor | None = None,
+        weights: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         base, text = model.model, model.get_decoder()
         self.alive, self.merged, self.means = alive, merged, means or {}
         self.processed = alive if frozen is None else [a & ~still for a, still in zip(alive, frozen, strict=True)]
         self.cached, self.since = cached, since
         self.heads = model.config.get_text_config().num_attention_heads
+        self.weights, self.silent = weights or {}, False
         self.handles = [
             base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
             text.register_forward_pre_hook(self._text_pre, with_kwargs=True),
@@ -48,6 +52,12 @@ class DenseMasked:
                 layer.register_forward_pre_hook(lambda m, a, k, i=index: self._pre(i, a, k), with_kwargs=True),
                 layer.register_forward_hook(lambda m, a, k, o, i=index: self._post(i, o), with_kwargs=True),
             ]
+            if weights is not None:
+                run = functools.partial(self._weighed, index)
+                self.handles += [
+                    layer.register_forward_hook(run, prepend=True, with_kwargs=True),
+                    layer.mlp.register_forward_hook(self._silenced),
+                ]
 
     def __enter__(self) -> DenseMasked:
         return self
@@ -99,6 +109,23 @@ class DenseMasked:
         lowest = torch.finfo(self.before.dtype).min
         kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
         return args, kwargs
+
+    def _silenced(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.silent:
+            return None
+        return torch.zeros_like(output) if torch.is_tensor(output) else (torch.zeros_like(output[0]), *output[1:])
+
+    def _weighed(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if index not in self.weights:
+            return None
+        self.silent = True
+        residual = module.forward(*args, **kwargs)
+        self.silent = False
+        hidden, residual = (x if torch.is_tensor(x) else x[0] for x in (output, residual))
+        weight = self._onwards(self.weights[index], hidden.shape[1])[..., None].to(hidden.dtype)
+        hidden = residual + weight * (hidden - residual)
+        self.before = weight * self.before  # of those that pass by
+        return hidden if torch.is_tensor(output) else (hidden, *output[1:])
 
     def _post(self, index: int, output: Any) -> Any:
         hidden = output if torch.is_tensor(output) else output[0]

@@ -83,6 +83,10 @@ class Policy(Protocol):
         """Visual tokens of each unit that ``layer`` sees."""
         ...
 
+    def shows_state(self, layer: int) -> bool:
+        """Whether a tap of ``layer`` must see the call."""
+        ...
+
     def thins(self, call: Prefill) -> bool:
         """Whether any layer stores more visual tokens than are to stay in its cache."""
         ...

@@ -63,6 +63,8 @@ class Prefill:
         biases: per decoder layer the ``bias`` it runs with; ``masses`` the ``mass``.
         rows: which slots are computed, of the decoder layers that do not compute all of theirs.
         first: (B, M, D), what enters layer 0, if that is one of them.
+        routed: visual tokens of each unit that go through a decoder layer which others pass by.
+        scales: per such layer (B, E, 1), the factor of what the MLP adds to each state.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
@@ -125,6 +127,8 @@ class Prefill:
         self.masses: dict[int, torch.Tensor | None] = {}
         self.rows: dict[int, Rows] = {}
         self.first: torch.Tensor | None = None
+        self.routed: dict[int, list[int]] = {}
+        self.scales: dict[int, torch.Tensor] = {}
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}

@@ -26,6 +26,7 @@ from .pixels import Smaller
 from .probe import Tap
 from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_of
 from .rotary import rotary_tables
+from .route import scale_branch
 from .tower import TowerReadings
 from .vision import BeforeTower
 
@@ -109,14 +110,24 @@ class StagePolicy:
                     "nothing to freeze; leave this layer out"
                 )
         self.frozen = frozenset(frozen)
+        self.routes: dict[int, Stage] = {}
+        for stage in stages:
+            for layer in range(*_range(stage, depth)) if stage.kind == "route" else ():
+                if hidden[layer] or layer in self.cuts or layer in frozen or layer in self.routes:
+                    raise ConfigError(
+                        f"layer={layer}: {stage.label} routes tokens around a layer where there are none, or where a "
+                        "cut, a freeze or another route decides; keep these apart"
+                    )
+                self.routes[layer] = stage
         if all(hidden):
             raise ConfigError("these stages hide the visual tokens from every layer; drop the image instead")
         self.hidden = hidden
         self.average = average
         self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
-        self.changes: frozenset[int] = frozenset(flips | set(self.cuts))
-        self.selects = bool(self._selecting or caches)
+        behind = {layer + 1 for layer in self.routes if layer + 1 < depth}  # who passed one by is back
+        self.changes: frozenset[int] = frozenset(flips | set(self.cuts) | self.routes.keys() | behind)
+        self.selects = bool(self._selecting or self.routes or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
         self.biased = min(weighing, default=None)
@@ -141,7 +152,7 @@ class StagePolicy:
                     "pass frozen; leave the freeze or the cache stage out"
                 )
         self.decoder = DecoderReadings(
-            self.prompt_stages, readers, hidden, self.frozen, official=fidelity == "official"
+            self.prompt_stages, readers, hidden, self.frozen, self.routes.keys(), official=fidelity == "official"
         )
 
     def attach(self, attachment: Host) -> None:
@@ -149,9 +160,11 @@ class StagePolicy:
 
         Raises:
             UnsupportedError: if the model's attention cannot be tapped.
-            ConfigError: if a tower layer lies outside the tower.
+            ConfigError: if a tower layer lies outside the tower, or a method cannot run as it is.
         """
         self.adapter, self._serves = attachment.adapter, attachment.serves
+        for stage in (*self._selecting, *self.routes.values()):
+            stage.method.check()  # type: ignore[union-attr]
         if self.pixel is not None:
             if self.adapter.fixed_pictures:
                 raise UnsupportedError(
@@ -162,11 +175,18 @@ class StagePolicy:
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
             attachment.add(Tap(attention_of(attachment, layer), functools.partial(thin, self, layer)))
-        self.tower = self.tower_readings(attachment, self._selecting)
+        for layer in sorted(self.routes):
+            for removable in scale_branch(attachment.layers[layer], layer, self):
+                attachment.add(removable)
+        self.tower = self.tower_readings(attachment, [*self._selecting, *self.routes.values()])
 
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
+
+    def shows_state(self, layer: int) -> bool:
+        """Whether a tap of ``layer`` must see the call; see :class:`visiontok.engine.attach.Policy`."""
+        return self.decoder.wants_state(layer) or layer in self.thinned or layer in self.routes
 
     def thins(self, call: Prefill) -> bool:
         """Whether any layer stores more visual tokens than are to stay; see :class:`visiontok.engine.attach.Policy`."""
@@ -202,6 +222,8 @@ class StagePolicy:
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
         """Run the cut at this layer, if any; see :class:`visiontok.engine.attach.Policy`."""
         stage = self.cuts.get(layer)
+        if layer in self.routes:
+            return self._route(call, self.routes[layer], layer, states)
         if stage is not None:
             full = states if call.entry is None else call.entry.fill(states)
             answer = self._ask(call, stage, layer, full, call.kept, self._counts(stage, call))
@@ -224,7 +246,24 @@ class StagePolicy:
 
     def counts(self, call: Prefill, layer: int) -> Sequence[int]:
         """Visual tokens of each unit that ``layer`` sees; see :class:`visiontok.engine.attach.Policy`."""
-        return [0] * len(call.counts) if self.hidden[layer] else call.counts
+        return [0] * len(call.counts) if self.hidden[layer] else call.routed.get(layer, call.counts)
+
+    def _route(self, call: Prefill, stage: Stage, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """(B, N) bool: who goes through ``layer``; the others stay alive and pass it by."""
+        known = call.counts
+        answer = self._ask(
+            call, stage, layer, states if call.entry is None else call.entry.fill(states), call.kept, known
+        )
+        call.routed[layer], call.counts = call.counts, known
+        if answer is None:
+            return call.kept
+        keep = call.kept & call.units.scatter(answer.keep)
+        if answer.weights is not None:
+            weight = torch.where(call.kept, call.units.scatter(answer.weights), 1.0).to(states.dtype)[..., None]
+            passing = (call.kept & ~keep)[..., None]
+            call.edits[layer] = functools.partial(_in_entry, call, [lambda x: torch.where(passing, weight * x, x)])
+            call.scales[layer] = call.enter(weight)
+        return keep
 
     @staticmethod
     def _merge(call: Prefill, keep: torch.Tensor, into: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -332,9 +371,14 @@ class StagePolicy:
                     "-1 for tokens that went nowhere"
                 ),
             )
+        if selection.weights is not None and (stage.kind != "route" or selection.weights.shape != ctx.valid.shape):
+            raise ConfigError(
+                f"{name}: Selection.weights are {tuple(selection.weights.shape)} at a {stage.kind} stage; only a route "
+                f"has some, {tuple(ctx.valid.shape)}"
+            )
         if features is not None and stage.reserve:  # what is reserved was no part of any merging
             features = torch.where(reserved[..., None], whole.features, features)
-        return Selection(keep=keep, features=features, into=into)
+        return Selection(keep=keep, features=features, into=into, weights=selection.weights)
 
     def _reserved(self, call: Prefill, stage: Stage, ctx: Context) -> torch.Tensor:
         """(U, N) bool: the coordinate tokens that stay whatever the method says, less than its budget."""
@@ -381,6 +425,7 @@ class StagePolicy:
         return Context(
             stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
             layer=layer,
+            depth=self.depth,
             features=features,
             valid=valid,
             count=upload(torch.tensor([min(n, m) for n, m in zip(counts, call.counts, strict=True)]), device),

@@ -82,6 +82,7 @@ class DecoderReadings:
         inside: stages inside it, and the layer of each.
         hidden: per layer, whether it sees no visual token.
         frozen: layers that visual tokens pass as they are.
+        routes: layers that some of them pass by.
         official: whether published flaws are wanted.
 
     Raises:
@@ -94,6 +95,7 @@ class DecoderReadings:
         inside: Sequence[tuple[int, Stage]],
         hidden: list[bool],
         frozen: Set[int],
+        routes: Set[int],
         *,
         official: bool,
     ) -> None:
@@ -105,10 +107,10 @@ class DecoderReadings:
         self._unturned: set[int] = set()
         for layer, stage in inside:
             for stat, read in self._declared(stage, layer):
-                if read < 0 or hidden[read]:
+                if read < 0 or hidden[read] or read in routes:
                     raise ConfigError(
-                        f"layer={layer}: {stage.label} reads what layer {read} computes, where no visual token is; "
-                        "cut later"
+                        f"layer={layer}: {stage.label} reads what layer {read} computes, where no visual token is, or "
+                        "not every one; cut later"
                     )
                 if read in frozen and read < layer and stat != UNTURNED:
                     raise ConfigError(

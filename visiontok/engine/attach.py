@@ -624,9 +624,7 @@ class Attachment:
             if tables is not None:
                 kwargs["position_embeddings"] = tables
             return args, kwargs
-        if not (
-            self.policy.decoder.wants_state(index) or index in self.policy.thinned
-        ):  # a tap in this layer reads it further down
+        if not self.policy.shows_state(index):  # a tap in this layer reads it further down
             del kwargs[CALL]
         x = args[0] if args else kwargs["hidden_states"]
         if self._layered:

@@ -254,7 +254,7 @@ def test_all_registered_methods_are_measured(
 ) -> None:
     monkeypatch.setattr(methods, "beside", lambda *_, **__: {"refused": "not here"})
     methods.main([*SMALL, "--out", str(tmp_path / "methods.md")])
-    listed = [line.split(":")[0] for line in (tmp_path / "methods.md").read_text().splitlines()[-50:]]
+    listed = [line.split(":")[0] for line in (tmp_path / "methods.md").read_text().splitlines()]
     assert {f"* {card.name}" for card in visiontok.methods()} <= set(listed)
 
 

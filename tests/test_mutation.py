@@ -218,8 +218,8 @@ MUTANTS = [
     Mutant(
         "empty slots forgotten by a crop",
         both("crop"),
-        "slots[:, : self.prompt]",
-        "slots[:, -self.prompt :]",
+        "self.valid[:, : self.prompt]",
+        "self.valid[:, -self.prompt :]",
         Probe(test_cache.test_text_behind_the_last_image_can_be_taken_back, schedule="cut"),
     ),
     # ---- masks
@@ -347,7 +347,7 @@ MUTANTS = [
     Mutant(
         "positions renumbered",
         Attachment._enter,
-        "entry.gather(position_ids, position_ids.ndim - 1)",
+        "entry.gather(call.numbers, call.numbers.ndim - 1)",
         "torch.arange(entry.width)[None].expand(call.batch, -1)",
         oracle("llava", "prompt"),
     ),
@@ -450,9 +450,9 @@ MUTANTS = [
     ),
     Mutant(
         "ledger counts one slot too many",
-        TokenLedger.tokens,
-        "list(self._widths)",
-        "[n + 1 for n in self._widths]",
+        TokenLedger.cached_tokens,
+        "else width for",
+        "else width + 1 for",
         oracle("llava", "prompt"),
     ),
     Mutant(

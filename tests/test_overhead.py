@@ -26,11 +26,12 @@ def layer_hooks(model):
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 def test_prompt_recipes_leave_no_hook_in_the_layers(name):
     model = copy.deepcopy(build(name))
+    before = layer_hooks(model)  # transformers leaves some of its own where hidden states were once asked for
     for method in ("divprune", "cls_topk", "random"):
         with visiontok.compress(model, method, keep=4):
-            assert layer_hooks(model) == 0
+            assert layer_hooks(model) == before
     with visiontok.compress(model, "fastv", keep=4, layer=2):
-        assert layer_hooks(model) >= 4
+        assert layer_hooks(model) >= before + 4
 
 
 @pytest.mark.parametrize("mass", [False, True])

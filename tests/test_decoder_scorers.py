@@ -276,9 +276,15 @@ def test_layers_that_ran_ahead_are_counted(name: str) -> None:
     assert account.decoder_stock is not None
     config, (rows, length) = model.config.text_config, inputs["input_ids"].shape
     row = 2 * rows * length * config.num_attention_heads * 8
-    counted = run.get_total_flops() - stock.get_total_flops()
+    counted = _work(run) - _work(stock)
     assert counted == sum(account.decoder) - sum(account.decoder_stock) + row
     assert account.decoder[0] > account.decoder_stock[0] > account.decoder[3]
+
+
+def _work(counter: FlopCounterMode) -> int:
+    """All FLOPs but those of rotary tables, which old releases of transformers make by a product of matrices."""
+    tables = [sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(tables)
 
 
 def test_looking_ahead_leaves_no_trace_in_what_the_model_returns() -> None:

@@ -269,10 +269,12 @@ class Attachment:
                 )
         if self.adapter.own_mask and isinstance(cache, TwoLengthCache) and (mask is None or _is_2d(mask)):
             x = ids if ids is not None else embeds
-            kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if cache.is_uniform() else None
+            uniform = cache.is_uniform()
+            kwargs["attention_mask"] = self.masks.stored(cache, 0, mask, x) if uniform else None
             types: Any = kwargs.get("token_type_ids")
             if _is_2d(types) and x is not None:  # of the whole text, which would be read at the places of stored tokens
-                kwargs["token_type_ids"] = types[:, -x.shape[1] :]
+                # the mask made of them fits no layer of many lengths, and is made anew for each
+                kwargs["token_type_ids"] = types[:, -x.shape[1] :] if uniform else None
         return args, kwargs
 
     @staticmethod

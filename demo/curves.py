@@ -302,7 +302,7 @@ def _run(
             answers.append(answer(number, inputs))
             if told := short or compression:
                 label = told.report.recipe
-                kept += [image.average for image in told.report.images]
+                kept += [image.cache_average for image in told.report.images]
     return answers, label, float(np.mean(kept)) if kept else float("nan")
 
 

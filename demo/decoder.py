@@ -11,6 +11,7 @@ measure. Methods without a budget are measured as they are. Where a calibration 
     flops   of the language model's prefill, and "kv", of its cache after it, over those of the stock model
 
 Second questions of conversations are asked both ways: on the cache of the first, and with a prompt of their own.
+Methods that thin the cache behind the prefill are measured by these alone: an answer of one word comes of the prefill.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ def inside(method: str) -> bool:
     return any(s.kind not in ("pixel", "prompt") or (s.method and s.method.needs().decoder_ahead) for s in stages)
 
 
+def thins(method: str) -> bool:
+    """Whether a method acts behind the prefill, on what is stored of it."""
+    return Cell(method).card.stage == "cache"
+
+
 def calibrated(folder: Path) -> list[str]:
     """The methods of a folder's artefacts, with the recommended options behind the names."""
     found = []
@@ -132,17 +138,17 @@ def entries(
                 card = Cell(method).card
                 if card.budget == (share is None) or (weighed and _weighs(method)):
                     continue
-                # Before the language model the average is what is kept, as in the curves, whose cells these are.
-                keep = share if share is None or _before(method) else f"layer_average:{count}"
+                # Where all layers keep as many, the average is what is kept, as in the curves, whose cells these are.
+                keep = share if share is None or _level(method) else f"layer_average:{count}"
                 seeds = SEEDS if card.stochastic else (None,)
                 found += [Entry(Cell(method, keep, weighed, seed=seed), share) for seed in seeds]
     return found
 
 
-def _before(method: str) -> bool:
-    """Whether a method does nothing but keep so many tokens before the language model."""
+def _level(method: str) -> bool:
+    """Whether a method does nothing but keep so many tokens before the language model, or in the cache behind it."""
     cell = Cell(method)
-    return cell.card.stage != "decoder" and [s.kind for s in cell.recipe.stages] in (["prompt"], ["pixel"])
+    return cell.card.stage != "decoder" and [s.kind for s in cell.recipe.stages] in (["prompt"], ["pixel"], ["cache"])
 
 
 def _weighs(method: str) -> bool:
@@ -337,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mass = [word == "on" for word in options.mass]
         turns = entries(methods, tokens, options.turn_shares, (False,))
         listed = [
-            (papers[0], entries(methods, tokens, options.shares, mass)),
+            (papers[0], entries([name for name in methods if not thins(name)], tokens, options.shares, mass)),
             (papers[1], [replace(entry, cached=cached) for entry in turns for cached in (False, True)]),
         ]
         for paper, wanted in listed:

@@ -20,7 +20,7 @@ from visiontok.errors import ConfigError
 from visiontok.method import Stage
 
 SMALL = ["--questions", "10", "--turns", "7", "--shares", "0.5", "0.25", "--turn-shares", "0.5"]
-SMALL += ["--mass", "off", "--methods", "divprune", "fastv", "aim", "vtw"]
+SMALL += ["--mass", "off", "--methods", "divprune", "fastv", "aim", "vtw", "snapkv"]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,22 @@ def test_both_stages_spend_the_same_average_or_nothing(measured):
         ("stock", None): None, ("vtw", None): 72,
         ("divprune", 0.5): 72, ("fastv", 0.5): 72, ("aim", 0.5): 72,
         ("divprune", 0.25): 36, ("fastv", 0.25): None, ("aim", 0.25): 36,
+        ("snapkv", 0.5): 72,
     }  # fmt: skip
     [refused] = [line for line in lines if "refused" in line]
     assert (refused["method"], refused["share"]) == ("fastv", 0.25)
     assert "already 36.75" in refused["refused"]
     assert "bits" not in refused
+
+
+def test_what_a_cache_keeps_is_asked_of_by_second_questions_alone(measured):
+    _, lines = measured
+    snapkv, vtw = ({line["exam"] for line in lines if line["method"] == name} for name in ("snapkv", "vtw"))
+    assert len(snapkv) == 1
+    assert snapkv < vtw
+    [costs] = {(line["flops"], line["kv"]) for line in lines if line["method"] == "snapkv"}
+    assert costs[0] == 1
+    assert 0.5 < costs[1] < 0.6  # text stays
 
 
 def test_costs_are_those_of_the_report(measured, loaded):

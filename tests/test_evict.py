@@ -86,7 +86,7 @@ def taken(cache: Any) -> int:
 # ------------------------------------------------------------------------------------------------ what is seen later
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_generation_equals_the_oracle(architecture: str, name: str, attention: str) -> None:

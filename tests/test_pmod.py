@@ -95,7 +95,7 @@ def check(name: str, file: str, recipe: Recipe, attention: str = "sdpa", **optio
     return report
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_generation_equals_the_twin(name: str, attention: str, tmp_path: Path) -> None:
     """Rows of different length, two images each, who passes by a layer is back in the next."""

@@ -68,7 +68,7 @@ def against_counted(model, inputs, made, close):
     return out
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3"])
 def test_generation_equals_the_oracle(name, schedule, attention):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import visiontok
-from visiontok.conformance.checks import STEPS
+from visiontok.conformance.checks import STEPS, generate
 from visiontok.conformance.oracle import DenseMasked, greedy
 from visiontok.conformance.schedules import SCHEDULES, recipe
 from visiontok.conformance.zoo import BANNED, batch, build
@@ -43,22 +43,9 @@ def compact(schedule):
     return replace(recipe(schedule), positions="compact")
 
 
-def generate(model, inputs, steps=STEPS, **options):
-    with torch.no_grad():
-        return model.generate(
-            **inputs,
-            max_new_tokens=steps,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            suppress_tokens=list(BANNED),
-            **options,
-        )
-
-
 def against_counted(model, inputs, made, close):
     with visiontok.compress(model, made) as compression:
-        out = generate(model, inputs)
+        out = generate(model, inputs, BANNED)
         ledger = compression.ledger
     alive, frozen = ([table(layer) for layer in range(DEPTH)] for table in (ledger.alive, ledger.frozen))
     oracle = Counted(model, alive, frozen, inputs["attention_mask"].bool())
@@ -83,9 +70,9 @@ def test_numbers_decide():
     model, made = build("llava"), recipe("pyramid")
     inputs = batch("llava", model)
     with visiontok.compress(model, made):
-        original = generate(model, inputs)
+        original = generate(model, inputs, BANNED)
     with visiontok.compress(model, made, positions="compact"):
-        counted = generate(model, inputs)
+        counted = generate(model, inputs, BANNED)
     assert (torch.stack(original.logits) - torch.stack(counted.logits)).abs().max() > 1e-4
 
 
@@ -102,11 +89,11 @@ def test_scores_asked_beforehand_are_of_counted_positions():
 def test_everything_kept_is_stock(schedule):
     model = build("llava")
     inputs = batch("llava", model)
-    stock = generate(model, inputs)
+    stock = generate(model, inputs, BANNED)
     made = compact(schedule)
     everything = tuple(replace(s, keep=visiontok.Budget.ratio(1.0)) for s in made.stages if s.method is not None)
     with visiontok.compress(model, replace(made, stages=everything)):
-        same = generate(model, inputs)
+        same = generate(model, inputs, BANNED)
     assert torch.equal(torch.stack(stock.logits), torch.stack(same.logits))
 
 
@@ -129,9 +116,10 @@ def test_later_turns_and_beams_go_on_counting(schedule):
             step = model(input_ids=more[:, i : i + 1], attention_mask=seen, past_key_values=cache, use_cache=True)
             singly.append(step.logits)
         torch.testing.assert_close(torch.cat(singly, 1), at_once)
-        beams = generate(model, inputs, num_beams=3, num_return_sequences=1)
-        alone = generate(model, {k: v[:1] for k, v in inputs.items()}, num_beams=3)
-    assert torch.equal(beams.sequences[:1], alone.sequences)
+        options = {"num_beams": 3, "do_sample": False, "max_new_tokens": STEPS, "suppress_tokens": list(BANNED)}
+        beams = model.generate(**inputs, **options)
+        alone = model.generate(**{k: v[:1] for k, v in inputs.items()}, **options)
+    assert torch.equal(beams[:1], alone)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
 from ..functional import transition
 from .call import Prefill
-from .probe import CALL, attention_modules
+from .probe import CALL, attention_and_mlp
 
 if TYPE_CHECKING:
     from .readings import DecoderReadings
@@ -38,14 +37,10 @@ def watch_modules(layer: nn.Module, index: int, readings: DecoderReadings) -> li
     Raises:
         UnsupportedError: if the layer has no single attention module or no module of the name ``mlp``.
     """
-    attention, mlp = attention_modules(layer), getattr(layer, "mlp", None)
-    if len(attention) != 1 or not isinstance(mlp, nn.Module):
-        raise UnsupportedError(
-            f"{type(layer).__name__}: decoder layer {index} is not one attention module and one 'mlp', so what they do "
-            "to a token cannot be told apart; use a method that reads states, such as 'v2drop'"
-        )
+    what = "what they do to a token cannot be told apart; use a method that reads states, such as 'v2drop'"
+    attention, mlp = attention_and_mlp(layer, index, what)
     return [
-        attention[0].register_forward_hook(functools.partial(_attended, index, readings), with_kwargs=True),
+        attention.register_forward_hook(functools.partial(_attended, index, readings), with_kwargs=True),
         mlp.register_forward_hook(functools.partial(_transformed, index, readings)),
     ]
 

@@ -204,6 +204,20 @@ def attention_modules(tower: nn.Module) -> list[nn.Module]:
     return [m for m in tower.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
 
 
+def attention_and_mlp(layer: nn.Module, index: int, consequence: str) -> tuple[nn.Module, nn.Module]:
+    """The two modules of a decoder layer.
+
+    Raises:
+        UnsupportedError: if there is not one attention module and one of the name ``mlp``; ends with ``consequence``.
+    """
+    attention, mlp = attention_modules(layer), getattr(layer, "mlp", None)
+    if len(attention) != 1 or not isinstance(mlp, nn.Module):
+        raise UnsupportedError(
+            f"{type(layer).__name__}: decoder layer {index} is not one attention module and one 'mlp', so {consequence}"
+        )
+    return attention[0], mlp
+
+
 def visible_keys(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
     batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]

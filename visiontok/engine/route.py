@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
 from .call import Prefill
-from .probe import CALL, Tap, attention_modules
+from .probe import CALL, Tap, attention_and_mlp
 
 if TYPE_CHECKING:
     from .attach import Policy
@@ -37,16 +36,12 @@ def scale_branch(layer: nn.Module, index: int, policy: Policy) -> list[Any]:
     Raises:
         UnsupportedError: if the layer has no single attention module or no module of the name ``mlp``.
     """
-    attention, mlp = attention_modules(layer), getattr(layer, "mlp", None)
-    if len(attention) != 1 or not isinstance(mlp, nn.Module):
-        raise UnsupportedError(
-            f"{type(layer).__name__}: decoder layer {index} is not one attention module and one 'mlp', so what the MLP "
-            "adds to a token cannot be scaled; use a method without routers"
-        )
+    what = "what the MLP adds to a token cannot be scaled; use a method without routers"
+    attention, mlp = attention_and_mlp(layer, index, what)
     branch = next((getattr(layer, name) for name in _BEHIND if hasattr(layer, name)), mlp)
     return [
-        Tap(attention[0], None),  # takes the call from the keywords
-        attention[0].register_forward_hook(functools.partial(_attended, index, policy), with_kwargs=True),
+        Tap(attention, None),  # takes the call from the keywords
+        attention.register_forward_hook(functools.partial(_attended, index, policy), with_kwargs=True),
         branch.register_forward_hook(_scaled),
     ]
 

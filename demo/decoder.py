@@ -267,7 +267,7 @@ def ask_later(sitting: Sitting, cell: Cell) -> tuple[list[str], str, float]:
             cache = model(**first, use_cache=True).past_key_values
             if compression is not None:
                 label = compression.report.recipe
-                kept += [image.average for image in compression.report.images]
+                kept += [image.cache_average for image in compression.report.images]
             ids = whole["input_ids"]
             output = model.generate(input_ids=ids, attention_mask=whole["attention_mask"], past_key_values=cache)
             words = processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

@@ -152,8 +152,8 @@ class Attachment:
         self.config = self.text.config
         self.masks = LayerMasks(self.config, own_mask=adapter.own_mask)
         self.traces = Traces()
-        # whether layers are rewritten one by one, or get what the language model was given
         self._renumber = Renumber(adapter) if policy.compact else None
+        # whether layers are rewritten one by one, or get what the language model was given
         self._layered = force or bool(touched) or policy.compact
         self._removables: list[Any] = [
             self.base.register_forward_pre_hook(self._base_pre, with_kwargs=True),
@@ -555,7 +555,7 @@ class Attachment:
             if not self._in_layers:
                 raise UnsupportedError(_OTHER_RECIPE)
             masks = self.masks.decode(cache, mask_2d, x, skip=skip)
-        if any(layer.moved is not None for layer in cache.storing.values()):
+        if cache.counted:
             if self._renumber is None:
                 raise UnsupportedError(_OTHER_RECIPE)
             tables = self._renumber.decode(cache, kwargs.get("position_ids"), x)

@@ -221,6 +221,7 @@ class TwoLengthCache(DynamicCache):
 
     layers: list[Any]
     served = False  # whether an attachment has prepared the masks of the present forward
+    counted = False  # whether layers have counted positions, and know by how much these have moved
     _alike: dict[int, int] | None = None
 
     @functools.cached_property

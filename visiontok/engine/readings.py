@@ -252,7 +252,7 @@ class DecoderReadings:
         """Note the statistics of the queries and keys of the slots of ``layer``."""
         layout = call.layouts[layer]
         visible = visible_keys(mask, q, k, call.entry_valid if layout is None else layout.valid)
-        seen = Seen(call, layer, q, k, visible, scale, bias, frozenset(self.adapter.special_ids()))
+        seen = Seen(call, layer, q, k, visible, scale, bias, self.adapter.special_ids)
         for stat in stats:
             by_slot = STATISTICS[stat](seen)[:, -q.shape[2] :]  # cached tokens are not candidates
             call.attention[stat, layer] = call.to_prompt(layer, by_slot)

@@ -62,6 +62,7 @@ class Renumber:
         if stored is not None:
             gone = (call.attended & ~alive).sum(1, keepdim=True)
             stored.moved = gone if moved is None else moved + gone
+            call.cache.counted = True  # type: ignore[union-attr]  # what is stored is stored in it
         return tables
 
     def beforehand(self, call: Prefill, index: int, x: torch.Tensor, layout: Layout | None, given: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,7 +30,7 @@ class Seen:
         visible: (B, M, P + M) bool, what each query sees.
         scale: factor on the logits; None for 1/√d.
         bias: (B, P + M) float, what is added to the logits of each key, or None.
-        special: token ids that are no words.
+        special: tells the token ids that are no words.
     """
 
     call: Prefill
@@ -39,9 +40,9 @@ class Seen:
     visible: torch.Tensor
     scale: float | None
     bias: torch.Tensor | None
-    special: frozenset[int]
+    special: Callable[[], set[int]]
 
-    @property
+    @cached_property
     def used(self) -> torch.Tensor:
         """(B, M) bool: slots that hold a token."""
         return self.call.slots_in_use(self.layer)
@@ -55,7 +56,7 @@ class Seen:
     @property
     def words(self) -> torch.Tensor:
         """(B, Q) long: slots in which the words of the question stand."""
-        at, _ = self.call.question(self.special)
+        at, _ = self.call.question(self.special())
         for layout in (self.call.entry, self.call.layouts[self.layer]):
             if layout is not None:
                 at = layout.slot_of().gather(1, at)

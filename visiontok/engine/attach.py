@@ -34,6 +34,7 @@ from .layout import Layout
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
 from .prompt import run_prompt_stages
+from .readings import DecoderReadings, attention_of
 from .relevance import next_token
 from .renumber import Renumber
 from .split import Rows, Split
@@ -42,8 +43,6 @@ from .vision import Encoded, begin_forward, record_features, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
-
-    from .readings import DecoderReadings
 
 IGNORED = -100
 """The label that Transformers' losses leave out."""
@@ -174,15 +173,10 @@ class Attachment:
             self._freeze(index)
 
     def _freeze(self, index: int) -> None:
-        layer, model = self.layers[index], self.base.config.model_type
-        modules = attention_modules(layer)
-        if len(modules) != 1:
-            raise UnsupportedError(
-                f"{model}: decoder layer {index} has no single attention module in which tokens could be frozen"
-            )
+        layer, attention = self.layers[index], attention_of(self, index)
         # before the hook by which hidden states are collected
         self._removables.append(layer.register_forward_hook(_layer_post, prepend=True, with_kwargs=True))
-        self._removables += [Tap(modules[0], None), *skip_queries(modules[0], model)]
+        self._removables += [Tap(attention, None), *skip_queries(attention, self.base.config.model_type)]
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this attachment."""

@@ -167,6 +167,10 @@ class Prefill:
         """Prompt coordinates → entry coordinates."""
         return x if self.entry is None else self.entry.gather(x, dim)
 
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, E, …) in entry coordinates → (B, N, …) in prompt coordinates; what did not enter repeats a neighbour."""
+        return x if self.entry is None else self.entry.fill(x)
+
     def entry_valid_or_ones(self) -> torch.Tensor:
         """(B, E) bool: entry slots that hold a token."""
         if self.entry_valid is not None:

@@ -225,7 +225,7 @@ class StagePolicy:
         if layer in self.routes:
             return self._route(call, self.routes[layer], layer, states)
         if stage is not None:
-            full = states if call.entry is None else call.entry.fill(states)
+            full = call.leave(states)
             answer = self._ask(call, stage, layer, full, call.kept, self._counts(stage, call))
             if answer is not None:
                 if answer.features is not None:
@@ -251,9 +251,7 @@ class StagePolicy:
     def _route(self, call: Prefill, stage: Stage, layer: int, states: torch.Tensor) -> torch.Tensor:
         """(B, N) bool: who goes through ``layer``; the others stay alive and pass it by."""
         known = call.counts
-        answer = self._ask(
-            call, stage, layer, states if call.entry is None else call.entry.fill(states), call.kept, known
-        )
+        answer = self._ask(call, stage, layer, call.leave(states), call.kept, known)
         call.routed[layer], call.counts = call.counts, known
         if answer is None:
             return call.kept
@@ -579,10 +577,10 @@ def _in_entry(
     call: Prefill, edits: Sequence[Callable[[torch.Tensor], torch.Tensor]], states: torch.Tensor
 ) -> torch.Tensor:
     """Apply ``edits``, which work on the whole prompt, to the states of the tokens that entered."""
-    whole = states if call.entry is None else call.entry.fill(states)
+    whole = call.leave(states)
     for edit in edits:
         whole = edit(whole)
-    return whole if call.entry is None else call.entry.gather(whole)
+    return call.enter(whole)
 
 
 def _meet(one: Stage, next_: Stage) -> bool:

@@ -310,17 +310,17 @@ def test_a_share_of_flops_counts_what_is_narrow(select: str) -> None:
     model = build("llava")
     inputs = batch("llava", model, rows=1, images=1, pad=0)
     stages, kept = visiontok.recipe(select, keep="flops:0.65").stages, []
-    for more in ((), (narrow(0, 4),)):
-        with visiontok.compress(model, Recipe(stages=(*stages, *more))) as compression, torch.no_grad():
+    for beside in ((), (narrow(0, 4),)):
+        with visiontok.compress(model, Recipe(stages=(*stages, *beside))) as compression, torch.no_grad():
             model(**inputs)
             report = compression.report
         kept.append(report.images[0].kept[-1])
         assert sum(report.account.decoder) <= 0.65 * sum(report.account.decoder_stock)
     assert kept[1] > kept[0]
-    with visiontok.compress(model, Recipe(stages=(*visiontok.recipe(select, keep=kept[1] + 1).stages, narrow(0, 4)))) as c:
-        with torch.no_grad():
-            model(**inputs)
-        costs = c.report.account
+    more = Recipe(stages=(*visiontok.recipe(select, keep=kept[1] + 1).stages, narrow(0, 4)))
+    with visiontok.compress(model, more) as compression, torch.no_grad():
+        model(**inputs)
+        costs = compression.report.account
     assert sum(costs.decoder) > 0.65 * sum(costs.decoder_stock)
 
 
@@ -372,8 +372,8 @@ def test_it_goes_through_json() -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((narrow(2, 4), leave(2)), "layer=2: a narrow stage where the visual tokens are absent or frozen in every layer"),
-        ((narrow(1), freeze(1)), "layer=1: a narrow stage where the visual tokens are absent or frozen in every layer"),
+        ((narrow(2, 4), leave(2)), "layer=2: a narrow stage where the visual tokens are absent or frozen in every"),
+        ((narrow(1), freeze(1)), "layer=1: a narrow stage where the visual tokens are absent or frozen in every"),
         ((narrow(0, 3), narrow(2)), "layer=2: two narrow stages in one layer"),
         ((narrow(2, 2),), "until=2: a narrow must end behind its layer 2"),
         ((narrow(4),), "narrow layer=4: this model has 4 layers"),
@@ -444,7 +444,7 @@ def branched() -> Any:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (experts, "qwen3_vl_moe: a narrow stage needs .* the Qwen3VLMoeTextSparseMoeBlock of decoder layer 0 has experts"),
+        (experts, "qwen3_vl_moe: a narrow .* the Qwen3VLMoeTextSparseMoeBlock of decoder layer 0 has experts"),
         (packed, "llava: a narrow stage needs .* the LlamaMLP of decoder layer 1 has .* up_proj: Quantised"),
         (offloaded, "llava: a narrow stage needs .* that are loaded; the LlamaMLP of decoder layer 1"),
         (branched, "llava: a narrow stage needs .* extra: Linear, so .* leave the narrow stage out"),

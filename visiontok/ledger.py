@@ -126,7 +126,7 @@ class TokenLedger:
         return [self._frozen.get(layer, width) for layer, width in enumerate(self._widths)]
 
     def narrow(self) -> dict[int, tuple[int, int]]:
-        """Decoder layers whose MLP gave visual tokens a part of its channels: how many tokens of all rows had how many."""
+        """By decoder layer whose MLP gave visual tokens a part of its channels: tokens of all rows, and channels."""
         return dict(self._narrow)
 
     def cached_tokens(self) -> list[int]:

@@ -354,7 +354,8 @@ class Stage:
             needs = "needs shrink, such as 2.0" if self.kind == "narrow" else "has no shrink"
             raise ConfigError(f"shrink={self.shrink!r}: a {self.kind} stage {needs}")
         if self.shrink is not None:
-            if isinstance(self.shrink, bool) or not isinstance(self.shrink, int | float) or not 1 <= self.shrink < math.inf:
+            number = isinstance(self.shrink, int | float) and not isinstance(self.shrink, bool)
+            if not number or not 1 <= self.shrink < math.inf:
                 raise ConfigError(f"shrink={self.shrink!r}: a finite number of at least 1, which is the whole MLP")
             object.__setattr__(self, "shrink", float(self.shrink))  # 2 and 2.0 have one hash
         if self.keep is not None and (not selects or self.kind == "route"):

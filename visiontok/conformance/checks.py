@@ -420,17 +420,9 @@ def against_oracle(
     with encodings(base_model(model), features) if pixels else nullcontext():
         frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
         weights = _weights(ledger, log)
-        narrow = {layer: channels for layer, (_, channels) in ledger.narrow().items()}
+        narrow = {layer: (ledger.visual, channels) for layer, (_, channels) in ledger.narrow().items()}
         dense = DenseMasked(
-            model,
-            alive,
-            _merged(ledger, log),
-            _means(log),
-            frozen,
-            cached,
-            weights=weights,
-            narrow=narrow,
-            visual=ledger.visual,
+            model, alive, _merged(ledger, log), _means(log), frozen, cached, weights=weights, narrow=narrow
         )
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)

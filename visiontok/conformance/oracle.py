@@ -23,8 +23,8 @@ class DenseMasked:
     layer the (B, N, G) tokens that positions from N on see in each key head; ``since`` (N,) long says so for each
     token, if some are thinned earlier. ``weights`` are (B, N) factors in layers that some pass by: of
     the states of these, and of what the MLP adds to the others, which is what the layer returns more than with an MLP
-    that returns nothing. ``narrow`` are per layer a number of channels: behind them, what the MLP of visual tokens,
-    ``visual`` (B, N), hands its last projection is 0.
+    that returns nothing. ``narrow`` are per layer (B, N) tokens and a number of channels: behind these, what the MLP
+    hands its last projection of such a token is 0.
     """
 
     def __init__(
@@ -37,8 +37,7 @@ class DenseMasked:
         cached: Sequence[torch.Tensor] | None = None,
         since: torch.Tensor | None = None,
         weights: Mapping[int, torch.Tensor] | None = None,
-        narrow: Mapping[int, int] | None = None,
-        visual: torch.Tensor | None = None,
+        narrow: Mapping[int, tuple[torch.Tensor, int]] | None = None,
     ) -> None:
         base, text = model.model, model.get_decoder()
         self.alive, self.merged, self.means = alive, merged, means or {}
@@ -62,10 +61,10 @@ class DenseMasked:
                     layer.mlp.register_forward_hook(self._silenced),
                 ]
 
-        for index, channels in (narrow or {}).items():
+        for index, (tokens, channels) in (narrow or {}).items():
             mlp: Any = text.layers[index].mlp
             last = next(getattr(mlp, name) for name in ("down_proj", "fc2", "c_proj") if hasattr(mlp, name))
-            self.handles.append(last.register_forward_pre_hook(functools.partial(self._zeroed, visual, channels)))
+            self.handles.append(last.register_forward_pre_hook(functools.partial(self._zeroed, tokens, channels)))
 
     def __enter__(self) -> DenseMasked:
         return self
@@ -118,9 +117,10 @@ class DenseMasked:
         kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
         return args, kwargs
 
-    def _zeroed(self, visual: torch.Tensor, channels: int, module: nn.Module, args: Any) -> Any:
+    @staticmethod
+    def _zeroed(tokens: torch.Tensor, channels: int, module: nn.Module, args: Any) -> Any:
         inner = args[0].clone()
-        inner[:, : visual.shape[1], channels:] *= ~visual[..., None]
+        inner[:, : tokens.shape[1], channels:] *= ~tokens[..., None]
         return inner
 
     def _silenced(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -59,9 +59,9 @@ class Policy(Protocol):
     """Decoder layers on whose input the set of visible visual tokens may change."""
     frozen: frozenset[int]
     """Decoder layers that visual tokens pass as they are."""
-    narrowed: Mapping[int, float]
+    narrowed: dict[int, float]
     """Decoder layers whose MLP gives visual tokens a part of its channels, and by what their number is divided."""
-    channels: Mapping[int, int]
+    channels: dict[int, int]
     """Their number, once it is known."""
     selects: bool
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""

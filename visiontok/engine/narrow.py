@@ -28,7 +28,7 @@ _INTO = ("gate_proj", "up_proj", "fc1", "c_fc")  # projections to the inner chan
 _TWICE = "gate_up_proj"  # two of them in one
 _OUT = ("down_proj", "fc2", "c_proj")  # from there
 _FORMS = ({"gate_proj", "up_proj", "down_proj"}, {_TWICE, "down_proj"}, {"fc1", "fc2"}, {"c_fc", "c_proj"})
-_WHAT = "visual tokens cannot be given a part of its channels; leave the narrow stage out, 'vtw' drops tokens instead"
+_WHAT = "visual tokens cannot be given a part of its channels; leave the narrow stage out ('vtw' is yopo's exit alone)"
 
 
 class _Thread(threading.local):
@@ -49,23 +49,24 @@ def first_channels(host: Host, index: int, shrink: float) -> int:
     """
     layer, model = host.layers[index], host.adapter.base.config.model_type
     _, mlp = attention_and_mlp(layer, index, _WHAT)
-    parts = {name: part for name, part in mlp.named_children() if next(part.parameters(), None) is not None}
+    parts: dict[str, Any] = {
+        name: part for name, part in mlp.named_children() if next(part.parameters(), None) is not None
+    }
     if set(parts) not in _FORMS or not all(_is_plain(part) for part in parts.values()):
         found = ", ".join(f"{name}: {type(part).__name__}" for name, part in parts.items())
         raise UnsupportedError(
             f"{model}: a narrow stage needs an MLP of gate, up and down or of two projections, in floating-point "
             f"nn.Linear that are loaded; the {type(mlp).__name__} of decoder layer {index} has {found}, so {_WHAT}"
         )
-    inner: int = next(part.in_features for name, part in parts.items() if name in _OUT)
+    inner = next(part.in_features for name, part in parts.items() if name in _OUT)
     if inner < shrink:
         raise ConfigError(f"shrink={shrink:g}: the MLP of decoder layer {index} has {inner} channels, so none is left")
     return int(inner / shrink)
 
 
-def _is_plain(part: nn.Module) -> Any:
+def _is_plain(part: Any) -> bool:
     """Not a quantised or adapted one, whose weight cannot be sliced, and not offloaded."""
-    weight: Any = part.weight
-    return type(part) is nn.Linear and type(weight.data) is torch.Tensor and not weight.is_meta
+    return type(part) is nn.Linear and type(part.weight.data) is torch.Tensor and not part.weight.is_meta
 
 
 def narrow_mlp(layer: nn.Module, index: int, policy: Policy) -> list[Any]:
@@ -90,14 +91,13 @@ class _First:
 
     def __getattr__(self, name: str) -> Any:
         part, n = getattr(self._mlp, name), self._channels
-        if name in _INTO:
-            return functools.partial(F.linear, weight=part.weight[:n], bias=None if part.bias is None else part.bias[:n])
-        if name == _TWICE:
-            weight, bias = (None if x is None else x.unflatten(0, (2, -1))[:, :n] for x in (part.weight, part.bias))
-            return functools.partial(F.linear, weight=weight.flatten(0, 1), bias=None if bias is None else bias.flatten())
         if name in _OUT:
             return functools.partial(F.linear, weight=part.weight[:, :n], bias=part.bias)
-        return part
+        if name not in (*_INTO, _TWICE):
+            return part
+        first = (lambda x: x[:n]) if name != _TWICE else lambda x: x.unflatten(0, (2, -1))[:, :n].flatten(0, 1)
+        bias = None if part.bias is None else first(part.bias)
+        return functools.partial(F.linear, weight=first(part.weight), bias=bias)
 
 
 def _attended(index: int, policy: Policy, call: Any, *seen: Any) -> None:

@@ -635,7 +635,8 @@ def _range(stage: Stage, depth: int) -> tuple[int, int]:
         return start, start + 1
     end = until == depth or (isinstance(until, float) and until == 1.0)
     stop = depth if end else resolve_layer(until, depth, name="until")
-    vanishes = stage.kind in ("freeze", "narrow") and stop == start and isinstance(stage.layer, float) and isinstance(until, float)
+    fractions = isinstance(stage.layer, float) and isinstance(until, float)
+    vanishes = stage.kind in ("freeze", "narrow") and stop == start and fractions
     if stop <= start and not vanishes:
         raise ConfigError(f"until={until}: a {stage.kind} must end behind its layer {start}")
     return start, stop

@@ -34,7 +34,7 @@ class YOPO(Method):
         "beyond m are set to 0 and attention weights are masked at full width, so that nothing is saved. 576 tokens at "
         "a fixed place.",
         bugs="While decoding, blind heads and the exit are masked in the first row of a batch only.",
-        trained="published with fine-tuned weights, on which the accuracy that it claims rests",
+        trained="the language model, fine-tuned with it; the accuracy that it claims rests on that",
         departures="What is pruned is not computed. The window and the blind heads are left out: they are masks, and "
         "with the stock attention kernels they save nothing. From the exit on the attention of text is normalised over "
         "what it sees; published, what it gave to the picture is lost. Any number of rows and images.",

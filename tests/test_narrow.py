@@ -14,6 +14,7 @@ from test_cost import count, layer_counts
 from test_engine import generate
 from test_pmod import routers
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import visiontok
@@ -429,6 +430,14 @@ def packed() -> Any:
     return model
 
 
+def wrapped() -> Any:
+    """Stands for torchao, whose weights are tensors made of others in a plain nn.Linear."""
+    model = copy.deepcopy(build("llava"))
+    linear = model.get_decoder().layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    return model
+
+
 def offloaded() -> Any:
     model = copy.deepcopy(build("llava"))
     model.get_decoder().layers[1].mlp.down_proj.to("meta")
@@ -446,6 +455,7 @@ def branched() -> Any:
     [
         (experts, "qwen3_vl_moe: a narrow .* the Qwen3VLMoeTextSparseMoeBlock of decoder layer 0 has experts"),
         (packed, "llava: a narrow stage needs .* the LlamaMLP of decoder layer 1 has .* up_proj: Quantised"),
+        (wrapped, "llava: a narrow stage needs .* the LlamaMLP of decoder layer 1 has .* up_proj: Linear"),
         (offloaded, "llava: a narrow stage needs .* that are loaded; the LlamaMLP of decoder layer 1"),
         (branched, "llava: a narrow stage needs .* extra: Linear, so .* leave the narrow stage out"),
     ],

@@ -49,9 +49,7 @@ def first_channels(host: Host, index: int, shrink: float) -> int:
     """
     layer, model = host.layers[index], host.adapter.base.config.model_type
     _, mlp = attention_and_mlp(layer, index, _WHAT)
-    parts: dict[str, Any] = {
-        name: part for name, part in mlp.named_children() if next(part.parameters(), None) is not None
-    }
+    parts: dict[str, Any] = {name: part for name, part in mlp.named_children() if [*part.parameters()]}
     if set(parts) not in _FORMS or not all(_is_plain(part) for part in parts.values()):
         found = ", ".join(f"{name}: {type(part).__name__}" for name, part in parts.items())
         raise UnsupportedError(
@@ -66,7 +64,8 @@ def first_channels(host: Host, index: int, shrink: float) -> int:
 
 def _is_plain(part: Any) -> bool:
     """Not a quantised or adapted one, whose weight cannot be sliced, and not offloaded."""
-    return type(part) is nn.Linear and type(part.weight.data) is torch.Tensor and not part.weight.is_meta
+    packed = hasattr(part.weight, "__tensor_flatten__")  # a tensor that is made of others, as torchao's are
+    return type(part) is nn.Linear and not packed and not part.weight.is_meta
 
 
 def narrow_mlp(layer: nn.Module, index: int, policy: Policy) -> list[Any]:

@@ -64,8 +64,10 @@ def first_channels(host: Host, index: int, shrink: float) -> int:
 
 def _is_plain(part: Any) -> bool:
     """Not a quantised or adapted one, whose weight cannot be sliced, and not offloaded."""
+    if type(part) is not nn.Linear:
+        return False
     packed = hasattr(part.weight, "__tensor_flatten__")  # a tensor that is made of others, as torchao's are
-    return type(part) is nn.Linear and not packed and not part.weight.is_meta
+    return not packed and not part.weight.is_meta
 
 
 def narrow_mlp(layer: nn.Module, index: int, policy: Policy) -> list[Any]:

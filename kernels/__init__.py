@@ -1,5 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
+from .greedy import greedy, running_max
 from .reference import (
     TILE,
     Coverage,
@@ -16,7 +17,6 @@ from .reference import (
     cosines,
     finite,
     gather_nearest,
-    greedy,
     nearest,
     nearest_later,
     nearest_unit,
@@ -45,6 +45,7 @@ __all__ = [
     "nearest",
     "nearest_later",
     "nearest_unit",
+    "running_max",
     "segment_mean",
     "thin",
     "unit",

@@ -15,6 +15,8 @@ from torch import Tensor
 SAME = 1e-6
 # Elements of the largest temporary an operator may build, 64 MiB of float32.
 TILE = 1 << 24
+# No gain counts for less: what may not be picked is -inf, below what comes last.
+LAST = torch.finfo(torch.float32).min
 
 
 class Picks(NamedTuple):
@@ -315,41 +317,45 @@ class Seeding:
         self.weight = torch.minimum(self.weight, distance)
 
 
+def bounds(valid: Tensor, usable: Tensor | None = None) -> Tensor:
+    """(B, N) float, what gains count for at most: -inf for what may not be picked, little for what comes last."""
+    bound = torch.where(valid, torch.inf, -torch.inf)
+    return bound if usable is None else bound.masked_fill_(valid & ~usable, LAST)
+
+
 @torch.no_grad()
-def greedy(
-    state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
-) -> Picks:
+def pick(state: State, bound: Tensor, count: Tensor, most: int, per_round: int = 1) -> tuple[Tensor, Tensor]:
     """Pick the candidate of largest gain, tell the state, repeat.
 
     Args:
         state: gains and how a pick changes them; used up by the call.
-        k: (B,) long, picks of each row, at most its number of valid candidates.
-        most: steps of the loop, at least the largest ``k``.
-        valid: (B, N) bool, what may be picked.
-        usable: (B, N) bool; valid candidates that are not usable come last.
+        bound: (B, N) from :func:`bounds`.
+        count: (B,) long, picks of each row, at most the number of its candidates above -inf.
+        most: steps of the loop, at least the largest ``count``.
         per_round: picks made on the same gains; 1 is the exact greedy selection.
+
+    Returns:
+        (B, most) long, picks in their order, -1 where a row has no more, and (B, most) float, their gains, -inf there.
     """
-    rows, n = valid.shape
-    order = torch.full((rows, most), -1, dtype=torch.long, device=valid.device)
-    gains = torch.full((rows, most), -torch.inf, device=valid.device)
-    # No gain counts for more than this: what may not be picked lies below what comes last, which lies below all else.
-    last = torch.finfo(torch.float32).min
-    bound = torch.where(valid, torch.inf, -torch.inf)
-    if usable is not None:
-        bound.masked_fill_(valid & ~usable, last)
+    bound = bound.clone()
+    order = torch.full((len(bound), most), -1, dtype=torch.long, device=bound.device)
+    gains = torch.full((len(bound), most), -torch.inf, device=bound.device)
     for step in range(most):
         if step % per_round == 0:
-            gain = state.gain().nan_to_num(nan=last, posinf=torch.inf, neginf=last)
-        best, pick = torch.minimum(gain, bound).max(-1)  # of equal ones the first
-        order[:, step], gains[:, step] = pick, best
-        bound.scatter_(1, pick[:, None], -torch.inf)
-        state.add(pick)
-    active = torch.arange(most, device=valid.device) < k[:, None]
-    order.masked_fill_(~active, -1)
-    gains.masked_fill_(~active | (gains <= last), -torch.inf)
-    keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
+            gain = state.gain().nan_to_num(nan=LAST, posinf=torch.inf, neginf=LAST)
+        best, chosen = torch.minimum(gain, bound).max(-1)  # of equal ones the first
+        order[:, step], gains[:, step] = chosen, best
+        bound.scatter_(1, chosen[:, None], -torch.inf)
+        state.add(chosen)
+    active = torch.arange(most, device=bound.device) < count[:, None]
+    return order.masked_fill_(~active, -1), gains.masked_fill_(~active, -torch.inf)
+
+
+def picks(order: Tensor, gain: Tensor, n: int) -> Picks:
+    """What was picked of ``n`` candidates; the gain of those that come last is not told."""
+    keep = torch.zeros(len(order), n + 1, dtype=torch.bool, device=order.device)  # the last slot takes the -1
     keep.scatter_(1, torch.where(order < 0, n, order), True)
-    return Picks(keep[:, :n], order, gains)
+    return Picks(keep[:, :n], order, torch.where(gain > LAST, gain, -torch.inf))
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Greedy selections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from visiontok.kernels import cosines, ops
+from visiontok.kernels.reference import bounds
+
+from . import DEVICE, Samples, normal, uniform
+
+Args = tuple[Any, ...]
+
+
+def features(kind: str) -> torch.Tensor:
+    """(B, N, D) by the name of what is special about it."""
+    x = normal(2, 70, 12)
+    if kind == "all equal":
+        return torch.ones_like(x)
+    if kind == "duplicates":
+        return x[:, torch.arange(70, device=x.device) % 9]
+    if kind == "zero vectors":
+        return x * (torch.arange(70, device=x.device) % 3 > 0)[:, None]
+    if kind == "not finite":
+        x[0, 5], x[1, 7, 0] = torch.nan, torch.inf
+        return x
+    if kind == "one token":
+        return x[:, :1]
+    if kind == "whole block":
+        return normal(1, 128, 12)
+    if kind == "block and one":
+        return normal(1, 129, 12)
+    if kind == "no rows":
+        return x[:0]
+    return x
+
+
+KINDS = (
+    "plain", "all equal", "duplicates", "zero vectors", "not finite", "one token", "whole block", "block and one",
+    "no rows",
+)  # fmt: skip
+
+
+def budget(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(B, N) bool what may be picked, (B,) how many, and room for how many."""
+    b, n, _ = x.shape
+    valid = torch.ones(b, n, dtype=torch.bool, device=x.device)
+    if kind == "plain":  # rows of different lengths, the shorter with less to pick
+        valid[0, 11:13], valid[1, 40:] = False, False
+        return valid, torch.tensor([30, 7], device=x.device), 30
+    if kind == "zero vectors":  # nothing to pick in one of the rows
+        return valid, torch.tensor([0, 5], device=x.device), 5
+    most = n if kind in ("all equal", "not finite") else min(n, 25)
+    return valid, torch.full((b,), most, device=x.device), most
+
+
+def running_max(kind: str, family: str) -> Callable[[], Args]:
+    def make() -> Args:
+        x = features(kind)
+        valid, count, most = budget(x, kind)
+        similarity, usable = cosines(x)
+        score = uniform(*valid.shape, seed=1).round(decimals=1)
+        if kind == "not finite":
+            score[..., 3] = torch.nan
+        one = torch.ones(1, device=DEVICE)
+        offset, slope = {"max-min": (one, one), "mmr": (0.3 * score, 0.7 * one), "product": (score, score)}[family]
+        if kind == "plain":  # rows of the table that are wider than what is read of them
+            wide = similarity.new_full((*similarity.shape[:2], 96), 7.0)
+            wide[..., : similarity.shape[2]] = similarity
+            similarity = wide[..., : similarity.shape[2]]
+        return similarity, offset, slope, score, bounds(valid, usable), count, most
+
+    return make
+
+
+def sequence(args: Args, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """What is picked may be picked, once; as many as asked for; and -1 behind."""
+    order, gain = result
+    *_, bound, count, most = args
+    assert order.shape == gain.shape == (len(bound), most)
+    for row, limit, k in zip(order.tolist(), bound, count.tolist(), strict=True):
+        assert row[k:] == [-1] * (most - k)
+        assert len(set(row[:k])) == k
+        assert all(limit[i] > -torch.inf for i in row[:k])
+
+
+SAMPLES = [
+    Samples(
+        ops.running_max,
+        {f"{family}, {kind}": running_max(kind, family) for family in ("max-min", "mmr", "product") for kind in KINDS},
+        check=sequence,
+    )
+]

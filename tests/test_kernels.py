@@ -1,0 +1,107 @@
+"""Triton kernels against their PyTorch twins, and both as operators of PyTorch.
+
+Without a GPU, kernels are interpreted (tests/conftest.py sets TRITON_INTERPRET).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import kernel_samples.greedy
+import pytest
+import torch
+from kernel_samples import Samples
+from visiontok.kernels.runtime import VARIABLE, use_triton
+
+from visiontok.errors import ConfigError, UnsupportedError
+
+FAMILIES = [*kernel_samples.greedy.SAMPLES]
+EVERY = [pytest.param(s, name, id=f"{s.op._name}: {name}") for s in FAMILIES for name in s.make]
+FIRST = [pytest.param(s, next(iter(s.make)), id=s.op._name) for s in FAMILIES]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote to is noticed."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan if out.dtype.is_floating_point else 99) if type(out) is torch.Tensor else out
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def both(samples: Samples, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What PyTorch and what Triton makes of the arguments, which neither changes."""
+    results = []
+    before = [x.clone() for x in tensors(args)]
+    for choice in ("reference", "triton"):
+        monkeypatch.setenv(VARIABLE, choice)
+        results.append(samples.op(*args))
+        assert all(torch.equal(x, y) or x.isnan().any() for x, y in zip(tensors(args), before, strict=True))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize(("samples", "name"), EVERY)
+def test_the_twins_agree(samples: Samples, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = samples.make[name]()
+    expected, got = both(samples, args, monkeypatch)
+    for x, y in zip(tensors(expected), tensors(got), strict=True):
+        assert (x.dtype, x.shape, x.device) == (y.dtype, y.shape, y.device)
+        exact = samples.tolerance is None or not x.dtype.is_floating_point
+        rtol, atol = (0.0, 0.0) if exact else samples.tolerance  # type: ignore[misc]
+        torch.testing.assert_close(y, x, rtol=rtol, atol=atol, equal_nan=True)
+    if samples.check is not None:
+        samples.check(args, expected)
+        samples.check(args, got)
+
+
+@pytest.mark.parametrize(("samples", "name"), FIRST)
+def test_operators_are_registered_as_pytorch_wants(samples: Samples, name: str) -> None:
+    torch.library.opcheck(samples.op, samples.make[name]())
+
+
+@pytest.mark.parametrize(("samples", "name"), FIRST)
+def test_operators_are_one_node_of_a_compiled_and_an_exported_graph(samples: Samples, name: str) -> None:
+    args = samples.make[name]()
+    inputs = tuple(tensors(args))
+
+    class Calls(torch.nn.Module):
+        def forward(self, *given: torch.Tensor) -> Any:
+            left = iter(given)
+            return samples.op(*(next(left) if isinstance(a, torch.Tensor) else a for a in args))
+
+    expected = list(tensors(samples.op(*args)))
+    compiled = torch.compile(Calls(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Calls(), inputs)
+    nodes = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert sum(node.startswith("visiontok.") for node in nodes) == 1
+    for run in (compiled, exported.module()):
+        for x, y in zip(expected, tensors(run(*inputs)), strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_variable_decides_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    for choice, expected in (("auto", False), ("reference", False), ("triton", True)):
+        monkeypatch.setenv(VARIABLE, choice)
+        assert use_triton(x) is expected
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(ConfigError, match=r"VISIONTOK_KERNELS='cuda': give one of auto, triton, reference"):
+        use_triton(x)
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.setattr("visiontok.kernels.runtime.interpreted", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"tensors are on cpu.*TRITON_INTERPRET=1"):
+        use_triton(torch.zeros(1))
+    monkeypatch.setattr("visiontok.kernels.runtime._installed", lambda: False)
+    with pytest.raises(UnsupportedError, match="Triton is not installed"):
+        use_triton(torch.zeros(1))

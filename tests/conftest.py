@@ -1,4 +1,4 @@
-"""Set before anything else is imported: no network, one thread a worker, interpreted kernels, torchvision's stand-in."""
+"""Set before anything else is imported: offline, one thread a worker, interpreted kernels, torchvision's stand-in."""
 
 from __future__ import annotations
 

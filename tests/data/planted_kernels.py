@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-
 from visiontok.kernels import aot
 from visiontok.kernels.build import Build, Config
 

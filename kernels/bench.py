@@ -255,7 +255,7 @@ def selections(device: torch.device) -> Iterator[Case]:
 GROUPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {"selections": selections}
 
 
-# ---------------------------------------------------------------------------------------------------------------- output
+# -------------------------------------------------------------------------------------------------------------- output
 
 
 def plot(rows: Sequence[Row], title: str) -> str:
@@ -269,9 +269,9 @@ def plot(rows: Sequence[Row], title: str) -> str:
         return left + width * (math.log10(ms) - low) / max(1, high - low)
 
     height = top + line * len(rows) + 30
+    box = f'viewBox="0 0 {left + width + 30} {height}" font-size="11" font-family="sans-serif"'
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {height}" font-size="11" '
-        'font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}>',
         f'<rect width="100%" height="100%" fill="white"/><text x="8" y="16">{title}</text>',
     ]
     for at, (name, colour) in enumerate(marks.items()):

@@ -30,7 +30,7 @@ from ..errors import UnsupportedError
 from .ahead import look_ahead
 from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
-from .layout import Layout
+from .layout import Layout, Parted
 from .masks import UNCHANGED, LayerMasks
 from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
 from .prompt import run_prompt_stages
@@ -59,6 +59,10 @@ class Policy(Protocol):
     """Decoder layers on whose input the set of visible visual tokens may change."""
     frozen: frozenset[int]
     """Decoder layers that visual tokens pass as they are."""
+    narrowed: dict[int, float]
+    """Decoder layers whose MLP gives visual tokens a part of its channels, and by what their number is divided."""
+    channels: dict[int, int]
+    """Their number, once it is known."""
     selects: bool
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
@@ -141,7 +145,7 @@ class Attachment:
         self.base, self.outer = adapter.base, outer
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
-        touched = [*policy.changes, *policy.frozen, *policy.thinned]
+        touched = [*policy.changes, *policy.frozen, *policy.narrowed, *policy.thinned]
         touched += [] if policy.biased is None else [policy.biased]
         if touched and adapter.prompt_only:
             raise UnsupportedError(
@@ -346,7 +350,7 @@ class Attachment:
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and not self.policy.frozen and embeds is x
-        nothing = nothing and not self.policy.thins(call)
+        nothing = nothing and not self.policy.narrowed and not self.policy.thins(call)
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
         if nothing and not self.force and stock_masks:
@@ -589,6 +593,7 @@ class Attachment:
                 [call.masses.get(i) for i in depth],
                 {index: rows.computed.width for index, rows in call.rows.items()},
                 call.cached,
+                {index: (len(parted.visual), self.policy.channels[index]) for index, parted in call.parted.items()},
             )
             self._ignore_labels(call)
         self.traces.publish(call.trace)
@@ -791,6 +796,19 @@ class Attachment:
         hidden = not any(self.policy.counts(call, index))
         call.biases[index] = None if hidden else call.bias
         call.masses[index] = call.mass
+        if index in self.policy.narrowed and not hidden:
+            call.parted[index] = self._parted(call, index)
+
+    def _parted(self, call: Prefill, index: int) -> Parted:
+        """Which slots of layer ``index`` hold visual tokens."""
+        layout = call.layouts[index]
+        key = ("parted", id(layout))
+        if key not in call.masks:  # the value keeps the layout alive, so its id stays its
+            visual = call.held(index, call.visual & call.alive[index]) & call.slots_in_use(index)
+            rows = call.row_counts(self.policy.counts(call, index))
+            known = [n - text for n, text in zip(rows, call.texts, strict=True)]
+            call.masks[key] = (layout, Parted(visual, sum(counted(visual, known))))
+        return call.masks[key][1]
 
     def _gather_tokens(self, call: Prefill, layout: Layout, kwargs: dict[str, Any]) -> None:
         """Give what a layer gets beside its states the tokens of ``layout``."""

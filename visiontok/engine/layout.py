@@ -77,3 +77,17 @@ class Layout:
         slot = self.slot_of().to(x.device)
         index = slot.view(*slot.shape, *[1] * (x.ndim - 2))
         return x.gather(1, index.expand(*slot.shape, *x.shape[2:]))
+
+
+class Parted:
+    """The B·M slots of a layer, row behind row, in two kinds.
+
+    Attributes:
+        others: long, those without a visual token: text and padding.
+        visual: long, those with one.
+    """
+
+    def __init__(self, visual: torch.Tensor, count: int) -> None:
+        """``visual`` (B, M) bool, ``count`` its true entries, on the host."""
+        order = torch.argsort(visual.flatten().to(torch.int8), stable=True)
+        self.others, self.visual = order.split([visual.numel() - count, count])

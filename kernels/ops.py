@@ -50,13 +50,18 @@ def _(similarity, offset, slope, start, bound, count, most):  # type: ignore[no-
     return _order(bound, most)
 
 
+def _has_kernel(q: Tensor) -> bool:
+    """Whether Triton makes column statistics of ``q``: an exact product of float32 takes more registers than there are."""
+    return use_triton(q) and q.dtype in (torch.bfloat16, torch.float16)
+
+
 @torch.library.custom_op("visiontok::attention_lse", mutates_args=())
 def attention_lse(
     q: Tensor, k: Tensor, scale: float, causal: bool, span: Tensor | None, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_lse`; the twins differ by rounding, as in those below."""
     sight = Sight(scale, causal, span, bias, mask)
-    if use_triton(q):
+    if _has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_lse(q, k, sight)
@@ -81,7 +86,7 @@ def attention_share(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_share`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if use_triton(q):
+    if _has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_share(q, k, part, sight)
@@ -107,7 +112,7 @@ def attention_columns(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_columns`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if use_triton(q):
+    if _has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_columns(q, k, weight, lse, sight)
@@ -134,7 +139,7 @@ def attention_peaks(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_peaks`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if use_triton(q):
+    if _has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_peaks(q, k, weight, lse, group, sight)

@@ -14,43 +14,49 @@ from . import DEVICE, Samples, normal, uniform
 Args = tuple[Any, ...]
 
 
+def half(*shape: int, seed: int = 0) -> torch.Tensor:
+    return normal(*shape, seed=seed).bfloat16()
+
+
 def arguments(kind: str) -> tuple[torch.Tensor, torch.Tensor, Sight]:
     """Queries, keys and what is seen of them, by the name of what is special about it."""
-    q, k = 2 * normal(2, 4, 70, 64), normal(2, 2, 70, 64, seed=1)
-    scale = 0.125
+    q, k, scale = 2 * half(1, 2, 70, 16), half(1, 1, 70, 16, seed=1), 0.25
+    if kind == "plain":
+        return 2 * half(2, 2, 70, 64), half(2, 1, 70, 64, seed=1), Sight(0.125)
     if kind == "causal, fewer rows than keys":
         return q[:, :, 40:], k, Sight(scale, causal=True)
-    if kind == "seven queries share a key, width 80":
-        return normal(1, 14, 66, 80), normal(1, 2, 66, 80, seed=1), Sight(scale, causal=True)
-    if kind in ("width 72", "width 88", "width 128", "width 8"):
+    if kind == "causal, more rows than keys":  # the first see nothing
+        return q, k[:, :, :40], Sight(scale, causal=True)
+    if kind == "seven queries share a key":
+        return half(1, 7, 30, 16), half(1, 1, 30, 16, seed=1), Sight(scale, causal=True)
+    if kind.startswith("width"):
         d = int(kind.split()[1])
-        return normal(1, 1, 40, d), normal(1, 1, 70, d, seed=1), Sight(scale)
+        return half(1, 1, 40, d), half(1, 1, 70, d, seed=1), Sight(d**-0.5)
     if kind == "one key":
         return q[..., :1, :], k[..., :1, :], Sight(scale)
     if kind == "transposed views":  # as projections leave them: heads behind tokens, one tensor of three
-        both = normal(2, 70, 3, 4, 80)
+        both = half(1, 70, 3, 2, 80)
         return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), Sight(scale)
-    if kind == "width not in one piece":
-        return q[:1, :2].mT.contiguous().mT, k[:1, :1].mT.contiguous().mT, Sight(scale)
-    if kind == "half precision":
-        return q[:1, :2].bfloat16(), k[:1].bfloat16(), Sight(scale)
-    if kind == "hidden keys":  # rows that see nothing: all keys of the second sample are hidden
-        bias = normal(2, 70, seed=2).masked_fill(torch.arange(70, device=DEVICE) < 9, -torch.inf)
-        bias[1] = -torch.inf
+    if kind == "no whole strides":
+        return half(1, 2, 70, 17)[..., :16], half(1, 1, 70, 16).mT.contiguous().mT, Sight(scale)
+    if kind == "hidden keys":
+        bias = normal(1, 70, seed=2).masked_fill(torch.arange(70, device=DEVICE) < 9, -torch.inf)  # some see nothing
         return q, k, Sight(scale, causal=True, bias=bias)
     if kind == "mask":
-        mask = uniform(2, 70, 70, seed=3) < 0.3
+        q, k, mask = half(2, 2, 70, 16), half(2, 1, 70, 16, seed=1), uniform(2, 70, 70, seed=3) < 0.3
         mask[0, 5], mask[1, :, 9] = False, False
-        return q, k, Sight(scale, mask=mask, bias=normal(1, 70, seed=2))
+        return q, k, Sight(scale, bias=normal(1, 70, seed=2), mask=mask)
     if kind == "windows":
-        return q[:1], k[:1], Sight(scale, span=windows([0, 1, 1, 33, 40, 70], 70))
+        return q, k, Sight(scale, span=windows([0, 1, 1, 33, 40, 70], 70))
     if kind == "spans in any order":
-        first = (40 * uniform(2, 70, seed=4)).int()
-        return q, k, Sight(scale, span=torch.stack([first, first + (30 * uniform(2, 70, seed=5)).int()]))
+        first = (40 * uniform(1, 70, seed=4)).int()
+        return q, k, Sight(scale, span=torch.stack([first, first + (30 * uniform(1, 70, seed=5)).int()]))
     if kind == "not finite":
-        q[0, 0, 3], k[0, 0, 5], k[1, 1, 7, 0] = torch.nan, torch.nan, torch.inf
+        q[0, 0, 3], k[0, 0, 5], k[0, 0, 7, 0] = torch.nan, torch.nan, torch.inf
     if kind == "no rows":
         return q[:, :, :0], k, Sight(scale)
+    if kind == "float32":
+        return q.float(), k.float(), Sight(scale)
     return q, k, Sight(scale)
 
 
@@ -61,10 +67,10 @@ def windows(borders: list[int], length: int) -> torch.Tensor:
     return torch.stack([at[which - 1], at[which]])[:, None]
 
 
+FEW = ("plain", "causal, more rows than keys", "mask", "windows", "not finite", "no rows")
 KINDS = (
-    "plain", "causal, fewer rows than keys", "seven queries share a key, width 80", "width 72", "width 88", "width 128",
-    "width 8", "one key", "transposed views", "width not in one piece", "half precision", "hidden keys", "mask",
-    "windows", "spans in any order", "not finite", "no rows",
+    *FEW, "causal, fewer rows than keys", "seven queries share a key", "width 8", "width 72", "width 80", "width 88",
+    "width 128", "one key", "transposed views", "no whole strides", "hidden keys", "spans in any order", "float32",
 )  # fmt: skip
 
 
@@ -88,12 +94,37 @@ def columns(kind: str, known: bool) -> Callable[[], Args]:
     return make
 
 
+def share(kind: str) -> Callable[[], Args]:
+    def make() -> Args:
+        q, k, sight = arguments(kind)
+        return q, k, uniform(1, k.shape[2], seed=7) < 0.4, *sight
+
+    return make
+
+
+def peaks(kind: str, numbered: bool) -> Callable[[], Args]:
+    def make() -> Args:
+        q, k, sight = arguments(kind)
+        (b, _, m, _), n = q.shape, k.shape[2]
+        number = (3 * uniform(b, m + n, seed=8)).int() if numbered else None
+        return q, k, uniform(b, m, seed=6), None, number, *sight
+
+    return make
+
+
 SAMPLES = [
-    Samples(ops.attention_lse, {kind: lse(kind) for kind in KINDS}, (1e-5, 1e-5)),
+    Samples(ops.attention_lse, {kind: lse(kind) for kind in FEW}, (1e-5, 1e-5)),
+    Samples(ops.attention_share, {kind: share(kind) for kind in FEW}, (2e-5, 2e-6)),
     Samples(
         ops.attention_columns,
         {kind: columns(kind, known=False) for kind in KINDS}
-        | {f"{kind}, weighted": columns(kind, known=True) for kind in ("plain", "hidden keys", "windows", "not finite")},
+        | {f"{kind}, weighted": columns(kind, known=True) for kind in ("hidden keys", "windows", "not finite")},
+        (2e-5, 2e-6),
+    ),
+    Samples(
+        ops.attention_peaks,
+        {kind: peaks(kind, numbered=False) for kind in ("width 80", "hidden keys", "no rows")}
+        | {f"{kind}, numbered": peaks(kind, numbered=True) for kind in FEW},
         (2e-5, 2e-6),
     ),
 ]

@@ -7,7 +7,6 @@ once. The width of a head is read as a power of two and a rest: 80 costs 80.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -217,10 +216,13 @@ def _peak_sums(  # type: ignore[no-untyped-def]
             first = tl.load(SPANS + i_b * s_span_batch + row, mask=row < high, other=N)
             behind = tl.load(SPANS + s_span + i_b * s_span_batch + row, mask=row < high, other=0)
         best = tl.zeros((KEYS, ROWS), tl.float32)
-        for i_h in range(0, H):
+        for i_h in range(H):
             head = tl.cast(i_h, tl.int64)
             A, B = K + (head // GROUP) * s_kg * STEP, Q + head * s_qh * STEP
-            k, q = _rows(A, start, o_k, N, s_kn, o_d, D, STEP, UPCAST), _rows(B, begin, o_r, M, s_qm, o_d, D, STEP, UPCAST)
+            k, q = (
+                _rows(A, start, o_k, N, s_kn, o_d, D, STEP, UPCAST),
+                _rows(B, begin, o_r, M, s_qm, o_d, D, STEP, UPCAST),
+            )
             k_rest, q_rest = k, q
             if REST:
                 k_rest = _rows(A, start, o_k, N, s_kn, o_rest, D, STEP, UPCAST)

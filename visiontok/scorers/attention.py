@@ -231,9 +231,10 @@ def attention_flow(
     *,
     scale: float | None = None,
     causal: bool = False,
-    known: Tensor | None = None,
-    visible: Tensor | None = None,
+    window: int | None = None,
     valid: Tensor | None = None,
+    visible: Tensor | None = None,
+    start: Tensor | None = None,
     temperature: float = 0.1,
     rounds: int = 5,
 ) -> Tensor:
@@ -246,10 +247,8 @@ def attention_flow(
         q: (H, N, d) or (B, H, N, d) queries.
         k: (G, N, d) or (B, G, N, d) keys; H is a multiple of G.
         scale: factor on the logits; 1/√d by default.
-        causal: each token sees those up to itself.
-        known: (N,) or (B, N) bool, tokens that may be seen.
-        visible: (N, N) or (B, N, N) bool, what each row may see; all by default.
-        valid: (N,) or (B, N) bool, tokens at which the walk may start.
+        causal, window, valid, visible: what each token sees, as in :func:`attention_columns`.
+        start: (N,) or (B, N) bool, tokens at which the walk may start; all by default.
         temperature: below 1 sharpens.
         rounds: steps of the walk.
 
@@ -260,11 +259,12 @@ def attention_flow(
         AIM, arXiv 2412.03248; PageRank without damping.
     """
     qs, ks = rows_of(q, 3, "q"), rows_of(k, 3, "k")
-    ok = q.new_ones(1, qs.shape[2], dtype=torch.bool) if valid is None else rows_of(valid, 1, "valid").bool()
+    ok = q.new_ones(1, qs.shape[2], dtype=torch.bool) if start is None else rows_of(start, 1, "start").bool()
     sharp = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
     seen = kernels.sight(
-        qs, ks, scale=sharp, causal=causal, visible=None if visible is None else rows_of(visible, 2, "visible"),
-        valid=None if known is None else rows_of(known, 1, "known").bool(),
+        qs, ks, scale=sharp, causal=causal, window=window,
+        valid=None if valid is None else rows_of(valid, 1, "valid").bool(),
+        visible=None if visible is None else rows_of(visible, 2, "visible"),
     )  # fmt: skip
     lse = kernels.attention_lse(qs, ks, seen)
     walk = (ok / ok.sum(-1, keepdim=True).clamp_min(1))[:, None].expand(len(qs), qs.shape[1], -1)  # (B, H, N)

@@ -98,7 +98,8 @@ def _row_sums(  # type: ignore[no-untyped-def]
             logits += tl.load(BIAS + i_b * s_bias + key, mask=key < N, other=0.0)[None, :] * 1.4426950408889634
         ok = _seen(
             logits, row[:, None], key[None, :], first[:, None], behind[:, None], M, N,
-            MASK + tl.cast(start, tl.int64) * s_mask + begin, o_r[:, None] * s_mask + o_k[None, :], CAUSAL, SPAN, MASKED,
+            MASK + tl.cast(start, tl.int64) * s_mask + begin, o_r[:, None] * s_mask + o_k[None, :],
+            CAUSAL, SPAN, MASKED,
         )  # fmt: skip
         logits = tl.where(ok, logits, -float("inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -172,7 +173,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
             logits += bias[:, None]
         ok = _seen(
             logits, row[None, :], key[:, None], first[None, :], behind[None, :], M, N,
-            MASK + tl.cast(begin, tl.int64) * s_mask + start, o_r[None, :] * s_mask + o_k[:, None], CAUSAL, SPAN, MASKED,
+            MASK + tl.cast(begin, tl.int64) * s_mask + start, o_r[None, :] * s_mask + o_k[:, None],
+            CAUSAL, SPAN, MASKED,
         )  # fmt: skip
         out += tl.sum(tl.where(ok, tl.exp2(logits - level[None, :]), 0.0), 1)
     tl.store(OUT + (i_b * H + i_h) * N + key, out, mask=key < N)
@@ -347,7 +349,7 @@ def _sums_of_rows(q: Tensor, k: Tensor, part: Tensor | None, sight: Sight) -> Te
 
 def attention_columns(q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, sight: Sight) -> Tensor:
     """Twin of :func:`visiontok.kernels.reference.attention_columns`."""
-    (b, heads, m, d), n, sides = q.shape, k.shape[2], _Sides(q, k, sight)
+    (b, heads, _, d), n, sides = q.shape, k.shape[2], _Sides(q, k, sight)
     lse = attention_lse(q, k, sight) if lse is None else _in_line(lse)
     out = torch.empty(b, heads, n, device=q.device)
     keys = _resident(n, d, sight)
@@ -367,7 +369,7 @@ def attention_peaks(
     q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, group: Tensor | None, sight: Sight
 ) -> Tensor:
     """Twin of :func:`visiontok.kernels.reference.attention_peaks`."""
-    (b, heads, m, d), n, sides = q.shape, k.shape[2], _Sides(q, k, sight)
+    (b, _, m, d), n, sides = q.shape, k.shape[2], _Sides(q, k, sight)
     lse = attention_lse(q, k, sight) if lse is None else _in_line(lse)
     number = q if group is None else _in_line(group)
     rows, keys = _streamed(d), 64

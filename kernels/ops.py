@@ -51,7 +51,7 @@ def _(similarity, offset, slope, start, bound, count, most):  # type: ignore[no-
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """Whether Triton makes column statistics of ``q``: an exact product of float32 takes more registers than there are."""
+    """Whether Triton makes statistics of ``q``: exact products of float32 take more registers than there are."""
     return use_triton(q) and q.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -59,5 +59,5 @@ def use_triton(x: Tensor) -> bool:
 
 
 def checks() -> bool:
-    """Whether laws that results must obey are checked at every call, which stops the host: VISIONTOK_KERNELS_CHECK=1."""
+    """Whether laws that results obey are checked at every call, which stops the host: VISIONTOK_KERNELS_CHECK=1."""
     return os.environ.get(CHECK, "0") != "0"

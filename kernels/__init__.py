@@ -1,5 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
+from .columns import attention_columns, attention_lse, attention_peaks, attention_share, sight, viewers
 from .greedy import greedy, running_max
 from .reference import (
     TILE,
@@ -11,8 +12,8 @@ from .reference import (
     RunningMax,
     RunningSum,
     Seeding,
+    Sight,
     Widening,
-    attention_columns,
     cosine,
     cosines,
     finite,
@@ -35,8 +36,12 @@ __all__ = [
     "RunningMax",
     "RunningSum",
     "Seeding",
+    "Sight",
     "Widening",
     "attention_columns",
+    "attention_lse",
+    "attention_peaks",
+    "attention_share",
     "cosine",
     "cosines",
     "finite",
@@ -47,6 +52,8 @@ __all__ = [
     "nearest_unit",
     "running_max",
     "segment_mean",
+    "sight",
     "thin",
     "unit",
+    "viewers",
 ]

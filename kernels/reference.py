@@ -6,6 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -414,41 +415,172 @@ def thin(similarity: Tensor, order: Tensor, sizes: list[int], goals: list[int], 
 # ----------------------------------------------------------------------------------------------------- attention
 
 
+class Sight(NamedTuple):
+    """What the query rows see of the keys, and how.
+
+    Attributes:
+        scale: factor on the products of queries and keys.
+        causal: row i of M sees the first i + 1 + N - M of N keys.
+        span: (2, B or 1, M) int32 or None, the first key that each row sees and the one behind its last.
+        bias: (B or 1, N) float32 or None, what is added to the logits of each key; -inf hides it.
+        mask: (B or 1, M, N) bool or None, which row sees which key.
+    """
+
+    scale: float
+    causal: bool = False
+    span: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _tiles(q: Tensor, k: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of the logits, (B, H, R, K) float32, with the rows and the keys they are of; -inf where nothing is seen.
+
+    Every row comes once, with all the keys that it sees.
+    """
+    (b, heads, m, _), (_, groups, n, _) = q.shape, k.shape
+    keys = k.float().mT
+    step = max(1, TILE // max(1, b * heads * n))
+    for begin in range(0, m, step):
+        rows = slice(begin, min(begin + step, m))
+        first, behind = _reach(rows, m, n, sight)
+        seen = slice(first, behind)
+        query = (q[:, :, rows].float() * sight.scale).unflatten(1, (groups, heads // groups))
+        logits = (query.flatten(2, 3) @ keys[..., seen]).view(b, heads, rows.stop - begin, behind - first)
+        key = torch.arange(first, behind, device=q.device)
+        if sight.bias is not None:
+            logits += sight.bias[:, None, None, seen]
+        if sight.causal:
+            last = torch.arange(begin, rows.stop, device=q.device)[:, None] + n - m
+            logits.masked_fill_(key > last, -torch.inf)
+        if sight.span is not None:
+            low, high = sight.span[..., rows, None]
+            logits.masked_fill_(((key < low) | (key >= high))[:, None], -torch.inf)
+        if sight.mask is not None:
+            logits.masked_fill_(~sight.mask[:, None, rows, seen], -torch.inf)
+        yield rows, seen, logits
+
+
+def _reach(rows: slice, m: int, n: int, sight: Sight) -> tuple[int, int]:
+    """The first key that any of the rows sees and the one behind the last, or further ones; at least one key."""
+    first, behind = 0, n
+    if sight.causal:
+        behind = min(n, rows.stop + n - m)
+    if sight.span is not None and sight.span.device.type == "cpu":  # asking a GPU would stop the host
+        first, behind = max(first, int(sight.span[0, :, rows].min())), min(behind, int(sight.span[1, :, rows].max()))
+    first = max(0, min(first, n - 1))
+    return first, max(behind, min(first + 1, n))
+
+
+def _hide(logits: Tensor) -> Tensor:
+    """Logits that are not finite count as not seen."""
+    return logits.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; 0 in rows that see nothing. Changes the logits."""
+    weights = logits.softmax(-1)
+    lost = weights[..., :1].isnan()  # then all of the row is: it sees nothing, or some logit is not finite
+    if lost.device.type == "cpu" and not bool(lost.any()):
+        return weights
+    weights = _hide(logits).softmax(-1)
+    return weights.masked_fill_(weights[..., :1].isnan(), 0.0)
+
+
 @torch.no_grad()
-def attention_columns(
-    q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
-) -> Tensor:
-    """Mean attention every key receives, over heads and query rows; the H × N × N map is never built.
+def attention_lse(q: Tensor, k: Tensor, sight: Sight) -> Tensor:
+    """Logarithm of the sum of the exponentials of the logits of each query row.
 
     Args:
         q: (B, H, M, d).
-        k: (B, G, N, d) with H a multiple of G.
-        scale: factor on the logits, 1/√d by default.
-        causal: query i sees the keys up to i + N - M.
-        valid: (B, N) bool, keys that exist; with M = N, also the query rows that count.
+        k: (B, G, N, d) with H a multiple of G; queries h · H/G and on share key head h.
+        sight: what the rows see. Logits that are not finite count as not seen.
 
     Returns:
-        (B, N) float32; sums to 1 over keys where every counted row sees a key.
+        (B, H, M) float32; -inf where a row sees nothing.
     """
-    (b, heads, m, d), (_, groups, n, _) = q.shape, k.shape
-    scale = d**-0.5 if scale is None else scale
-    counted = valid if valid is not None and m == n else torch.ones(b, m, dtype=torch.bool, device=q.device)
-    keys = k.float().mT[:, :, None]  # (B, G, 1, d, N)
-    total = torch.zeros(b, n, device=q.device)
-    step = max(1, TILE // max(1, b * heads * n))
+    out = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        for begin in range(0, m, step):
-            rows = slice(begin, min(begin + step, m))
-            query = q[:, :, rows].float().unflatten(1, (groups, heads // groups))
-            logits = query @ keys * scale  # (B, G, H/G, rows, N)
-            if valid is not None:
-                logits = logits.masked_fill(~valid[:, None, None, None], -torch.inf)
-            if causal:
-                last = torch.arange(begin, rows.stop, device=q.device)[:, None] + n - m
-                logits = logits.masked_fill(torch.arange(n, device=q.device) > last, -torch.inf)
-            weights = logits.softmax(-1).masked_fill(~counted[:, None, None, rows, None], 0.0)
-            total += weights.sum((1, 2, 3))
-    return total / (heads * counted.sum(-1, keepdim=True).clamp_min(1))
+        for rows, _, logits in _tiles(q, k, sight):
+            out[:, :, rows] = _hide(logits).logsumexp(-1)
+    return out
+
+
+@torch.no_grad()
+def attention_share(q: Tensor, k: Tensor, part: Tensor, sight: Sight) -> Tensor:
+    """How much of the attention of each query row falls on a part of the keys.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        part: (B or 1, N) bool.
+        sight: as in :func:`attention_lse`.
+
+    Returns:
+        (B, H, M) float32; 0 where a row sees nothing.
+    """
+    out = q.new_zeros(q.shape[:3], dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            out[:, :, rows] = (_softmax(logits) @ part[:, None, keys, None].float())[..., 0]
+    return out
+
+
+@torch.no_grad()
+def attention_columns(q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, sight: Sight) -> Tensor:
+    """Sum over the query rows of the attention that each key receives in each head; no H × M × N map is held.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        weight: (B, H, M) float32, not negative, how much each row counts; 0 leaves it out.
+        lse: (B, H, M) float32 of :func:`attention_lse`, if known.
+        sight: as there.
+
+    Returns:
+        (B, H, N) float32, Σ_m weight_hm · softmax_n(logits_hm).
+    """
+    out = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            received = _softmax(logits) if lse is None else _shares(logits, lse[:, :, rows])
+            out[..., keys] += (weight[:, :, None, rows] @ received)[:, :, 0]
+    return out
+
+
+@torch.no_grad()
+def attention_peaks(
+    q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, group: Tensor | None, sight: Sight
+) -> Tensor:
+    """As :func:`attention_columns`, of the largest over heads instead of each.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        weight: (B, M) float32, not negative.
+        lse: (B, H, M) float32, if known.
+        group: (B, M + N) int32 or None; a row counts only for keys of the same number as its own.
+        sight: as there.
+
+    Returns:
+        (B, N) float32, Σ_m weight_m · max_h softmax_n(logits_hm).
+    """
+    m, n = q.shape[2], k.shape[2]
+    out = q.new_zeros(len(q), n, dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            received = _softmax(logits) if lse is None else _shares(logits, lse[:, :, rows])
+            peaks = received.amax(1)
+            if group is not None:
+                peaks *= group[:, :m, None][:, rows] == group[:, None, m:][..., keys]
+            out[:, keys] += (weight[:, None, rows] @ peaks)[:, 0]
+    return out
+
+
+def _shares(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse); 0 in rows whose lse is not finite. Changes the logits."""
+    lse = torch.where(lse.isfinite(), lse, torch.inf)
+    return _hide(logits).sub_(lse[..., None]).exp_()
 
 
 # ------------------------------------------------------------------------------------------- matching and merging

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import kernel_samples.columns
 import kernel_samples.greedy
 import pytest
 import torch
@@ -16,7 +17,7 @@ from visiontok.kernels.runtime import VARIABLE, use_triton
 
 from visiontok.errors import ConfigError, UnsupportedError
 
-FAMILIES = [*kernel_samples.greedy.SAMPLES]
+FAMILIES = [*kernel_samples.greedy.SAMPLES, *kernel_samples.columns.SAMPLES]
 EVERY = [pytest.param(s, name, id=f"{s.op._name}: {name}") for s in FAMILIES for name in s.make]
 FIRST = [pytest.param(s, next(iter(s.make)), id=s.op._name) for s in FAMILIES]
 

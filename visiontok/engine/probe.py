@@ -13,6 +13,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -218,16 +219,57 @@ def attention_and_mlp(layer: nn.Module, index: int, consequence: str) -> tuple[n
     return attention[0], mlp
 
 
-def visible_keys(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
+@dataclass(frozen=True)
+class Visible:
+    """What each query slot sees: by order alone, or by a mask.
+
+    Attributes:
+        rows: query slots M.
+        columns: keys K, of which the last M are the slots' own.
+        keys: (B, K) bool, those that hold a token; None for all. Each slot sees them up to its own.
+        window: how many of these it sees at most, or None.
+        mask: (B, M, K) bool, which says it all if it is there.
+    """
+
+    rows: int
+    columns: int
+    keys: torch.Tensor | None = None
+    window: int | None = None
+    mask: torch.Tensor | None = None
+
+    def options(self, own: bool = False) -> dict[str, Any]:
+        """Keywords of the operators; with ``own``, of the last M keys alone."""
+        begin = self.columns - self.rows if own else 0
+        if self.mask is not None:
+            return {"visible": self.mask[..., begin:]}
+        return {"causal": True, "window": self.window, "valid": None if self.keys is None else self.keys[:, begin:]}
+
+    def of(self, at: torch.Tensor) -> torch.Tensor:
+        """(B, R, K) bool: what the slots ``at`` (B, R) see."""
+        if self.mask is not None:
+            return self.mask[torch.arange(len(at), device=at.device)[:, None], at]
+        key, place = torch.arange(self.columns, device=at.device), at[..., None] + self.columns - self.rows
+        seen = key <= place
+        if self.window is not None:
+            seen = seen & (key > place - self.window)
+        return seen if self.keys is None else seen & self.keys[:, None]
+
+
+def visible_keys(
+    mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None, window: int | None = None
+) -> Visible:
+    """What each query slot sees, from whatever the kernel was given: its mask, and the window that flash attention has
+    beside it."""
     batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
     if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
+        return Visible(rows, columns, mask=allowed(mask)[..., :columns].expand(batch, rows, columns))
     if torch.is_tensor(mask) and mask.ndim == 2:
-        return allowed & mask[:, None, :columns].bool()
-    if valid is not None:
-        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
-        return allowed & seen[:, None]
-    return allowed.expand(batch, rows, columns)
+        valid = mask[:, :columns].bool()
+    elif valid is not None:
+        valid = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
+    return Visible(rows, columns, valid, window)
+
+
+def allowed(mask: torch.Tensor) -> torch.Tensor:
+    """(B, 1, M, K) as kernels have it, truth values or numbers → (B, M, K) bool."""
+    return (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]

@@ -33,36 +33,59 @@ def _first_best(gain, o_n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _running_max(  # type: ignore[no-untyped-def]
     SIMILARITY, OFFSET, SLOPE, START, BOUND, COUNT, ORDER, GAIN,
-    N, MOST, s_batch, s_row,
+    WIDTH, COLUMNS, MOST, s_batch, s_row,
     PER_OFFSET: tl.constexpr, PER_SLOPE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, BLOCK)
-    m_n = o_n < N
-    if PER_OFFSET:
-        offset = tl.load(OFFSET + i_b * N + o_n, mask=m_n, other=0.0)
-    else:
-        offset = tl.load(OFFSET)
-    if PER_SLOPE:
-        slope = tl.load(SLOPE + i_b * N + o_n, mask=m_n, other=0.0)
-    else:
-        slope = tl.load(SLOPE)
-    bound = tl.load(BOUND + i_b * N + o_n, mask=m_n, other=-float("inf"))
-    gain = _clean(tl.load(START + i_b * N + o_n, mask=m_n, other=0.0), bound, LAST)
-    state = bound
+    m_n = o_n < WIDTH
+    state = tl.load(BOUND + i_b * WIDTH + o_n, mask=m_n, other=-float("inf"))
+    gain = _clean(tl.load(START + i_b * WIDTH + o_n, mask=m_n, other=0.0), state, LAST)
     for step in range(tl.load(COUNT + i_b)):
         best, pick = _first_best(gain, o_n, BLOCK)
         tl.store(ORDER + i_b * MOST + step, pick)
         tl.store(GAIN + i_b * MOST + step, best)
-        row = tl.load(SIMILARITY + i_b * s_batch + pick.to(tl.int64) * s_row + o_n, mask=m_n, other=0.0)
+        row = tl.load(SIMILARITY + i_b * s_batch + pick.to(tl.int64) * s_row + o_n, mask=o_n < COLUMNS, other=0.0)
+        # Offset and slope come from the cache anew: with them, registers would not hold 16384 candidates.
+        if PER_SLOPE:
+            row *= tl.load(SLOPE + i_b * WIDTH + o_n, mask=m_n, other=0.0)
+        else:
+            row *= tl.load(SLOPE)
+        if PER_OFFSET:
+            row = tl.load(OFFSET + i_b * WIDTH + o_n, mask=m_n, other=0.0) - row
+        else:
+            row = tl.load(OFFSET) - row
         # offset - slope · x falls in x even when rounded, so the least of it is that of the largest similarity.
-        state = _clean(offset - slope * row, tl.where(o_n == pick, -float("inf"), state), LAST)
+        state = _clean(row, tl.where(o_n == pick, -float("inf"), state), LAST)
         gain = state
 
 
-def _config(n: int, offset: bool, slope: bool) -> Config:
+def _block(n: int) -> tuple[int, int]:
+    """Candidates of a program, a power of two, and its warps."""
     block = max(64, triton.next_power_of_2(n))
-    warps = max(1, min(32, block // 512))
+    return block, max(1, min(32, block // 512))
+
+
+def _wide(n: int) -> int:
+    """The next multiple of 16, for loads of 16 bytes."""
+    return n + -n % 16
+
+
+def _padded(x: Tensor, value: float = 0.0) -> Tensor:
+    """x (…, N) contiguous, with N a multiple of 16."""
+    return torch.nn.functional.pad(x, (0, _wide(x.shape[-1]) - x.shape[-1]), value=value).contiguous()
+
+
+def _columns(table: Tensor) -> int:
+    """What to read of the rows of a table (B, M, N): the padding as well where there is one, as in ``cosines``."""
+    (b, m, n), (batch, row, _) = table.shape, table.stride()
+    end = table.storage_offset() + (b - 1) * batch + (m - 1) * row + _wide(n)
+    fits = row % 16 == batch % 16 == 0 and row >= _wide(n) and end * table.itemsize <= table.untyped_storage().nbytes()
+    return _wide(n) if fits else n
+
+
+def _config(n: int, offset: bool, slope: bool) -> Config:
+    block, warps = _block(n)
     return Config({"PER_OFFSET": offset, "PER_SLOPE": slope, "LAST": LAST, "BLOCK": block}, warps)
 
 
@@ -76,16 +99,23 @@ def running_max(
     config = _config(n, offset.numel() > 1, slope.numel() > 1)
     if b and most:
         _running_max[(b,)](
-            similarity, offset, slope, start, bound, count.int(), order, gain,
-            n, most, similarity.stride(0), similarity.stride(1), **config.constants, **config.options(),
+            similarity, _vector(offset), _vector(slope), _padded(start), _padded(bound, -torch.inf), count.int(),
+            order, gain, _wide(n), _columns(similarity), most, similarity.stride(0), similarity.stride(1),
+            **config.constants, **config.options(),
         )  # fmt: skip
     return order.long(), gain
+
+
+def _vector(x: Tensor) -> Tensor:
+    """One number for all, or padded."""
+    return x if x.numel() == 1 else _padded(x)
 
 
 def builds() -> list[Build]:
     """Shipped configurations."""
     types = dict.fromkeys(("SIMILARITY", "OFFSET", "SLOPE", "START", "BOUND", "GAIN"), "*fp32")
-    types |= {"COUNT": "*i32", "ORDER": "*i32", "N": "i32", "MOST": "i32", "s_batch": "i64", "s_row": "i64"}
+    types |= {"COUNT": "*i32", "ORDER": "*i32", "s_batch": "i64", "s_row": "i64"}
+    types |= dict.fromkeys(("WIDTH", "COLUMNS", "MOST"), "i32")
     kinds = {"max-min": (False, False), "mmr": (True, False), "product": (True, True)}
     return [
         Build(
@@ -93,7 +123,7 @@ def builds() -> list[Build]:
             kernel=_running_max,
             types=types,
             config=_config(n, *per),
-            aligned=("s_batch", "s_row"),
+            aligned=("WIDTH", "COLUMNS", "s_batch", "s_row"),
             instructions=dict.fromkeys((80, 90, 100), r"LDG\.E\.128"),
             everywhere=n == LARGEST,
         )

@@ -1,6 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
-from .greedy import greedy, running_max
+from .greedy import greedy, running_max, running_sum
 from .reference import (
     TILE,
     Coverage,
@@ -46,6 +46,7 @@ __all__ = [
     "nearest_later",
     "nearest_unit",
     "running_max",
+    "running_sum",
     "segment_mean",
     "thin",
     "unit",

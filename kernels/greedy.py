@@ -40,3 +40,12 @@ def running_max(
     """:func:`greedy` by :class:`visiontok.kernels.RunningMax`, with a Triton twin; ``slope`` is not negative."""
     order, gain = ops.running_max(similarity, offset, slope, start, bounds(valid, usable), k, most)
     return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def running_sum(
+    similarity: Tensor, start: Tensor, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.RunningSum`, with a Triton twin; ``similarity`` holds cosines."""
+    order, gain = ops.running_sum(similarity, start, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])

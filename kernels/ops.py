@@ -6,6 +6,8 @@ same but for rounding where a docstring says so. Triton is imported when a kerne
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -46,4 +48,31 @@ def running_max(
 
 @running_max.register_fake
 def _(similarity, offset, slope, start, bound, count, most):  # type: ignore[no-untyped-def]
+    return _order(bound, most)
+
+
+@torch.library.custom_op("visiontok::running_sum", mutates_args=())
+def running_sum(similarity: Tensor, start: Tensor, bound: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Greedy picks by :class:`visiontok.kernels.reference.RunningSum`, the same from both twins.
+
+    Args:
+        similarity: (B, N, N) float32, cosines, rows contiguous.
+        start: (B, N) float32.
+        bound: (B, N) float32, see :func:`visiontok.kernels.reference.bounds`.
+        count: (B,) long.
+        most: picks to have room for.
+
+    Returns:
+        order (B, most) long and gain (B, most) float32, see :func:`visiontok.kernels.reference.pick`.
+    """
+    if use_triton(similarity) and bound.shape[1] <= LARGEST // 2:  # float64 takes two registers
+        from . import greedy_triton
+
+        return greedy_triton.running_sum(similarity, start, bound, count, most)
+    row = functools.partial(reference.row_of, similarity)
+    return reference.pick(reference.RunningSum(row, start), bound, count, most)
+
+
+@running_sum.register_fake
+def _(similarity, start, bound, count, most):  # type: ignore[no-untyped-def]
     return _order(bound, most)

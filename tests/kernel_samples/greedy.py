@@ -56,23 +56,33 @@ def budget(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, int]
     return valid, torch.full((b,), most, device=x.device), most
 
 
+def table(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosines, scores that are not all different, and bounds of what may be picked."""
+    x = features(kind)
+    similarity, usable = cosines(x)
+    valid = budget(x, kind)[0]
+    score = uniform(*valid.shape, seed=1).round(decimals=1)
+    if kind == "not finite":
+        score[..., 3] = torch.nan
+    if kind == "plain":  # rows that go on behind their end
+        wide = similarity.new_full((*similarity.shape[:2], 96), torch.nan)
+        wide[..., : similarity.shape[2]] = similarity
+        similarity = wide[..., : similarity.shape[2]]
+    return similarity, score, bounds(valid, usable)
+
+
 def running_max(kind: str, family: str) -> Callable[[], Args]:
     def make() -> Args:
-        x = features(kind)
-        valid, count, most = budget(x, kind)
-        similarity, usable = cosines(x)
-        score = uniform(*valid.shape, seed=1).round(decimals=1)
-        if kind == "not finite":
-            score[..., 3] = torch.nan
+        similarity, score, bound = table(kind)
         one = torch.ones(1, device=DEVICE)
         offset, slope = {"max-min": (one, one), "mmr": (0.3 * score, 0.7 * one), "product": (score, score)}[family]
-        if kind == "plain":  # rows of the table that are wider than what is read of them
-            wide = similarity.new_full((*similarity.shape[:2], 96), 7.0)
-            wide[..., : similarity.shape[2]] = similarity
-            similarity = wide[..., : similarity.shape[2]]
-        return similarity, offset, slope, score, bounds(valid, usable), count, most
+        return similarity, offset, slope, score, bound, *budget(features(kind), kind)[1:]
 
     return make
+
+
+def running_sum(kind: str) -> Callable[[], Args]:
+    return lambda: (*table(kind), *budget(features(kind), kind)[1:])
 
 
 def sequence(args: Args, result: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -91,5 +101,6 @@ SAMPLES = [
         ops.running_max,
         {f"{family}, {kind}": running_max(kind, family) for family in ("max-min", "mmr", "product") for kind in KINDS},
         check=sequence,
-    )
+    ),
+    Samples(ops.running_sum, {kind: running_sum(kind) for kind in KINDS}, check=sequence),
 ]

@@ -49,3 +49,12 @@ def running_sum(
     """:func:`greedy` by :class:`visiontok.kernels.RunningSum`, with a Triton twin; ``similarity`` holds cosines."""
     order, gain = ops.running_sum(similarity, start, bounds(valid, usable), k, most)
     return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def determinant(
+    kernel: Tensor, relevance: Tensor, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.Determinant`, with a Triton twin."""
+    order, gain = ops.determinant(kernel, relevance, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .build import Build, Config
-from .picking_triton import block, clean, first_best, padded, readable, wide
+from .picking_triton import block, clean, first_best, outputs, padded, readable, wide
 from .reference import LAST
 from .runtime import LARGEST
 
@@ -71,12 +71,6 @@ def _running_sum(  # type: ignore[no-untyped-def]
         best, pick = first_best(state, o_n, BLOCK)
 
 
-def _outputs(bound: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Order and gains before any pick."""
-    order = torch.full((len(bound), most), -1, dtype=torch.int32, device=bound.device)
-    return order, torch.full((len(bound), most), -torch.inf, device=bound.device)
-
-
 def _config(n: int, **constants: bool) -> Config:
     size = block(n)
     return Config({**constants, "LAST": LAST, "BLOCK": size}, warps=max(1, min(32, size // 512)))
@@ -86,7 +80,7 @@ def running_max(
     similarity: Tensor, offset: Tensor, slope: Tensor, start: Tensor, bound: Tensor, count: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
     """Twin of :class:`visiontok.kernels.reference.RunningMax` in the greedy loop."""
-    order, gain = _outputs(bound, most)
+    order, gain = outputs(bound, most)
     b, n = bound.shape
     config = _config(n, PER_OFFSET=offset.numel() > 1, PER_SLOPE=slope.numel() > 1)
     if b and most:
@@ -101,7 +95,7 @@ def running_max(
 
 def running_sum(similarity: Tensor, start: Tensor, bound: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Twin of :class:`visiontok.kernels.reference.RunningSum` in the greedy loop."""
-    order, gain = _outputs(bound, most)
+    order, gain = outputs(bound, most)
     b, n = bound.shape
     config = _config(n)
     if b and most:

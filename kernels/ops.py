@@ -76,3 +76,29 @@ def running_sum(similarity: Tensor, start: Tensor, bound: Tensor, count: Tensor,
 @running_sum.register_fake
 def _(similarity, start, bound, count, most):  # type: ignore[no-untyped-def]
     return _order(bound, most)
+
+
+@torch.library.custom_op("visiontok::determinant", mutates_args=())
+def determinant(kernel: Tensor, relevance: Tensor, bound: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Greedy picks by :class:`visiontok.kernels.reference.Determinant`; the twins' sums have different orders.
+
+    Args:
+        kernel: (B, N, N) float32, rows contiguous, with the squares of ``relevance`` on its diagonal.
+        relevance: (B, N) float32, not negative.
+        bound: (B, N) float32, see :func:`visiontok.kernels.reference.bounds`.
+        count: (B,) long.
+        most: picks to have room for.
+
+    Returns:
+        order (B, most) long and gain (B, most) float32, see :func:`visiontok.kernels.reference.pick`.
+    """
+    if use_triton(kernel) and bound.shape[1] <= LARGEST:
+        from . import determinant_triton
+
+        return determinant_triton.determinant(kernel, relevance, bound, count, most)
+    return reference.pick(reference.Determinant(kernel, relevance, most), bound, count, most)
+
+
+@determinant.register_fake
+def _(kernel, relevance, bound, count, most):  # type: ignore[no-untyped-def]
+    return _order(bound, most)

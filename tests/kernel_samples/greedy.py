@@ -85,6 +85,39 @@ def running_sum(kind: str) -> Callable[[], Args]:
     return lambda: (*table(kind), *budget(features(kind), kind)[1:])
 
 
+def determinant(kind: str) -> Callable[[], Args]:
+    def make() -> Args:
+        similarity, score, bound = table(kind)
+        relevance = 0.1 + score.nan_to_num(nan=0.5)
+        kernel = similarity.mul_(relevance[:, None]).mul_(relevance[..., None])  # what is behind the rows stays there
+        return kernel, relevance, bound, *budget(features(kind), kind)[1:]
+
+    return make
+
+
+def variances(args: Args, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """No candidate had a larger conditional variance than the one picked; what is behind all others had none."""
+    sequence(args, result)
+    for kernel, relevance, bound, order, gain in zip(*args[:3], *result, strict=True):
+        left, free = kernel.double().clone(), bound == torch.inf
+        level = relevance.double().square()
+        for pick, told in zip(order.tolist(), gain.double(), strict=True):
+            if pick < 0 or not free.any():
+                break
+            variance = left.diagonal()
+            if told > 0:
+                assert variance[pick] > (variance[free] - 1e-5 * level.max()).max()
+                assert (told - variance[pick]).abs() < 1e-5 * level.max()
+                left = left - left[:, pick, None] * left[pick] / variance[pick]
+            else:
+                assert (variance[free] < 2e-5 * level[free]).all()
+                assert relevance[pick] == relevance[free].max()
+            free[pick] = False
+        chosen = order[gain > 0]
+        exact = torch.linalg.slogdet(kernel[chosen][:, chosen].double()).logabsdet
+        torch.testing.assert_close(gain[gain > 0].double().log().sum(), exact, rtol=1e-3, atol=1e-3)
+
+
 def sequence(args: Args, result: tuple[torch.Tensor, torch.Tensor]) -> None:
     """What is picked may be picked, once; as many as asked for; and -1 behind."""
     order, gain = result
@@ -103,4 +136,5 @@ SAMPLES = [
         check=sequence,
     ),
     Samples(ops.running_sum, {kind: running_sum(kind) for kind in KINDS}, check=sequence),
+    Samples(ops.determinant, {kind: determinant(kind) for kind in KINDS}, tolerance=(1e-4, 1e-6), check=variances),
 ]

@@ -1,6 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
-from .greedy import determinant, greedy, running_max, running_sum
+from .greedy import coverage, determinant, greedy, running_max, running_sum
 from .reference import (
     TILE,
     Coverage,
@@ -39,6 +39,7 @@ __all__ = [
     "attention_columns",
     "cosine",
     "cosines",
+    "coverage",
     "determinant",
     "finite",
     "gather_nearest",

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import determinant_triton, greedy_triton
+from . import coverage_triton, determinant_triton, greedy_triton
 from .build import Build
 from .runtime import interpreted
 
@@ -52,7 +52,7 @@ class Compiled:
 
 def shipped() -> list[Build]:
     """Every configuration that is launched."""
-    return [*greedy_triton.builds(), *determinant_triton.builds()]
+    return [*greedy_triton.builds(), *determinant_triton.builds(), *coverage_triton.builds()]
 
 
 def compile_for(build: Build, architecture: int) -> Compiled:

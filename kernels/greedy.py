@@ -58,3 +58,20 @@ def determinant(
     """:func:`greedy` by :class:`visiontok.kernels.Determinant`, with a Triton twin."""
     order, gain = ops.determinant(kernel, relevance, bounds(valid, usable), k, most)
     return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def coverage(
+    table: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bonus: Tensor | None,
+    start: float,
+    k: Tensor,
+    most: int,
+    valid: Tensor,
+    usable: Tensor | None = None,
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.Coverage`, with a Triton twin."""
+    order, gain = ops.coverage(table, weight, scale, bonus, start, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])

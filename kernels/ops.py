@@ -102,3 +102,41 @@ def determinant(kernel: Tensor, relevance: Tensor, bound: Tensor, count: Tensor,
 @determinant.register_fake
 def _(kernel, relevance, bound, count, most):  # type: ignore[no-untyped-def]
     return _order(bound, most)
+
+
+@torch.library.custom_op("visiontok::coverage", mutates_args=())
+def coverage(
+    table: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bonus: Tensor | None,
+    start: float,
+    bound: Tensor,
+    count: Tensor,
+    most: int,
+) -> tuple[Tensor, Tensor]:
+    """Greedy picks by :class:`visiontok.kernels.reference.Coverage`; the twins' float64 sums have different orders.
+
+    Args:
+        table: (B, R, N) float32, finite.
+        weight: (B, R) float32, or none.
+        scale: (B, N) float32, or none.
+        bonus: likewise.
+        start: how well every row is covered before the first pick.
+        bound: (B, N) float32, see :func:`visiontok.kernels.reference.bounds`.
+        count: (B,) long.
+        most: picks to have room for.
+
+    Returns:
+        order (B, most) long and gain (B, most) float32, see :func:`visiontok.kernels.reference.pick`.
+    """
+    if use_triton(table) and bound.shape[1] <= LARGEST:
+        from . import coverage_triton
+
+        return coverage_triton.coverage(table, weight, scale, bonus, start, bound, count, most)
+    return reference.pick(reference.Coverage(table, weight, scale, bonus, start), bound, count, most)
+
+
+@coverage.register_fake
+def _(table, weight, scale, bonus, start, bound, count, most):  # type: ignore[no-untyped-def]
+    return _order(bound, most)

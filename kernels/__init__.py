@@ -1,7 +1,7 @@
 """Fast twins of the operators that cost real time."""
 
 from .columns import attention_columns, attention_lse, attention_peaks, attention_share, sight, viewers
-from .greedy import greedy, running_max
+from .greedy import coverage, determinant, greedy, running_max, running_sum
 from .reference import (
     TILE,
     Coverage,
@@ -44,6 +44,8 @@ __all__ = [
     "attention_share",
     "cosine",
     "cosines",
+    "coverage",
+    "determinant",
     "finite",
     "gather_nearest",
     "greedy",
@@ -51,6 +53,7 @@ __all__ = [
     "nearest_later",
     "nearest_unit",
     "running_max",
+    "running_sum",
     "segment_mean",
     "sight",
     "thin",

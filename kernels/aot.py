@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import columns_triton, greedy_triton
+from . import columns_triton, coverage_triton, determinant_triton, greedy_triton
 from .build import Build
 from .runtime import interpreted
 
@@ -52,7 +52,8 @@ class Compiled:
 
 def shipped() -> list[Build]:
     """Every configuration that is launched."""
-    return [*greedy_triton.builds(), *columns_triton.builds()]
+    modules = (greedy_triton, determinant_triton, coverage_triton, columns_triton)
+    return [build for module in modules for build in module.builds()]
 
 
 def compile_for(build: Build, architecture: int) -> Compiled:
@@ -69,17 +70,18 @@ def compile_for(build: Build, architecture: int) -> Compiled:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     out = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=build.config.options())
-    used = _resources(out.asm["cubin"])
-    return Compiled(used["REG"], used["STACK"], out.metadata.shared, out.asm["sass"])
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(out.asm["cubin"])
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
+        # Not out.asm["sass"]: it lets the warnings of nvdisasm through.
+        usage, code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return Compiled(used["REG"], used["STACK"], out.metadata.shared, code)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What a program that comes with Triton prints."""
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def problems(build: Build, architecture: int, compiled: Compiled) -> list[str]:

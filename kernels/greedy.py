@@ -40,3 +40,38 @@ def running_max(
     """:func:`greedy` by :class:`visiontok.kernels.RunningMax`, with a Triton twin; ``slope`` is not negative."""
     order, gain = ops.running_max(similarity, offset, slope, start, bounds(valid, usable), k, most)
     return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def running_sum(
+    similarity: Tensor, start: Tensor, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.RunningSum`, with a Triton twin; ``similarity`` holds cosines."""
+    order, gain = ops.running_sum(similarity, start, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def determinant(
+    kernel: Tensor, relevance: Tensor, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.Determinant`, with a Triton twin."""
+    order, gain = ops.determinant(kernel, relevance, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])
+
+
+@torch.no_grad()
+def coverage(
+    table: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bonus: Tensor | None,
+    start: float,
+    k: Tensor,
+    most: int,
+    valid: Tensor,
+    usable: Tensor | None = None,
+) -> Picks:
+    """:func:`greedy` by :class:`visiontok.kernels.Coverage`, with a Triton twin."""
+    order, gain = ops.coverage(table, weight, scale, bonus, start, bounds(valid, usable), k, most)
+    return picks(order, gain, valid.shape[1])

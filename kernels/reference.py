@@ -6,7 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -84,9 +84,14 @@ def cosines(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """x · xᵀ for x (B, N, D); on a CPU in blocks of rows on and above the diagonal, half of the work."""
+    """x · xᵀ for x (B, N, D); on a CPU in blocks of rows on and above the diagonal, half of the work.
+
+    Elsewhere its rows go on to a multiple of 16, behind their end: kernels load them by 16 bytes.
+    """
     n = x.shape[1]
-    step = max(192, min(n // 4, 512)) if x.device.type == "cpu" else n
+    if x.device.type != "cpu":
+        return (x @ torch.nn.functional.pad(x, (0, 0, 0, -n % 16)).mT)[..., :n]
+    step = max(192, min(n // 4, 512))
     if step >= n:
         return x @ x.mT
     out = x.new_empty(len(x), n, n)
@@ -113,7 +118,7 @@ class State(Protocol):
         ...
 
 
-def _rows(table: Tensor, pick: Tensor) -> Tensor:
+def row_of(table: Tensor, pick: Tensor) -> Tensor:
     """(B, N): row ``pick[b]`` of table[b], for table (B, M, N)."""
     return table[torch.arange(len(pick), device=pick.device), pick]
 
@@ -133,7 +138,7 @@ class RunningMax:
         return self.start if self.nearest is None else self.offset - self.slope * self.nearest
 
     def add(self, pick: Tensor) -> None:
-        row = _rows(self.similarity, pick)
+        row = row_of(self.similarity, pick)
         self.nearest = row if self.nearest is None else torch.maximum(self.nearest, row)
 
 
@@ -141,15 +146,16 @@ class Rows:
     """Rows of the cosine matrix, one after the other.
 
     A product with one vector waits for memory, so that about N/16 of them take as long as the matrix: for more picks
-    it is computed at once.
+    it is computed at once; and on a GPU, where one launch makes all picks from it.
 
     Attributes:
+        whole: whether ``matrix`` is the cosine matrix; else it holds the unit vectors.
         finite: (B, N) bool, tokens whose features are.
     """
 
     def __init__(self, features: Tensor, most: int) -> None:
         """features (B, N, D); ``most`` rows will be asked for."""
-        self.whole = 16 * most >= features.shape[1]
+        self.whole = features.device.type != "cpu" or 16 * most >= features.shape[1]
         if self.whole:
             self.matrix, self.finite = cosines(features)
         else:
@@ -157,7 +163,7 @@ class Rows:
 
     def row(self, pick: Tensor) -> Tensor:
         """(B, N) cosines of all to candidate ``pick`` (B,)."""
-        chosen = _rows(self.matrix, pick)
+        chosen = row_of(self.matrix, pick)
         if self.whole:
             return chosen
         with torch.autocast(chosen.device.type, enabled=False):
@@ -167,16 +173,16 @@ class Rows:
 class RunningSum:
     """gain_i = -Σ_{j in S} cos_ij."""
 
-    def __init__(self, rows: Rows, start: Tensor) -> None:
-        """start (B, N), the gain of the first pick."""
-        self.rows, self.start = rows, start
+    def __init__(self, row: Callable[[Tensor], Tensor], start: Tensor) -> None:
+        """row: from a pick (B,) to the cosines (B, N) of all to it; start (B, N), the gain of the first pick."""
+        self.row, self.start = row, start
         self.sum: Tensor | None = None
 
     def gain(self) -> Tensor:
         return self.start if self.sum is None else -self.sum
 
     def add(self, pick: Tensor) -> None:
-        row = self.rows.row(pick).double()
+        row = self.row(pick).double()
         self.sum = row if self.sum is None else self.sum + row
 
 
@@ -212,7 +218,7 @@ class Widening:
     def add(self, pick: Tensor) -> None:
         self.picks += 1
         with torch.autocast(self.unit.device.type, enabled=False):
-            distance = 1 - (self.unit @ _rows(self.unit, pick)[..., None])[..., 0]
+            distance = 1 - (self.unit @ row_of(self.unit, pick)[..., None])[..., 0]
         radius = (self.picks * self.step).clamp_max(self.most)
         self.stands = self.stands & (torch.where(distance < SAME, 0.0, distance) >= radius)
 
@@ -262,7 +268,7 @@ class Coverage:
         return gain if self.bonus is None else gain + self.bonus
 
     def add(self, pick: Tensor) -> None:
-        best = torch.maximum(self.best, _rows(self.table.mT, pick))
+        best = torch.maximum(self.best, row_of(self.table.mT, pick))
         self.total = self.total - self._between(self.best, best)
         self.best = best
 
@@ -289,7 +295,9 @@ class Determinant:
     def add(self, pick: Tensor) -> None:
         factor = self.factor[:, : self.picks]
         with torch.autocast(self.kernel.device.type, enabled=False):
-            column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
+            column = torch.baddbmm(
+                row_of(self.kernel, pick)[:, None], row_of(factor.mT, pick)[:, None], factor, alpha=-1
+            )
         left = self.left.gather(1, pick[:, None])
         column = column[:, 0] / torch.where(left > 0, left, torch.inf).sqrt()
         self.factor[:, self.picks] = column
@@ -314,7 +322,7 @@ class Seeding:
         return (reach > next(self.chances)[:, None] * reach[:, -1:]).float() - 1
 
     def add(self, pick: Tensor) -> None:
-        distance = (1 - _rows(self.similarity, pick)).double().clamp_min(0)
+        distance = (1 - row_of(self.similarity, pick)).double().clamp_min(0)
         self.weight = torch.minimum(self.weight, distance)
 
 

@@ -1,6 +1,8 @@
 """Fast twins of the operators that cost real time."""
 
 from .greedy import greedy, running_max
+from .matching import nearest
+from .ops import nearest_unit, segment_mean
 from .reference import (
     TILE,
     Coverage,
@@ -17,10 +19,7 @@ from .reference import (
     cosines,
     finite,
     gather_nearest,
-    nearest,
     nearest_later,
-    nearest_unit,
-    segment_mean,
     thin,
     unit,
 )

@@ -1,5 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
+from .compaction import gather_rows
 from .greedy import greedy, running_max
 from .matching import nearest
 from .ops import nearest_unit, segment_mean
@@ -40,6 +41,7 @@ __all__ = [
     "cosines",
     "finite",
     "gather_nearest",
+    "gather_rows",
     "greedy",
     "nearest",
     "nearest_later",

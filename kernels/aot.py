@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import greedy_triton, matching_triton, segments_triton
+from . import compact_triton, greedy_triton, matching_triton, segments_triton
 from .build import Build
 from .runtime import interpreted
 
@@ -52,7 +52,7 @@ class Compiled:
 
 def shipped() -> list[Build]:
     """Every configuration that is launched."""
-    return [*greedy_triton.builds(), *matching_triton.builds(), *segments_triton.builds()]
+    return [*greedy_triton.builds(), *matching_triton.builds(), *segments_triton.builds(), *compact_triton.builds()]
 
 
 def compile_for(build: Build, architecture: int) -> Compiled:

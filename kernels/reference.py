@@ -6,6 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -534,3 +535,17 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
     sums = sums.reshape(b, count + 1, d + 1)[:, :count]
     size = sums[..., d].clone()
     return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size
+
+
+# ---------------------------------------------------------------------------------------------------- compaction
+
+
+def gather_rows(tensors: Sequence[Tensor], dims: Sequence[int], slots: Tensor) -> list[Tensor]:
+    """Twin of :func:`visiontok.kernels.ops.gather_rows`, differentiable."""
+    batch, width = slots.shape
+    gathered = []
+    for x, dim in zip(tensors, dims, strict=True):
+        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
+        index = slots.view(*[1] * (dim - 1), batch, width, *[1] * (x.ndim - dim - 1))
+        gathered.append(x.gather(dim, index.expand(*x.shape[:dim], width, *x.shape[dim + 1 :])))
+    return gathered

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import kernel_samples.compaction
 import kernel_samples.greedy
 import kernel_samples.matching
 import kernel_samples.segments
@@ -19,7 +20,12 @@ from visiontok.kernels.runtime import VARIABLE, use_triton
 
 from visiontok.errors import ConfigError, UnsupportedError
 
-FAMILIES = [*kernel_samples.greedy.SAMPLES, *kernel_samples.matching.SAMPLES, *kernel_samples.segments.SAMPLES]
+FAMILIES = [
+    *kernel_samples.greedy.SAMPLES,
+    *kernel_samples.matching.SAMPLES,
+    *kernel_samples.segments.SAMPLES,
+    *kernel_samples.compaction.SAMPLES,
+]
 EVERY = [pytest.param(s, name, id=f"{s.op._name}: {name}") for s in FAMILIES for name in s.make]
 FIRST = [pytest.param(s, next(iter(s.make)), id=s.op._name) for s in FAMILIES]
 
@@ -78,7 +84,7 @@ def test_operators_are_one_node_of_a_compiled_and_an_exported_graph(samples: Sam
     class Calls(torch.nn.Module):
         def forward(self, *given: torch.Tensor) -> Any:
             left = iter(given)
-            return samples.op(*(next(left) if isinstance(a, torch.Tensor) else a for a in args))
+            return samples.op(*torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: next(left), args))
 
     expected = list(tensors(samples.op(*args)))
     compiled = torch.compile(Calls(), fullgraph=True, backend="aot_eager")

@@ -1,7 +1,10 @@
 """Fast twins of the operators that cost real time."""
 
 from .columns import attention_columns, attention_lse, attention_peaks, attention_share, sight, viewers
+from .compaction import gather_rows
 from .greedy import coverage, determinant, greedy, running_max, running_sum
+from .matching import nearest
+from .ops import nearest_unit, segment_mean
 from .reference import (
     TILE,
     Coverage,
@@ -18,10 +21,7 @@ from .reference import (
     cosines,
     finite,
     gather_nearest,
-    nearest,
     nearest_later,
-    nearest_unit,
-    segment_mean,
     thin,
     unit,
 )
@@ -48,6 +48,7 @@ __all__ = [
     "determinant",
     "finite",
     "gather_nearest",
+    "gather_rows",
     "greedy",
     "nearest",
     "nearest_later",

@@ -24,7 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import columns_triton, coverage_triton, determinant_triton, greedy_triton
+from . import (
+    columns_triton,
+    compact_triton,
+    coverage_triton,
+    determinant_triton,
+    greedy_triton,
+    matching_triton,
+    segments_triton,
+)
 from .build import Build
 from .runtime import interpreted
 
@@ -52,8 +60,9 @@ class Compiled:
 
 def shipped() -> list[Build]:
     """Every configuration that is launched."""
-    modules = (greedy_triton, determinant_triton, coverage_triton, columns_triton)
-    return [build for module in modules for build in module.builds()]
+    greedy = (greedy_triton, determinant_triton, coverage_triton)
+    others = (columns_triton, matching_triton, segments_triton, compact_triton)
+    return [build for module in (*greedy, *others) for build in module.builds()]
 
 
 def compile_for(build: Build, architecture: int) -> Compiled:

@@ -6,7 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -594,35 +594,22 @@ def _shares(logits: Tensor, lse: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- matching and merging
 
 
-def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Most similar row of y (B, N, D) for each row of x (B, M, D), by cosine, without the whole M × N matrix.
-
-    Args:
-        x: (B, M, D).
-        y: (B, N, D).
-        valid: (B, M, N) or (B, 1, N) bool, pairs that may match.
-
-    Returns:
-        cosine (B, M) float32, -inf where nothing may match, and index (B, M) long, the lowest of equal ones.
-    """
-    return nearest_unit(unit(x), unit(y), valid)
-
-
 def nearest_unit(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`nearest` of rows that :func:`unit` has made."""
-    b, m, n = x.shape[0], x.shape[1], y.shape[1]
+    """Twin of :func:`visiontok.kernels.ops.nearest_unit`, in tiles."""
+    (b, m), n = x.shape[:2], y.shape[1]
+    best, where = x.new_full((b, m), -torch.inf), torch.zeros(b, m, dtype=torch.long, device=x.device)
     index = torch.arange(n, device=x.device)
-    best, where = [], []
     step = max(1, TILE // max(1, b * n))
-    for begin in range(0, m, step):
-        similarity = _cosine(x[:, begin : begin + step], y)
+    for begin in range(0, m if n else 0, step):
+        rows = slice(begin, begin + step)
+        similarity = _cosine(x[:, rows], y)
         if valid is not None:
-            allowed = valid if valid.shape[1] == 1 else valid[:, begin : begin + step]
+            allowed = valid if valid.shape[1] == 1 else valid[:, rows]
             similarity = torch.where(allowed, similarity, -torch.inf)
         top = similarity.amax(-1, keepdim=True)
-        best.append(top[..., 0])
-        where.append(torch.where(similarity == top, index, n).amin(-1))
-    return torch.cat(best, 1), torch.cat(where, 1)
+        best[:, rows] = top[..., 0]
+        where[:, rows] = torch.where(similarity == top, index, n).amin(-1)
+    return best, where
 
 
 def nearest_later(x: Tensor, valid: Tensor) -> Tensor:
@@ -672,19 +659,7 @@ def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, coun
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the rows of each group, summed in ascending order of index, so that runs agree bit by bit.
-
-    Differentiable in ``x``.
-
-    Args:
-        x: (B, N, D).
-        group: (B, N) long in 0 … count-1; -1 leaves a row out.
-        count: number of groups M.
-        weight: (B, N).
-
-    Returns:
-        means (B, M, D) and the summed weights (B, M), in float32 or better; the mean of an empty group is 0.
-    """
+    """Twin of :func:`visiontok.kernels.ops.segment_mean`."""
     b, n, d = x.shape
     inside = group >= 0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -697,5 +672,19 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
     rows = torch.cat([torch.where(inside[..., None], x, 0.0) * weight[..., None], weight[..., None]], -1)
     sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
     sums = sums.reshape(b, count + 1, d + 1)[:, :count]
-    size = sums[..., d]
+    size = sums[..., d].clone()
     return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size
+
+
+# ---------------------------------------------------------------------------------------------------- compaction
+
+
+def gather_rows(tensors: Sequence[Tensor], dims: Sequence[int], slots: Tensor) -> list[Tensor]:
+    """Twin of :func:`visiontok.kernels.ops.gather_rows`, differentiable."""
+    batch, width = slots.shape
+    gathered = []
+    for x, dim in zip(tensors, dims, strict=True):
+        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
+        index = slots.view(*[1] * (dim - 1), batch, width, *[1] * (x.ndim - dim - 1))
+        gathered.append(x.gather(dim, index.expand(*x.shape[:dim], width, *x.shape[dim + 1 :])))
+    return gathered

@@ -30,11 +30,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def use_triton(x: Tensor) -> bool:
+def use_triton(x: Tensor, *, worth: bool = True) -> bool:
     """Whether the kernel for ``x`` is Triton's.
 
-    ``VISIONTOK_KERNELS``, read at every call, is ``auto`` (Triton where ``x`` lies on an NVIDIA GPU and Triton is
-    installed, PyTorch elsewhere), ``triton`` or ``reference``.
+    ``VISIONTOK_KERNELS``, read at every call, is ``auto`` (Triton where ``x`` lies on an NVIDIA GPU, Triton is
+    installed and it is ``worth`` it; PyTorch elsewhere), ``triton`` or ``reference``.
 
     Raises:
         ConfigError: if the variable has another value.
@@ -47,7 +47,7 @@ def use_triton(x: Tensor) -> bool:
         return False
     on_gpu = x.is_cuda and torch.version.hip is None
     if choice == "auto":
-        return on_gpu and _installed()
+        return on_gpu and worth and _installed()
     if not _installed():
         raise UnsupportedError(f"{VARIABLE}=triton, but Triton is not installed; install it or set {VARIABLE}=auto")
     if not on_gpu and not (x.device.type == "cpu" and interpreted()):

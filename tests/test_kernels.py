@@ -9,15 +9,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import kernel_samples.columns
+import kernel_samples.compaction
 import kernel_samples.greedy
+import kernel_samples.matching
+import kernel_samples.segments
 import pytest
 import torch
 from kernel_samples import Samples
+from visiontok.kernels import ops
 from visiontok.kernels.runtime import VARIABLE, use_triton
 
 from visiontok.errors import ConfigError, UnsupportedError
 
-FAMILIES = [*kernel_samples.greedy.SAMPLES, *kernel_samples.columns.SAMPLES]
+FAMILIES = [
+    *kernel_samples.greedy.SAMPLES,
+    *kernel_samples.columns.SAMPLES,
+    *kernel_samples.matching.SAMPLES,
+    *kernel_samples.segments.SAMPLES,
+    *kernel_samples.compaction.SAMPLES,
+]
 EVERY = [pytest.param(s, name, id=f"{s.op._name}: {name}") for s in FAMILIES for name in s.make]
 FIRST = [pytest.param(s, next(iter(s.make)), id=s.op._name) for s in FAMILIES]
 
@@ -76,7 +86,7 @@ def test_operators_are_one_node_of_a_compiled_and_an_exported_graph(samples: Sam
     class Calls(torch.nn.Module):
         def forward(self, *given: torch.Tensor) -> Any:
             left = iter(given)
-            return samples.op(*(next(left) if isinstance(a, torch.Tensor) else a for a in args))
+            return samples.op(*torch.utils._pytree.tree_map_only(torch.Tensor, lambda _: next(left), args))
 
     expected = list(tensors(samples.op(*args)))
     compiled = torch.compile(Calls(), fullgraph=True, backend="aot_eager")
@@ -106,3 +116,30 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("visiontok.kernels.runtime._installed", lambda: False)
     with pytest.raises(UnsupportedError, match="Triton is not installed"):
         use_triton(torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choice", ["reference", "triton"])
+def test_the_gradient_of_segment_means(choice: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against automatic differentiation of a product with the matrix of memberships."""
+    monkeypatch.setenv(VARIABLE, choice)
+    group = torch.tensor([[0, 3, -1, 0, 5, 3, 3], [2, 2, 2, 2, 1, -1, 4]])  # left out, empty, and of zero weight: 4
+    weight = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 0]])
+    start = kernel_samples.normal(2, 7, 3).cpu().to(dtype)
+    pull = kernel_samples.normal(2, 6, 3, seed=1).cpu()
+    x, y = start.clone().requires_grad_(), start.double().requires_grad_()
+
+    mean, size = ops.segment_mean(x, group, 6, weight)
+    assert mean.requires_grad
+    assert not size.requires_grad
+    mean.backward(pull.to(mean.dtype))
+    member = (group[:, None] == torch.arange(6)[:, None]) * weight[:, None].double()
+    (member @ y / member.sum(-1, keepdim=True).clamp_min(1e-30)).backward(pull.double())
+    assert x.grad is not None
+    assert x.grad.dtype is dtype
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_segment_means_is_registered() -> None:
+    x, *others = kernel_samples.segments.SAMPLES[0].make["plain"]()
+    torch.library.opcheck(ops.segment_mean, (x.requires_grad_(), *others))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cache import short_windows
 from test_engine import DEPTH, STEPS, generate, masks
-from test_mass import DenseMass, weighed
+from test_mass import DenseMass, agreeing, weighed
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,8 +20,8 @@ from visiontok.kernels.bias import KeyBias, augment, columns, variants, widened
 import visiontok
 from visiontok import Recipe
 from visiontok.conformance.oracle import greedy
-from visiontok.conformance.schedules import cut, inject, leave, prompt
-from visiontok.conformance.zoo import BANNED, batch, build, visual
+from visiontok.conformance.schedules import cut, freeze, inject, leave, prompt
+from visiontok.conformance.zoo import BANNED, IMAGE, batch, build, visual
 from visiontok.errors import UnsupportedError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -282,3 +283,146 @@ def test_generation_equals_the_dense_model_with_masses(name: str, schedule: str,
     assert (torch.stack(out.logits, 1) - logits).abs().max() < 2e-6 * logits.abs().max()
     with visiontok.compress(reference, recipe):
         close(out, generate(reference, inputs))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("schedule", ["prompt", "cut"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen2"])
+def test_masses_leave_the_window_with_their_tokens(name: str, schedule: str, flash: Flash) -> None:
+    """With windows shorter than the prompt: what is stored, and the bias of what has left it."""
+    reference = short_windows(name)
+    kind = "gemma3" if name == "gemma3" else "llava"
+    for rows, pad in ((1, 0), (2, 2)):
+        inputs = causal(kind, reference, rows=rows, pad=pad)
+        with visiontok.compress(reference, Recipe(stages=SCHEDULES[schedule])) as compression:
+            expected = generate(reference, inputs)
+            assert all(compression.ledger.mass(layer).max() > 1 for layer in (2, 3))
+        model = with_flash(reference)
+        with visiontok.compress(model, Recipe(stages=SCHEDULES[schedule])):
+            close(generate(model, inputs), expected)
+    assert {width for _, width in flash.widths} >= {widened(8)}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_later_turns(name: str, flash: Flash) -> None:
+    """With an image, and with several tokens of text alone, on what earlier turns have stored with their masses."""
+    reference = build(name)
+    image = [causal(name, reference, images=1, pad=2, seed=seed) for seed in (0, 3)]
+    text = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+
+    def turns(model: Any) -> list[Any]:
+        ids = mask = torch.zeros(2, 0, dtype=torch.long)
+        said: list[Any] = []
+        with visiontok.compress(model, Recipe(stages=(weighed(prompt(0.7)), weighed(cut(2))))):
+            for turn in (*image, text):
+                ids = torch.cat([ids, turn["input_ids"]], 1)
+                mask = torch.cat([mask, turn["attention_mask"]], 1)
+                cache = {"past_key_values": said[-1].past_key_values} if said else {}
+                said.append(generate(model, turn | {"input_ids": ids, "attention_mask": mask}, 3, **cache))
+                ids, mask = said[-1].sequences, torch.cat([mask, mask.new_ones(2, 3)], 1)
+        return said
+
+    for got, expected in zip(turns(with_flash(reference)), turns(reference), strict=True):
+        close(got, expected)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_beams_keep_their_masses(name: str, flash: Flash) -> None:
+    reference = build(name)
+    inputs = causal(name, reference, images=1)
+    recipe = Recipe(stages=tuple(agreeing(s) for s in SCHEDULES["pyramid"]))
+    found = []
+    for model in (with_flash(reference), reference):
+        with visiontok.compress(model, recipe), torch.no_grad():
+            found.append(
+                model.generate(
+                    **inputs, max_new_tokens=STEPS, suppress_tokens=list(BANNED), num_beams=3, do_sample=False
+                )
+            )
+    assert torch.equal(*found)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_gradients(name: str, checkpointing: bool, flash: Flash) -> None:
+    reference = copy.deepcopy(build(name)).train()
+    if checkpointing:
+        reference.gradient_checkpointing_enable()
+    inputs = batch(name, reference)
+    found = []
+    for model in (with_flash(reference), reference):
+        with visiontok.compress(model, Recipe(stages=(weighed(prompt(0.7)), weighed(cut(2))))):
+            model(**inputs, use_cache=False).logits[:, -1].square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    got, expected = found
+    assert got.keys() == expected.keys()
+    for parameter, gradient in got.items():
+        scale = max(float(expected[parameter].abs().max()), 1e-6)
+        assert (gradient - expected[parameter]).abs().max() < 1e-6 * scale, parameter
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["fastv", "sparsevlm"])
+def test_methods_that_read_the_attention_count_the_masses(method: str, flash: Flash) -> None:
+    """What they keep behind a weighed selection is what they keep beside a mask of numbers."""
+    reference = build("llava")
+    inputs = batch("llava", reference)
+    recipe = Recipe(stages=(weighed(prompt(0.7)), *visiontok.recipe(method, keep=0.4).stages))
+    found = []
+    for model in (with_flash(reference), reference):
+        with visiontok.compress(model, recipe) as compression:
+            found.append((generate(model, inputs), masks(compression)))
+    close(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.engine
+def test_layers_with_frozen_tokens_still_run_sdpa(flash: Flash) -> None:
+    reference = build("llava")
+    model, inputs = with_flash(reference), batch("llava", reference)
+    recipe = Recipe(stages=(weighed(prompt()), freeze(0), freeze(2)))
+    with visiontok.compress(reference, recipe):
+        expected = generate(reference, inputs)
+    with visiontok.compress(model, recipe) as compression:
+        close(generate(model, inputs), expected)
+        said = " ".join(compression.report.warnings)
+    assert "frozen run sdpa instead of stand_in_flash" in said
+    assert "mass attention" not in said
+    prefill = [layer for layer, _ in flash.widths[: 2 + DEPTH * (STEPS - 1)]][:2]
+    assert prefill == [1, 3]
+    assert {width for _, width in flash.widths} == {widened(8)}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("schedule", ["prompt", "cut", "pyramid"])
+def test_families_with_masks_of_their_own_have_none_under_flash(schedule: str, pad: int, flash: Flash) -> None:
+    """Stock Gemma 3 is causal there, with whatever is dropped and without masses, too."""
+    reference = build("gemma3")
+    inputs = causal("gemma3", reference, pad=pad)
+    types = {"token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+    recipe = Recipe(stages=tuple(weighed(s, None) for s in SCHEDULES[schedule]))
+    model = with_flash(reference)
+    with visiontok.compress(reference, recipe):
+        expected = generate(reference, inputs)
+    with visiontok.compress(model, recipe):
+        close(generate(model, inputs | types), expected)
+
+
+@pytest.mark.engine
+def test_a_recipe_without_masses_cannot_go_on_with_them(flash: Flash) -> None:
+    """Its attention would leave the bias of the stored keys out."""
+    model = with_flash(build("llava"))
+    inputs = batch("llava", model)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    with visiontok.compress(model, Recipe(stages=SCHEDULES["cut"])), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    with (
+        visiontok.compress(model, Recipe(stages=(cut(2),))),
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match="as another recipe left them"),
+    ):
+        model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache)

@@ -31,8 +31,8 @@ from .ahead import look_ahead
 from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
 from .layout import Layout, Parted
-from .masks import UNCHANGED, LayerMasks
-from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
+from .masks import UNCHANGED, Biased, LayerMasks
+from .probe import BIAS, CALL, SPLIT, Tap, attention_modules, glance, is_flash, keys_values, skip_queries
 from .prompt import run_prompt_stages
 from .readings import DecoderReadings, attention_of
 from .relevance import next_token
@@ -196,7 +196,7 @@ class Attachment:
         begin_forward()
 
     def _is_flash(self) -> bool:
-        return "flash" in str(self.config._attn_implementation)
+        return is_flash(self.config)
 
     # ---- the model around: labels
 
@@ -469,25 +469,30 @@ class Attachment:
     def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
         mask = kwargs.get("attention_mask")
         if self.adapter.own_mask and mask is not None and not _is_2d(mask):
-            own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
-            if call.entry is not None:
-                own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
-            call.own = own
-            if not isinstance(mask, dict):
-                kwargs["attention_mask"] = own["full_attention"]
-            elif call.entry is not None:
-                sliding = own.get("sliding_attention")
-                kwargs["attention_mask"] = mask | {
-                    "full_attention": own.get("full_attention"),
-                    "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
-                }
-            if past and not self._layered:
+            if self.masks.makes_own():
+                self._enter_own(kwargs, call, mask)
+            if not self.masks.makes_own() or (past and not self._layered):
                 first = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
                 x = kwargs["inputs_embeds"]
                 made = {kind: self.masks.prefill(call, i, x, None) for kind, i in first.items()}
                 kwargs["attention_mask"] = made if isinstance(mask, dict) else made["full_attention"]
         elif call.entry is not None or call.cache is not None:
             kwargs["attention_mask"] = self.masks.entering(call, past)
+
+    def _enter_own(self, kwargs: dict[str, Any], call: Prefill, mask: Any) -> None:
+        """Give what enters its part of the base model's own masks, by kind of layer or one."""
+        own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
+        if call.entry is not None:
+            own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
+        call.own = own
+        if not isinstance(mask, dict):
+            kwargs["attention_mask"] = own["full_attention"]
+        elif call.entry is not None:
+            sliding = own.get("sliding_attention")
+            kwargs["attention_mask"] = mask | {
+                "full_attention": own.get("full_attention"),
+                "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
+            }
 
     def _enter_deepstack(self, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor) -> None:
         """Give the features of intermediate tower levels to the tokens that enter."""
@@ -620,7 +625,7 @@ class Attachment:
             del kwargs[CALL]
             mask = UNCHANGED if call.masks is None else call.masks[index]
             if mask is not UNCHANGED:
-                kwargs["attention_mask"] = mask
+                self._mask(index, kwargs, mask)
             tables = None if call.tables is None else call.tables[index]
             if tables is not None:
                 kwargs["position_embeddings"] = tables
@@ -684,7 +689,7 @@ class Attachment:
             call.rows[index] = rows
             kwargs["attention_mask"] = self.masks.rows(call, index, x, layout, rows.computed.slots)
         elif layout is not None or stale or biased:
-            kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
+            self._mask(index, kwargs, self.masks.prefill(call, index, x, layout))
         if layout is not None:
             self._gather_tokens(call, layout, kwargs)
         if self._renumber is not None:
@@ -701,6 +706,14 @@ class Attachment:
                 call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still})
             )
         return x
+
+    def _mask(self, index: int, kwargs: dict[str, Any], mask: Any) -> None:
+        """Give layer ``index`` its mask."""
+        if isinstance(mask, Biased):
+            if self.policy.biased is None or index < self.policy.biased:  # its attention is not tapped
+                raise UnsupportedError(_OTHER_RECIPE)
+            mask, kwargs[BIAS] = mask
+        kwargs["attention_mask"] = mask
 
     @staticmethod
     def _rows(call: Prefill, layout: Layout | None) -> Rows | None:
@@ -772,6 +785,7 @@ class Attachment:
             k = torch.cat([stored.keys, k], 2)
             bias = stored.bias_with(bias, x.shape[1])
             bias = None if bias is None else bias[:, -k.shape[2] :]
+        mask = mask.mask if isinstance(mask, Biased) else mask
         self.policy.decoder.note_beforehand(call, index, q, k, mask, scale, bias)
         del call.layouts[index], call.biases[index]
 

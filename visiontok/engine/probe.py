@@ -20,12 +20,15 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from visiontok.kernels.bias import WIDEST, KeyBias, augment, widened
+
 from ..errors import UnsupportedError
 
 IMPLEMENTATION = "visiontok_tap"
 TAKE_BIAS = ("eager", "sdpa")
 """Attention implementations that take a mask of numbers. Flash attention has no such argument; FlexAttention has one
-that corrupts memory on the CPU (torch 2.13)."""
+that corrupts memory on the CPU (torch 2.13), and rounds head dimensions up to powers of 2."""
+BIAS = "visiontok_bias"  # keyword under which a decoder layer carries a bias per key that is not in its mask
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
 SPLIT = "visiontok_split"  # the same for rows of this layer that are not computed
 
@@ -34,10 +37,24 @@ _TAPS = "_visiontok_taps"  # attribute of a tapped module: its own config object
 Sink = Callable[..., None]
 
 
+def is_flash(config: Any) -> bool:
+    """Whether a language model runs flash attention, which knows 2-D masks alone."""
+    return "flash" in str(config._attn_implementation)
+
+
+def takes_columns(config: Any) -> bool:
+    """Whether a bias per key goes to the model's own kernel as columns of queries and keys, beside a 2-D mask."""
+    if not is_flash(config) or getattr(config, "attn_logit_softcapping", None) is not None:
+        return False
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return widened(head_dim) <= WIDEST
+
+
 def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     call, split = kwargs.pop(CALL, None), kwargs.pop(SPLIT, None)
+    bias: KeyBias | None = kwargs.pop(BIAS, None)
     if isinstance(call, _Glance):
         call.seen = query, key, value, kwargs
         raise _Enough
@@ -48,10 +65,16 @@ def _tapped_attention(
     _show(taps, call, query, key, value, attention_mask, kwargs)
     name = config._attn_implementation
     if name not in TAKE_BIAS and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
-        name = "sdpa"  # only a bias per key leads to such a mask here
+        name = "sdpa"  # only a bias per key, or frozen rows, lead to such a mask here
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    out = kernel(module, query, key, value, attention_mask, **kwargs)
+    if bias is None:
+        out = kernel(module, query, key, value, attention_mask, **kwargs)
+    else:
+        scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5  # not the kernel's default for more columns
+        wide = augment(query, key, value, bias.columns(key, scale))
+        out = kernel(module, *wide, attention_mask, scaling=scale, **kwargs)
+        out = out[0][..., : value.shape[-1]], *out[1:]
     for tap in taps:
         if tap.behind is not None:
             out = _behind(tap.behind, query, key, value, attention_mask, kwargs, out)

@@ -80,7 +80,7 @@ def agree(  # type: ignore[no-untyped-def]
 
 
 def resident(x: Tensor) -> int:
-    """Programs that certainly run at once, one per multiprocessor; the interpreter runs one after the other."""
+    """Programs that certainly run at the same time: one per multiprocessor, one alone in the interpreter."""
     return 1 if interpreted() else min(SLOTS, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 

@@ -8,12 +8,15 @@ Mixing host and device tensors is an error, as on a real device.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from visiontok.kernels import ops
 
 DEVICE = torch.device("lazy")  # a device type without which PyTorch insists on nothing
 _SHAPED_BY_VALUES = {
@@ -100,6 +103,16 @@ class Watch(TorchDispatchMode):
         torch.autocast, torch.is_autocast_enabled = self._autocast, self._is_enabled  # type: ignore[misc]
         self._bypasses.__exit__(*error)
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Watch on while an operation is dispatched, which stops it."""
+        with self._bypasses:
+            super().__enter__()
+            try:
+                yield
+            finally:
+                super().__exit__(None, None, None)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
@@ -108,6 +121,10 @@ class Watch(TorchDispatchMode):
         to_device = wanted is not None and torch.device(wanted).type == DEVICE.type
         if not ours and not to_device:
             return func(*args, **kwargs)
+        if func.namespace == "visiontok":
+            # Our operators compute in PyTorch here, which is to be watched, and each is the function of its name.
+            with self._again():
+                return getattr(ops, func._opname)._init_fn(*args, **kwargs)
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
         leaves = ours and wanted is not None and not to_device

@@ -5,6 +5,7 @@ Without a GPU, kernels are interpreted (tests/conftest.py sets TRITON_INTERPRET)
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,21 @@ def test_the_twins_agree(samples: Samples, name: str, monkeypatch: pytest.Monkey
     if samples.check is not None:
         samples.check(args, expected)
         samples.check(args, got)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("determinant", "zero vectors"), ("determinant", "duplicates"), ("coverage", "words")]
+)
+def test_programs_that_share_a_row_pick_the_same(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after the other, so that a row has one, which waits for itself alone."""
+    module = importlib.import_module(f"visiontok.kernels.{op}_triton")
+    configured = []
+    config = module._config
+    monkeypatch.setattr(module, "LARGEST_ALONE", 0)
+    monkeypatch.setattr(module, "_config", lambda *given: configured.append(config(*given)) or configured[-1])
+    samples = next(s for s in FAMILIES if s.op is getattr(ops, op))
+    test_the_twins_agree(samples, name, monkeypatch)
+    assert [(c.constants["SHARED"], c.cooperative) for c in configured] == [(True, True)]
 
 
 @pytest.mark.parametrize(("samples", "name"), FIRST)

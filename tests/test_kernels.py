@@ -17,7 +17,7 @@ import kernel_samples.segments
 import pytest
 import torch
 from kernel_samples import Samples
-from visiontok.kernels import ops
+from visiontok.kernels import gather_rows, ops
 from visiontok.kernels.runtime import VARIABLE, use_triton
 
 from visiontok.errors import ConfigError, UnsupportedError
@@ -160,3 +160,17 @@ def test_the_gradient_of_segment_means(choice: str, dtype: torch.dtype, monkeypa
 def test_the_gradient_of_segment_means_is_registered() -> None:
     x, *others = kernel_samples.segments.SAMPLES[0].make["plain"]()
     torch.library.opcheck(ops.segment_mean, (x.requires_grad_(), *others))
+
+
+@pytest.mark.parametrize("choice", ["reference", "triton"])
+def test_gathered_rows_have_a_gradient_where_one_is_asked_for(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, choice)
+    x, still = torch.zeros(1, 4, 2, requires_grad=True), torch.zeros(2, 4)
+    slots = torch.tensor([[0, 3, 3], [1, 3, 0]])
+    hidden, positions = gather_rows([x, still], [1, 1], slots)
+    hidden.sum().backward()
+    assert x.grad is not None
+    assert x.grad[0, :, 0].tolist() == [2, 1, 0, 3]  # how often each is taken
+    assert not positions.requires_grad
+    with torch.no_grad():
+        assert not gather_rows([x], [1], slots)[0].requires_grad

@@ -415,9 +415,8 @@ class Attachment:
         if repack:
             keep = torch.where(call.visual, call.kept, call.attended)
             entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
-            kwargs["inputs_embeds"] = entry.gather(embeds)
-            self._gather_inputs(entry, kwargs)
-            kwargs["position_ids"] = entry.gather(call.numbers, call.numbers.ndim - 1)
+            kwargs["position_ids"] = call.numbers
+            self._gather_inputs(entry, kwargs, inputs_embeds=1, position_ids=call.numbers.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
             call.entry_valid = call.attended
@@ -460,11 +459,11 @@ class Attachment:
         numbered = given.gather(1, ahead.clamp_max(length - 1)) - given[:, :1] == ahead
         return given - ahead * numbered
 
-    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
-        """Give the family's own per-token keywords the tokens of ``layout``."""
-        for name in self.adapter.token_inputs:
-            if torch.is_tensor(kwargs.get(name)):
-                kwargs[name] = layout.gather(kwargs[name])
+    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any], **dims: int) -> None:
+        """Give the family's own per-token keywords, and those of ``dims``, the tokens of ``layout``."""
+        dims |= {name: 1 for name in self.adapter.token_inputs if torch.is_tensor(kwargs.get(name))}
+        gathered = layout.gather_each([kwargs[name] for name in dims], list(dims.values()))
+        kwargs |= zip(dims, gathered, strict=True)
 
     def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
         mask = kwargs.get("attention_mask")
@@ -826,19 +825,21 @@ class Attachment:
 
     def _gather_tokens(self, call: Prefill, layout: Layout, kwargs: dict[str, Any]) -> None:
         """Give what a layer gets beside its states the tokens of ``layout``."""
-        self._gather_inputs(layout, kwargs)
         embeddings = kwargs.get("position_embeddings")
         if embeddings is not None:
             kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
         position_ids = kwargs.get("position_ids")
         if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
-            kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+            self._gather_inputs(layout, kwargs, position_ids=position_ids.ndim - 1)
+        else:
+            self._gather_inputs(layout, kwargs)
 
     @staticmethod
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
         if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
-            call.masks[key] = (layout, embeddings, tuple(layout.gather(e, e.ndim - 2) for e in embeddings))
+            tables = layout.gather_each(embeddings, [e.ndim - 2 for e in embeddings])
+            call.masks[key] = (layout, embeddings, tuple(tables))
         return call.masks[key][2]
 
     @staticmethod

@@ -18,10 +18,10 @@ The logits differ from those of exact arithmetic by at most
 the second term being the kernel's own float32 sum, which without a bias is the same but for |b|. A mask of numbers in
 bfloat16 rounds b itself, by up to 2⁻⁹ |b|.
 
-**Limits.** b is finite; what is to be hidden, padding for one, is the mask's business, and its bias is not read. The
+**Limits.** b is finite; what is to be hidden, padding for one, is the mask's business, and its bias is not seen. The
 head dimension grows to the next multiple of 8 that has 4 columns to spare, of which flash attention takes no more than
-256. Keys, values and queries are written once more per call: cheap beside a prefill; a decode step moves
-about three times the bytes.
+256. Keys, values and queries are written once more per call: cheap beside a prefill; a decode step moves about three
+times the bytes. On a CPU sdpa is therefore better off with its mask (bench/results/bias.md).
 
 **On a GPU**, ``python -m visiontok.kernels.bench`` is to time each of :func:`variants` beside plain causal attention of
 the same shape (its floor), for a prefill of N rows and for a decode step of one row on N keys. What to look at: sdpa

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import os
 import platform
@@ -25,14 +26,31 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import cosines, ops
+from . import attention_columns, cosines, gather_rows, ops, segment_mean, sight
+from . import nearest as nearest_rows
+from .bias import variants
 from .reference import bounds
 from .runtime import VARIABLE
 
 SELECTIONS = ((576, 64, 4096), (2880, 320, 4096), (4096, 410, 3584), (6272, 627, 3584), (16384, 1638, 3584))
 """Visual tokens N, kept K and feature width D: LLaVA-1.5, LLaVA-NeXT, Qwen2.5-VL, a video, Qwen2.5-VL at full size."""
+ATTENTIONS = (
+    ("CLIP-L", 577, 16, 16, 64, False),
+    ("SigLIP", 729, 16, 16, 72, False),
+    ("LLaVA-NeXT, a layer of its language model", 2944, 32, 32, 128, True),
+    ("Qwen2.5-VL tower", 16384, 16, 16, 80, False),
+    ("Qwen2.5-VL, a layer of its language model", 16448, 28, 4, 128, True),
+)
+"""Whose attention, rows N, heads, heads of the keys, their width, and whether it is causal."""
+CACHES = ((28, 4, 128, 4096, 410), (28, 4, 128, 16384, 1638), (32, 32, 128, 2880, 320))
+"""Layers, heads and width of a cache, its slots N and those kept K."""
+MATCHES = ((288, 64), (1440, 4096), (8192, 3584))
+"""Tokens on either side, and feature width."""
+MERGES = ((576, 64, 1024), (2880, 320, 4096), (16384, 1638, 3584))
+"""Tokens N, groups K and feature width."""
 ON_CPU = 4096
 """Most visual tokens of a case that a CPU is asked for."""
 
@@ -50,6 +68,7 @@ class Case:
         literal: does what published code does, or None.
         moved: bytes that have to be read and written.
         products: floating-point operations of matrix products.
+        exponentials: how many are taken.
         saves: milliseconds of prefill that the pruning saves, None where it serves none by itself.
         picks: steps one after the other.
     """
@@ -60,6 +79,7 @@ class Case:
     literal: Call | None = None
     moved: float = 0.0
     products: float = 0.0
+    exponentials: float = 0.0
     saves: float | None = None
     picks: int | None = None
 
@@ -86,14 +106,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second of a copy, and operations per second of a matrix product in the dtype of models."""
+    """Bytes per second of a copy, operations per second of a matrix product in the dtype of models, and exponentials
+    per second: 16 per cycle and multiprocessor of a GPU, which is not measured; on a CPU they are not counted."""
 
     copy: float
     product: float
+    exponential: float
 
     def floor(self, case: Case) -> float:
         """Milliseconds that a case takes at least."""
-        return 1e3 * max(case.moved / self.copy, case.products / self.product)
+        return 1e3 * max(case.moved / self.copy, case.products / self.product, case.exponentials / self.exponential)
 
 
 def rates(device: torch.device) -> Rates:
@@ -102,7 +124,11 @@ def rates(device: torch.device) -> Rates:
     x, y = torch.zeros(size, device=device), torch.empty(size, device=device)
     a = torch.randn(width, width, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     copy, product = timed([lambda: y.copy_(x), lambda: a @ a], device)
-    return Rates(2e3 * x.nbytes / copy, 2e3 * width**3 / product)
+    exponential = math.inf
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        exponential = 16e3 * properties.multi_processor_count * properties.clock_rate
+    return Rates(2e3 * x.nbytes / copy, 2e3 * width**3 / product, exponential)
 
 
 def timed(calls: Sequence[Call], device: torch.device, rounds: int = 7) -> list[float]:
@@ -239,10 +265,30 @@ def _selection(device: torch.device, n: int, k: int, width: int) -> Iterator[Cas
         moved = 4.0 * n * k  # the rows of the picks
         return Case(name, f"N={n} K={k}", call, literal, moved, saves=prefill(n) - prefill(k), picks=k)
 
+    def variance(chosen: list[int]) -> Tensor:
+        """Conditional variances, by solving for all candidates anew."""
+        kernel = s[:, None] * table[0] * s
+        if not chosen:
+            return kernel.diagonal().clone()
+        across = kernel[chosen]
+        inner = kernel[chosen][:, chosen] + 1e-6 * torch.eye(len(chosen), device=device)
+        return kernel.diagonal() - (across * torch.linalg.solve(inner, across)).sum(0)
+
+    def covering(chosen: list[int]) -> Tensor:
+        """Gains of all candidates, from the whole table."""
+        best = table[0, chosen].amax(0).clamp_min(0) if chosen else torch.zeros(n, device=device)
+        return (table[0] - best[:, None]).clamp_min(0).sum(0)
+
+    kernel = table * score[:, :, None] * score[:, None]
     yield Case("cosines", f"N={n} D={width}", lambda: cosines(x), products=n * n * width)  # of a symmetric table
     yield case("max-min", running_max(one, one), lambda chosen: 1 - nearest(chosen))
     yield case("mmr", running_max(0.5 * score, 0.5 * one), lambda chosen: 0.5 * (s - nearest(chosen)))
     yield case("product", running_max(score, score), lambda chosen: s * (1 - nearest(chosen)))
+    yield case(
+        "max-sum", lambda: ops.running_sum(table, score, bound, count, k), lambda chosen: -table[0, chosen].sum(0)
+    )
+    yield case("dpp", lambda: ops.determinant(kernel, score, bound, count, k), variance)
+    yield case("facility", lambda: ops.coverage(table, None, None, None, 0.0, bound, count, k), covering)
 
 
 def selections(device: torch.device) -> Iterator[Case]:
@@ -252,7 +298,118 @@ def selections(device: torch.device) -> Iterator[Case]:
             yield from _selection(device, n, k, width)
 
 
-GROUPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {"selections": selections}
+# ------------------------------------------------------------------------------------------------------ other operators
+
+
+def attentions(device: torch.device) -> Iterator[Case]:
+    """What every key receives from all queries, in the dtype of models."""
+    for whose, n, heads, groups, width, causal in ATTENTIONS:
+        if device.type != "cuda" and n > ON_CPU:
+            continue
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        q = torch.randn(1, heads, n, width, device=device, generator=generator).to(dtype)
+        k = torch.randn(1, groups, n, width, device=device, generator=generator).to(dtype)
+
+        def dense(q: Tensor = q, k: Tensor = k, causal: bool = causal) -> Tensor:
+            """Eager attention, whose map is summed."""
+            logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+            if causal:
+                logits = logits.masked_fill(~torch.ones_like(logits[0, 0], dtype=torch.bool).tril(), -torch.inf)
+            return logits.float().softmax(-1).sum((1, 2))
+
+        yield Case(
+            kernel="attention columns",
+            shape=f"{whose}: N={n} H={heads}/{groups} d={width}" + (", causal" if causal else ""),
+            call=functools.partial(_columns, q, k, causal),
+            literal=dense if 4 * heads * n * n < 2**33 else None,  # bytes of its map, of which it needs a few
+            moved=2.0 * n * width * (heads + groups),
+            # both twice: the sums of the rows come first
+            products=4.0 * heads * n * n * width / (2 if causal else 1),
+            exponentials=2.0 * heads * n * n / (2 if causal else 1),
+        )
+
+
+def _columns(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    return attention_columns(q, k, q.new_ones(1, dtype=torch.float32), sight(q, k, causal=causal))
+
+
+def compactions(device: torch.device) -> Iterator[Case]:
+    """Keys and values of all layers cut to the slots that stay."""
+    for layers, heads, width, n, kept in CACHES:
+        if device.type != "cuda" and n > ON_CPU:
+            continue
+        shape = (1, heads, n, width)
+        tensors = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for _ in range(2 * layers)]
+        by_head = [x.transpose(0, 1) for x in tensors]  # the batch stands before the slots
+        slots = torch.randperm(n, device=device)[:kept].sort().values[None]
+        yield Case(
+            kernel="compaction",
+            shape=f"{layers} layers, N={n} K={kept}",
+            call=functools.partial(gather_rows, by_head, [2] * len(by_head), slots),
+            literal=lambda tensors=tensors, slots=slots: [x.index_select(2, slots[0]) for x in tensors],  # type: ignore[misc]
+            moved=2.0 * sum(x.nbytes for x in tensors) * kept / n,
+            saves=prefill(n) - prefill(kept),
+        )
+
+
+def matches(device: torch.device) -> Iterator[Case]:
+    """Most similar token on the other side, and means of groups."""
+    for n, width in MATCHES:
+        if device.type != "cuda" and n > ON_CPU:
+            continue
+        x, y = (torch.randn(1, n, width, device=device) for _ in range(2))
+        yield Case(
+            kernel="nearest",
+            shape=f"N={n} D={width}",
+            call=functools.partial(nearest_rows, x, y),
+            literal=lambda x=x, y=y: (F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT).max(-1),  # type: ignore[misc]
+            products=2.0 * n * n * width,
+        )
+    for n, kept, width in MERGES:
+        if device.type != "cuda" and n > ON_CPU:
+            continue
+        x, group = torch.randn(1, n, width, device=device), torch.randint(kept, (1, n), device=device)
+        weight = torch.ones(1, n, device=device)
+        yield Case(
+            kernel="segment mean",
+            shape=f"N={n} K={kept} D={width}",
+            call=functools.partial(segment_mean, x, group, kept, weight),
+            literal=lambda x=x, group=group, kept=kept: _one_hot_mean(x, group, kept),  # type: ignore[misc]
+            moved=4.0 * (n + kept) * width,
+        )
+
+
+def _one_hot_mean(x: Tensor, group: Tensor, count: int) -> Tensor:
+    member = F.one_hot(group, count).to(x.dtype)
+    return member.mT @ x / member.sum(1)[..., None].clamp_min(1)
+
+
+def biases(device: torch.device) -> Iterator[Case]:
+    """Attention with a bias per key: each way is a case, and its floor is the product without one."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for n in (640, 2944):
+        for rows in (n, 1):
+            q = torch.randn(1, 32, rows, 128, device=device).to(dtype)
+            k, v = (torch.randn(1, 8, n, 128, device=device).to(dtype) for _ in range(2))
+            bias = torch.rand(1, n, device=device)
+            for name, variant in variants().items():
+                yield Case(
+                    kernel=f"attention with bias, {name}",
+                    shape=f"{'prefill' if rows > 1 else 'decode'} N={n} H=32/8 d=128",
+                    call=variant(q, k, v, bias, 128**-0.5),
+                    moved=2.0 * n * 8 * 128 * q.element_size(),
+                    products=4.0 * 32 * rows * n * 128 / (2 if rows > 1 else 1),
+                )
+
+
+GROUPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
+    "selections": selections,
+    "attentions": attentions,
+    "compactions": compactions,
+    "matches": matches,
+    "biases": biases,
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- output

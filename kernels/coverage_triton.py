@@ -115,9 +115,9 @@ def _coverage(  # type: ignore[no-untyped-def]
 
 
 def _config(size: int, shared: bool) -> Config:
-    constants = {"SHARED": shared, "LAST": LAST, "NONE": NONE, "SLOTS": SLOTS}
-    constants |= {"CHUNK": 1024, "ROWS": max(1, min(32, 2048 // size)), "BLOCK": size}
-    return Config(constants, warps=max(4, min(32, size // 128)), cooperative=shared)
+    rows = max(1, min(32, 2048 // size))
+    constants = {"SHARED": shared, "LAST": LAST, "NONE": NONE, "SLOTS": SLOTS, "CHUNK": 1024, "ROWS": rows}
+    return Config({**constants, "BLOCK": size}, warps=max(4, min(32, size // 128)), cooperative=shared)
 
 
 def coverage(

@@ -96,7 +96,9 @@ class Watch(TorchDispatchMode):
         # PyTorch has no autocast for this type, and up to transformers 5.17 rotary embeddings ask
         torch.autocast = lambda device, **options: self._autocast("cpu", **options)  # type: ignore[assignment, misc]
         torch.is_autocast_enabled = lambda device: self._is_enabled("cpu")  # type: ignore[assignment]
-        return super().__enter__()
+        super().__enter__()
+        self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -109,7 +111,9 @@ class Watch(TorchDispatchMode):
         with self._bypasses:
             super().__enter__()
             try:
-                yield
+                # As outside, what is composed of other operations (`item`, `cpu`) must arrive as those.
+                with torch._C._ForceDispatchKeyGuard(*self._keys):
+                    yield
             finally:
                 super().__exit__(None, None, None)
 

@@ -1,6 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
-from .columns import attention_columns, attention_lse, attention_peaks, attention_share, sight, viewers
+from .columns import attention_columns, attention_lse, attention_peaks, attention_share, lse_for_many, sight, viewers
 from .greedy import greedy, running_max
 from .reference import (
     TILE,
@@ -47,6 +47,7 @@ __all__ = [
     "finite",
     "gather_nearest",
     "greedy",
+    "lse_for_many",
     "nearest",
     "nearest_later",
     "nearest_unit",

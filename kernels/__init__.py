@@ -1,6 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
-from .columns import attention_columns, attention_lse, attention_peaks, attention_share, sight, viewers
+from .columns import attention_columns, attention_lse, attention_peaks, attention_share, lse_for_many, sight, viewers
 from .compaction import gather_rows
 from .greedy import coverage, determinant, greedy, running_max, running_sum
 from .matching import nearest
@@ -50,6 +50,7 @@ __all__ = [
     "gather_nearest",
     "gather_rows",
     "greedy",
+    "lse_for_many",
     "nearest",
     "nearest_later",
     "nearest_unit",

@@ -122,6 +122,12 @@ def attention_lse(q: Tensor, k: Tensor, seen: Sight) -> Tensor:
     return out
 
 
+def lse_for_many(q: Tensor, k: Tensor, seen: Sight) -> Tensor | None:
+    """:func:`attention_lse` for several passes over the same map; None where a pass is faster without: PyTorch makes a
+    softmax sooner than exponentials of differences."""
+    return attention_lse(q, k, seen) if ops.has_kernel(q) else None
+
+
 @torch.no_grad()
 def attention_share(q: Tensor, k: Tensor, part: Tensor, seen: Sight) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_share`."""

@@ -268,8 +268,14 @@ def _resident(count: int, d: int, sight: Sight) -> int:
     return 128 if count >= 2048 and d <= 128 and sight.mask is None else 64
 
 
-def _streamed(d: int) -> int:
-    return 64 if d <= 128 else 32
+def _streamed(d: int, sight: Sight) -> int:
+    """The same of the side that passes by; addresses in a mask take registers, too."""
+    return 64 if d <= 128 and sight.mask is None else 32
+
+
+def _peaks(sight: Sight) -> tuple[int, int]:
+    """Rows and keys of a tile, beside which that of the largest so far is held."""
+    return (32 if sight.mask is None else 16), 64
 
 
 def _lined_up(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -337,7 +343,7 @@ def _sums_of_rows(q: Tensor, k: Tensor, part: Tensor | None, sight: Sight) -> Te
     out = torch.empty(b, heads, m, device=q.device)
     chosen = q if part is None else _in_line(part).view(torch.uint8)
     rows = _resident(m, d, sight)
-    config = _config(rows, _streamed(d), d, sides.step, sight, SHARE=part is not None)
+    config = _config(rows, _streamed(d, sight), d, sides.step, sight, SHARE=part is not None)
     if out.numel():
         _row_sums[(triton.cdiv(m, rows), b * heads)](
             sides.q, sides.k, sides.spans, sides.bias, sides.mask, chosen, out, *sides.sizes, *sides.strides,
@@ -354,7 +360,7 @@ def attention_columns(q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, 
     out = torch.empty(b, heads, n, device=q.device)
     keys = _resident(n, d, sight)
     reach = _reach(sight.span, n, keys)
-    config = _config(_streamed(d), keys, d, sides.step, sight)
+    config = _config(_streamed(d, sight), keys, d, sides.step, sight)
     if out.numel():
         _column_sums[(triton.cdiv(n, keys), b * heads)](
             sides.q, sides.k, sides.spans, q if reach is None else reach, sides.bias, sides.mask, lse, weight, out,
@@ -372,7 +378,7 @@ def attention_peaks(
     (b, _, m, d), n, sides = q.shape, k.shape[2], _Sides(q, k, sight)
     lse = attention_lse(q, k, sight) if lse is None else _in_line(lse)
     number = q if group is None else _in_line(group)
-    rows, keys = _streamed(d), 64
+    rows, keys = _peaks(sight)
     # Programs share the rows, too, for there are few blocks of keys; into how many parts depends on the shape alone.
     length = max(4 * rows, triton.cdiv(m, 32 * rows) * rows)
     parts = triton.cdiv(m, length)
@@ -413,13 +419,13 @@ def builds() -> list[Build]:
 def _builds(d: int, sees: str) -> list[Build]:
     some = torch.empty(0)
     sight = Sight(1.0, "causal" in sees, *(some if word in sees else None for word in ("windows", "bias", "mask")))
-    long, short = _resident(4096, d, sight), _streamed(d)
+    long, short = _resident(4096, d, sight), _streamed(d, sight)
     kernels = {
         "row": (_row_sums, _config(long, short, d, 8, sight, SHARE=False)),
         "column": (_column_sums, _config(short, long, d, 8, sight)),
     }
     if "bias" in sees:
-        kernels["peak"] = _peak_sums, _config(short, 64, d, 8, sight, NUMBERED="mask" not in sees)
+        kernels["peak"] = _peak_sums, _config(*_peaks(sight), d, 8, sight, NUMBERED="mask" not in sees)
     if (d, sees) == (128, "causal"):
         kernels["share"] = _row_sums, _config(long, short, d, 8, sight, SHARE=True)
     types = dict.fromkeys(("Q", "K"), "*bf16") | dict.fromkeys(("BIAS", "LSE", "WEIGHT", "OUT"), "*fp32")

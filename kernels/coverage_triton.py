@@ -168,7 +168,7 @@ def builds() -> list[Build]:
     """Shipped configurations."""
     names = ("TABLE", "TRANSPOSED", "SCALE", "BONUS", "BOUND", "GAIN", "LOW", "HIGH", "COVER")
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("WEIGHT", "BEST"), "*fp64")
-    types |= dict.fromkeys(("COUNT", "ORDER", "PICK", "ARRIVED", "INDEX"), "*i32") | {"s_batch": "i64", "s_row": "i64"}
+    types |= dict.fromkeys(("COUNT", "ORDER", "PICK", "ARRIVED", "INDEX"), "*i32") | {"s_batch": "i32", "s_row": "i32"}
     types |= dict.fromkeys(("TILES", "R", "N", "LENGTH", "WIDTH", "COLUMNS", "MOST"), "i32")
     return [
         Build(

@@ -118,7 +118,7 @@ def builds() -> list[Build]:
     """Shipped configurations."""
     names = ("KERNEL", "VARIANCE", "FLOOR", "BEHIND", "BOUND", "GAIN", "FACTOR", "BEST")
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("COUNT", "ORDER", "PICK", "ARRIVED"), "*i32")
-    types |= dict.fromkeys(("TILES", "WIDTH", "COLUMNS", "MOST"), "i32") | {"s_batch": "i64", "s_row": "i64"}
+    types |= dict.fromkeys(("TILES", "WIDTH", "COLUMNS", "MOST"), "i32") | {"s_batch": "i32", "s_row": "i32"}
     return [
         Build(
             name=f"determinant {'shared' if shared else 'alone'} {size}",

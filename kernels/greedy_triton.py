@@ -110,7 +110,7 @@ def running_sum(similarity: Tensor, start: Tensor, bound: Tensor, count: Tensor,
 def builds() -> list[Build]:
     """Shipped configurations."""
     types = dict.fromkeys(("SIMILARITY", "OFFSET", "SLOPE", "START", "BOUND", "GAIN"), "*fp32")
-    types |= {"COUNT": "*i32", "ORDER": "*i32", "s_batch": "i64", "s_row": "i64"}
+    types |= {"COUNT": "*i32", "ORDER": "*i32", "s_batch": "i32", "s_row": "i32"}
     types |= dict.fromkeys(("WIDTH", "COLUMNS", "MOST"), "i32")
     kinds = {
         "max-min": (_running_max, LARGEST, {"PER_OFFSET": False, "PER_SLOPE": False}),

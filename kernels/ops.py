@@ -53,7 +53,7 @@ def _(similarity, offset, slope, start, bound, count, most):  # type: ignore[no-
     return _order(bound, most)
 
 
-def _has_kernel(q: Tensor) -> bool:
+def has_kernel(q: Tensor) -> bool:
     """Whether Triton makes statistics of ``q``: exact products of float32 take more registers than there are."""
     return use_triton(q) and q.dtype in (torch.bfloat16, torch.float16)
 
@@ -64,7 +64,7 @@ def attention_lse(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_lse`; the twins differ by rounding, as in those below."""
     sight = Sight(scale, causal, span, bias, mask)
-    if _has_kernel(q):
+    if has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_lse(q, k, sight)
@@ -89,7 +89,7 @@ def attention_share(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_share`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if _has_kernel(q):
+    if has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_share(q, k, part, sight)
@@ -115,7 +115,7 @@ def attention_columns(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_columns`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if _has_kernel(q):
+    if has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_columns(q, k, weight, lse, sight)
@@ -142,7 +142,7 @@ def attention_peaks(
 ) -> Tensor:
     """:func:`visiontok.kernels.reference.attention_peaks`."""
     sight = Sight(scale, causal, span, bias, mask)
-    if _has_kernel(q):
+    if has_kernel(q):
         from . import columns_triton
 
         return columns_triton.attention_peaks(q, k, weight, lse, group, sight)

@@ -448,7 +448,8 @@ def _tiles(q: Tensor, k: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, T
     """
     (b, heads, m, _), (_, groups, n, _) = q.shape, k.shape
     keys = k.float().mT
-    step = max(1, TILE // max(1, b * heads * n))
+    # On a CPU a tile that its cache holds is faster, and the sooner rows end, the fewer keys they need.
+    step = max(1, (TILE >> 4 if q.device.type == "cpu" else TILE) // max(1, b * heads * n))
     for begin in range(0, m, step):
         rows = slice(begin, min(begin + step, m))
         first, behind = _reach(rows, m, n, sight)
@@ -510,7 +511,10 @@ def attention_lse(q: Tensor, k: Tensor, sight: Sight) -> Tensor:
     out = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         for rows, _, logits in _tiles(q, k, sight):
-            out[:, :, rows] = _hide(logits).logsumexp(-1)
+            lse = logits.logsumexp(-1)
+            if lse.device.type != "cpu" or not bool((lse < torch.inf).all()):
+                lse = _hide(logits).logsumexp(-1)
+            out[:, :, rows] = lse
     return out
 
 
@@ -552,7 +556,10 @@ def attention_columns(q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, 
     with torch.autocast(q.device.type, enabled=False):
         for rows, keys, logits in _tiles(q, k, sight):
             received = _softmax(logits) if lse is None else _shares(logits, lse[:, :, rows])
-            out[..., keys] += (weight[:, :, None, rows] @ received)[:, :, 0]
+            part = weight[:, :, None, rows] @ received
+            if part.device.type != "cpu" or not bool(part.isfinite().all()):
+                part = weight[:, :, None, rows] @ _nothing_odd(received)
+            out[..., keys] += part[:, :, 0]
     return out
 
 
@@ -577,7 +584,7 @@ def attention_peaks(
     out = q.new_zeros(len(q), n, dtype=torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         for rows, keys, logits in _tiles(q, k, sight):
-            received = _softmax(logits) if lse is None else _shares(logits, lse[:, :, rows])
+            received = _softmax(logits) if lse is None else _nothing_odd(_shares(logits, lse[:, :, rows]))
             peaks = received.amax(1)
             if group is not None:
                 peaks *= group[:, :m, None][:, rows] == group[:, None, m:][..., keys]
@@ -586,9 +593,13 @@ def attention_peaks(
 
 
 def _shares(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse); 0 in rows whose lse is not finite. Changes the logits."""
-    lse = torch.where(lse.isfinite(), lse, torch.inf)
-    return _hide(logits).sub_(lse[..., None]).exp_()
+    """exp(logits - lse); 0 in rows whose lse is not finite, and odd where a logit is not. Changes the logits."""
+    return logits.sub_(torch.where(lse.isfinite(), lse, torch.inf)[..., None]).exp_()
+
+
+def _nothing_odd(shares: Tensor) -> Tensor:
+    """What is not finite as 0, in place."""
+    return shares.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 # ------------------------------------------------------------------------------------------- matching and merging

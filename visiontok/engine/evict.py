@@ -138,7 +138,8 @@ def _read(
         at = torch.where(asking, torch.arange(asking.shape[1], device=q.device), -1).sort(1).values[:, -argument:]
         weight, at = at >= 0, at.clamp_min(0)  # -1 for none
         row = torch.arange(q.shape[0], device=q.device)[:, None]
-        asks, options = q.transpose(1, 2)[row, at].transpose(1, 2), {"visible": seen.of(at)}
+        asks = q.transpose(1, 2)[row, at].transpose(1, 2)
+        options: dict[str, Any] = {"visible": seen.of(at)}
     else:
         weight, asks, options = used, q, seen.options()
     each = attention_columns(asks, k, scale=scale, **options, weight=weight, heads="each", normalise=None)

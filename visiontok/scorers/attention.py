@@ -266,7 +266,7 @@ def attention_flow(
         valid=None if valid is None else rows_of(valid, 1, "valid").bool(),
         visible=None if visible is None else rows_of(visible, 2, "visible"),
     )  # fmt: skip
-    lse = kernels.attention_lse(qs, ks, seen)
+    lse = kernels.lse_for_many(qs, ks, seen)
     walk = (ok / ok.sum(-1, keepdim=True).clamp_min(1))[:, None].expand(len(qs), qs.shape[1], -1)  # (B, H, N)
     for _ in range(rounds):
         walk = kernels.attention_columns(qs, ks, walk, seen, lse)

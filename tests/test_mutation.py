@@ -538,15 +538,15 @@ MUTANTS = [
     Mutant(
         "mass forgotten in decode",
         LayerMasks.decode,
-        "self._biased(mask, bias, index, x, cache)",
-        "mask",
+        "self._with_bias(bias,",
+        "self._with_bias(None,",
         masses("llava", "cut"),
     ),
     Mutant(
         "mass forgotten in prefill",
         LayerMasks.prefill,
-        "self._biased(mask, biases, index, x, cache)",
-        "mask",
+        "self._with_bias(biases,",
+        "self._with_bias(None,",
         masses("llava", "prompt"),
     ),
     Mutant(

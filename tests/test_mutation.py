@@ -558,9 +558,9 @@ MUTANTS = [
     ),
     Mutant(
         "mass of slots that have left the window",
-        LayerMasks._biased,
-        "offset : offset + length",
-        ":length",
+        LayerMasks._keys,
+        "slice(offset, offset + length)",
+        "slice(0, length)",
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="mistral", schedule="prompt"),
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="gemma3", schedule="cut"),
     ),

@@ -1,30 +1,41 @@
 """Fast twins of the operators that cost real time."""
 
-from .columns import attention_columns, attention_lse, attention_peaks, attention_share, lse_for_many, sight, viewers
-from .compaction import gather_rows
-from .greedy import coverage, determinant, greedy, running_max, running_sum
-from .matching import nearest
-from .ops import nearest_unit, segment_mean
-from .reference import (
-    TILE,
-    Coverage,
-    Determinant,
-    Discount,
-    Picks,
-    Rows,
-    RunningMax,
-    RunningSum,
-    Seeding,
-    Sight,
-    Widening,
-    cosine,
-    cosines,
-    finite,
-    gather_nearest,
-    nearest_later,
-    thin,
-    unit,
-)
+# Where the top of the repository is on sys.path, transformers, which probes for a package `kernels`, imports this folder
+# under that name. The operators must not be registered a second time: that would pull them from under their users.
+if __name__ == "visiontok.kernels":
+    from .columns import (
+        attention_columns,
+        attention_lse,
+        attention_peaks,
+        attention_share,
+        lse_for_many,
+        sight,
+        viewers,
+    )
+    from .compaction import gather_rows
+    from .greedy import coverage, determinant, greedy, running_max, running_sum
+    from .matching import nearest
+    from .ops import nearest_unit, segment_mean
+    from .reference import (
+        TILE,
+        Coverage,
+        Determinant,
+        Discount,
+        Picks,
+        Rows,
+        RunningMax,
+        RunningSum,
+        Seeding,
+        Sight,
+        Widening,
+        cosine,
+        cosines,
+        finite,
+        gather_nearest,
+        nearest_later,
+        thin,
+        unit,
+    )
 
 __all__ = [
     "TILE",

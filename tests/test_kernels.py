@@ -6,7 +6,10 @@ Without a GPU, kernels are interpreted (tests/conftest.py sets TRITON_INTERPRET)
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kernel_samples.columns
@@ -174,3 +177,17 @@ def test_gathered_rows_have_a_gradient_where_one_is_asked_for(choice: str, monke
     assert not positions.requires_grad
     with torch.no_grad():
         assert not gather_rows([x], [1], slots)[0].requires_grad
+
+
+def test_a_bare_import_from_the_top_of_the_repository_leaves_the_operators_alone() -> None:
+    """transformers probes for a package of the name ``kernels``, and imports what it finds."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import torch, visiontok.kernels.ops as ops\n"
+        "import importlib; importlib.import_module('kernels')\n"
+        "x = torch.randn(1, 6, 3)\n"
+        "print(ops.nearest_unit(x, x)[1].tolist(), [name for name in sys.modules if name.startswith('kernels')])"
+    )
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.stdout.split("]]") == ["[[0, 1, 2, 3, 4, 5", " ['kernels']\n"], run.stderr

@@ -1,7 +1,7 @@
 """Fast twins of the operators that cost real time."""
 
-# Where the top of the repository is on sys.path, transformers, which probes for a package `kernels`, imports this folder
-# under that name. The operators must not be registered a second time: that would pull them from under their users.
+# Where the top of the repository is on sys.path, transformers, which probes for a package `kernels`, imports this folder.
+# The operators must not be registered a second time: that would pull them from under their users.
 if __name__ == "visiontok.kernels":
     from .columns import (
         attention_columns,

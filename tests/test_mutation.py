@@ -611,15 +611,15 @@ MUTANTS = [
     Mutant(
         "mass forgotten in decode",
         LayerMasks.decode,
-        "self._biased(mask, bias, index, x, cache)",
-        "mask",
+        "self._with_bias(bias,",
+        "self._with_bias(None,",
         masses("llava", "cut"),
     ),
     Mutant(
         "mass forgotten in prefill",
         LayerMasks.prefill,
-        "self._biased(mask, biases, index, x, cache)",
-        "mask",
+        "self._with_bias(biases,",
+        "self._with_bias(None,",
         masses("llava", "prompt"),
     ),
     Mutant(
@@ -631,9 +631,9 @@ MUTANTS = [
     ),
     Mutant(
         "mass of slots that have left the window",
-        LayerMasks._biased,
-        "offset : offset + length",
-        ":length",
+        LayerMasks._keys,
+        "slice(offset, offset + length)",
+        "slice(0, length)",
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="mistral", schedule="prompt"),
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="gemma3", schedule="cut"),
     ),

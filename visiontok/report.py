@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cost import Account, VisionInputs, account
-from .engine.probe import TAKE_BIAS
+from .engine.probe import TAKE_BIAS, takes_columns
 from .method import Stage
 from .recipe import Recipe
 
@@ -134,8 +134,10 @@ class Report:
                 else "the stages hide no visual token from any layer"
             )
             warnings.append(f"nothing was dropped: {reason}")
-        kernel = str(getattr(base, adapter.text).config._attn_implementation)
-        if kernel not in TAKE_BIAS and any(s.mass is not None and s.mass.beta for s in recipe.stages):
+        text_config = getattr(base, adapter.text).config
+        kernel = str(text_config._attn_implementation)
+        weighs = any(s.mass is not None and s.mass.beta for s in recipe.stages)
+        if weighs and kernel not in TAKE_BIAS and not takes_columns(text_config):
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
         if kernel not in TAKE_BIAS and ledger.computed() != ledger.tokens():
             warnings.append(f"layers that visual tokens pass frozen run sdpa instead of {kernel}")

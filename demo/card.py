@@ -202,7 +202,7 @@ A test bench; predicts nothing about large models.
 * Whether a model learns to look a thing up by its colour or shape hangs on the settings: with answers that name a
   withheld pair left out of the loss, and comparisons counted four times, from the start (commit 641da5c), the same
   `--seed=2` learned glyphs, signs and counting but ended at 61.5 % of the held-out questions, colours and shapes at 54
-  and 56 %. With comparisons counted more in the second half only it was no better at step 5,700. Neither is shipped, and
+  and 56 %. With comparisons counted more in the second half only it was no better at step 5,700. Neither is shipped;
   training counts all answers again.
 * p-values are those of single comparisons, not corrected for their number."""
 

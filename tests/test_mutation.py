@@ -423,15 +423,16 @@ MUTANTS = [
     Mutant(
         "positions renumbered",
         Attachment._enter,
-        "entry.gather(call.numbers, call.numbers.ndim - 1)",
-        "torch.arange(entry.width)[None].expand(call.batch, -1)",
+        "call.width, call.entry_valid = entry.width, entry.valid",
+        "kwargs['position_ids'], call.width, call.entry_valid = "
+        "torch.arange(entry.width)[None].expand(call.batch, -1), entry.width, entry.valid",
         oracle("llava", "prompt"),
     ),
     Mutant(
         "positions renumbered behind a cut",
         Attachment._gathered,
-        "layout.gather(e, e.ndim - 2) for e in embeddings",
-        "e[..., : layout.width, :] for e in embeddings",
+        "layout.gather_each(embeddings, [e.ndim - 2 for e in embeddings])",
+        "[e[..., : layout.width, :] for e in embeddings]",
         oracle("llava", "cut"),
         oracle("qwen2_5_vl", "pyramid"),
     ),
@@ -734,8 +735,8 @@ MUTANTS = [
     Mutant(
         "a view holds on to what is freed",
         TwoLengthLayer.thin,
-        "torch.cat([x[:, :, :past], x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3]))], 2)",
-        "torch.cat([x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3])), x], 2)[:, :, : slots.shape[2]]",
+        "(x.unflatten(0, slots.shape[:2]) for x in (new_keys, new_values))",
+        "(torch.cat([x, x], 1)[:, : index.shape[1]].unflatten(0, slots.shape[:2]) for x in (new_keys, new_values))",
         Probe(test_evict.test_storages_shrink_to_what_the_report_says, architecture="llava", name="one choice"),
     ),
     Mutant(

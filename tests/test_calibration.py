@@ -31,7 +31,7 @@ from visiontok.calibration.probe import Probe
 from visiontok.calibration.samples import QUESTION, Sample, digest, read
 from visiontok.calibration.similarity import InterLayerSimilarity
 from visiontok.calibration.withdraw import ExitKL
-from visiontok.calibration.work import fingerprint
+from visiontok.weights import fingerprint
 from visiontok.conformance import zoo
 from visiontok.conformance.oracle import DenseMasked
 from visiontok.conventions import published_flops

@@ -15,7 +15,7 @@ from visiontok.demo.decoder import Entry
 import visiontok
 from visiontok import Recipe
 from visiontok.api import Callback
-from visiontok.calibration.work import fingerprint
+from visiontok.weights import fingerprint
 from visiontok.errors import ConfigError
 from visiontok.method import Stage
 

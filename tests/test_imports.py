@@ -44,6 +44,7 @@ LAYERS = {
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.rollout": "api",
+    "visiontok.named": "named",
     "visiontok.run": "run",
     "visiontok.cli": "cli",
     "visiontok.doctor": "doctor",
@@ -83,13 +84,14 @@ MAY_IMPORT = {
     "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
-    "run": API | {"package", "overlay", "options", "run", "demo", "calibration"},
+    "named": API | {"options", "demo"},
+    "run": API | {"package", "overlay", "options", "named", "run", "demo", "calibration"},
     "conformance": API | {"package", "conformance"},
-    "calibration": API | {"conventions", "calibration"},
+    "calibration": API | {"conventions", "weights", "calibration"},
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
-    "eval": API | {"package", "eval", "demo"},
+    "eval": API | {"package", "named", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.

@@ -167,7 +167,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "run", "cli", "eval", "demo"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo"}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ LAYERS = {
     "visiontok.conformance": "conformance",
     "visiontok.calibration": "calibration",
     "visiontok.calibration.job": "run",
+    "visiontok.statistics": "statistics",
     "visiontok.eval": "eval",
     "visiontok.demo": "demo",
 }
@@ -89,8 +90,9 @@ MAY_IMPORT = {
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
-    "eval": API | {"package", "eval", "demo"},
-    "demo": API | {"package", "options", "calibration", "demo"},
+    "statistics": {"errors", "statistics"},
+    "eval": API | {"package", "statistics", "eval", "demo"},
+    "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -109,6 +111,7 @@ MAY_USE = {
     "clip": {"torch", "open_clip", "transformers"},
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
+    "statistics": {"numpy"},
 }
 
 

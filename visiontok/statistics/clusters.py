@@ -233,8 +233,10 @@ def _interval(value: float, values: np.ndarray, without: Callable[[], np.ndarray
         return Estimate(value, *_quantiles(values, 0.025, 0.975))
     if interval != "bca":
         raise ConfigError(f'interval is {interval!r}: use "percentile" or "bca"')
-    # Half of the samples that tie with the estimate lie below it. A share of 0 or 1 has no normal quantile.
-    below = ((values < value).mean() + (values <= value).mean()) / 2
+    # Half of the samples that tie with the estimate, but for rounding, lie below it. A share of 0 or 1 has no normal
+    # quantile.
+    near = 1e-11 * abs(values).max()
+    below = ((values < value - near).mean() + (values <= value + near).mean()) / 2
     bias = _NORMAL.inv_cdf(float(np.clip(below, 0.5 / len(values), 1 - 0.5 / len(values))))
     acceleration = 0.0
     if np.ptp(values) > 0:  # else there is one cluster, or all are equal

@@ -36,6 +36,9 @@ def mcnemar(hits: np.ndarray, reference: np.ndarray) -> McNemar:
         hits: (Q,), 0 or 1.
         reference: (Q,), those of the baseline.
 
+    Returns:
+        Both p-values are 1 where nothing changed.
+
     Raises:
         ConfigError: a score other than 0 and 1, or different lengths.
 
@@ -55,7 +58,10 @@ def mcnemar(hits: np.ndarray, reference: np.ndarray) -> McNemar:
     for k in range(fewer):
         ways = ways * (n - k) // (k + 1)
         tail += ways
-    return McNemar(gained, lost, min(2 * tail / 2**n, 1.0), (2 * tail - ways) / 2**n)
+    p, as_seen = min(2 * tail / 2**n, 1.0), ways / 2**n
+    # What is as extreme as what was seen is one case where gains and losses are equal, and two elsewhere.
+    mid_p = p - (as_seen / 2 if gained == lost else as_seen) if n else 1.0
+    return McNemar(gained, lost, p, mid_p)
 
 
 @dataclass(frozen=True)

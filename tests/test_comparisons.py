@@ -330,6 +330,8 @@ def test_relative_scores_by_hand():
     assert (found.low, found.high) == (0.5, 1.0)
     assert relative_score([same]) == relative_score([same, same])
     assert relative_score([same]).low == 1.0
+    runs = Paired(np.array([[1, 0, 1, 0], [1, 1, 1, 1]]), np.ones(4), np.arange(4))
+    assert relative_score([runs]).value == 0.75
 
 
 def test_tasks_are_drawn_independently():
@@ -441,6 +443,14 @@ def test_simulated_tests_find_the_detectable_difference_as_often_as_said(n, disc
     assert found == pytest.approx(power, abs=0.04)
 
 
+@pytest.mark.parametrize(("n", "discordance", "power"), [(12, 1.0, 0.8), (40, 0.3, 0.9), (500, 0.1, 0.5)])
+def test_the_detectable_difference_solves_its_equation(n, discordance, power):
+    """The test's threshold, 1.96 errors of no difference, is where its power says in the distribution of this one."""
+    d = minimum_detectable(n, discordance, power)
+    threshold, spread = 1.959964 * math.sqrt(discordance / n), math.sqrt((discordance - d**2) / n)
+    assert stats.norm.sf(threshold, d, spread) == pytest.approx(power, abs=1e-6)
+
+
 @pytest.mark.parametrize("n", [30, 200, 5000])
 def test_where_too_little_changes_a_detectable_difference_is_all_that_changes(n):
     d = minimum_detectable(n, 0)
@@ -449,13 +459,14 @@ def test_where_too_little_changes_a_detectable_difference_is_all_that_changes(n)
 
 
 def test_too_few_questions_detect_nothing():
-    assert minimum_detectable(2, 0.5) == math.inf
+    assert minimum_detectable(3, 0.5) == minimum_detectable(3.8, 1.0) == math.inf
+    assert 0.9 < minimum_detectable(4, 0.5) < 1
     with pytest.raises(ConfigError, match="discordance"):
         minimum_detectable(100, 1.5)
     with pytest.raises(ConfigError, match="n must be 1"):
         half_width(0, 0.1)
     with pytest.raises(ConfigError, match="power"):
-        minimum_detectable(100, 0.1, power=0.01)
+        minimum_detectable(100, 0.1, power=0.4)
 
 
 # --------------------------------------------------------------------------------------------------------- comparisons

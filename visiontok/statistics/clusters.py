@@ -38,7 +38,10 @@ class Difference(Estimate):
 
 
 class Paired(NamedTuple):
-    """Scores of a method and of its reference on the questions of one task, and the clusters of these: (Q,) each."""
+    """Scores of a method and of its reference on the questions of one task, and the clusters of these.
+
+    Scores are (Q,), or (R, Q) of R runs that are averaged; `cluster` is (Q,), equal for questions that belong together.
+    """
 
     scores: np.ndarray
     reference: np.ndarray
@@ -276,7 +279,9 @@ def _all_signs(clusters: int) -> np.ndarray:
 
 def _blocks(draw: Draw, clusters: int, draws: int, seed: int) -> Iterable[np.ndarray]:
     """Random numbers (draws, clusters), some rows at a time: the same rows however they are cut."""
-    return (_kept if clusters * draws <= _KEPT else _in_turn)(draw, clusters, draws, seed)
+    if clusters * draws <= _KEPT:
+        return _kept(draw, clusters, draws, seed)
+    return _in_turn(draw, clusters, draws, seed)
 
 
 def _in_turn(draw: Draw, clusters: int, draws: int, seed: int) -> Iterator[np.ndarray]:

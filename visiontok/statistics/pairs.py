@@ -171,7 +171,7 @@ def minimum_detectable(n: float, discordance: float, power: float = 0.8, alpha: 
         alpha: how often one is found where none is.
 
     Returns:
-        The difference, as a score; infinity where not even the largest could be found.
+        The difference, as a score; infinity where no difference could be found, as in fewer than 4 questions.
 
     Raises:
         ConfigError: an argument out of range.
@@ -181,15 +181,14 @@ def minimum_detectable(n: float, discordance: float, power: float = 0.8, alpha: 
         solved for the difference.
     """
     _check_design(n, discordance)
-    if not 0 < alpha < power < 1:
-        raise ConfigError(f"power {power} and alpha {alpha} must be probabilities, alpha the smaller one")
+    if not 0 < alpha < 0.5 <= power < 1:
+        raise ConfigError(f"power must be from 0.5 to 1 and alpha from 0 to 0.5, got {power} and {alpha}")
     reach, find = _NORMAL.inv_cdf(1 - alpha / 2), _NORMAL.inv_cdf(power)
-    if n + find**2 <= reach**2:
+    if n < reach**2:
         return math.inf
     # reach · √discordance + find · √(discordance - d²) = d · √n, the test's threshold and its spread, solved for d
     unit = (reach * math.sqrt(n) + find * math.sqrt(n + find**2 - reach**2)) / (n + find**2)
-    found = unit * math.sqrt(max(discordance, unit**2))
-    return found if found <= 1 else math.inf
+    return unit * math.sqrt(max(discordance, unit**2))
 
 
 def half_width(n: float, discordance: float) -> float:

@@ -532,6 +532,12 @@ def test_answers_have_lengths():
     assert relative_score([Paired(now, before, np.arange(3))]).value == 1.5
 
 
+def test_a_single_question_tells_nothing():
+    found = compare(Paired(np.array([1]), np.array([0]), np.array(["picture"])), draws=9)
+    assert (found.difference.value, found.difference.p, found.detectable) == (1.0, 1.0, math.inf)
+    assert not found.noninferiority.shown
+
+
 @pytest.mark.parametrize("scores", [np.array([1, np.nan]), np.array([1, np.inf])])
 def test_a_missing_score_is_refused(scores):
     with pytest.raises(ConfigError, match="must be numbers"):

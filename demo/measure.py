@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import statistics
+from visiontok import statistics
+
 from .architectures import ARCHITECTURES
 from .model import Architecture, load
 from .packing import answer_logits, answered, pack

@@ -51,6 +51,7 @@ LAYERS = {
     "visiontok.conformance": "conformance",
     "visiontok.calibration": "calibration",
     "visiontok.calibration.job": "run",
+    "visiontok.statistics": "statistics",
     "visiontok.eval": "eval",
     "visiontok.demo": "demo",
 }
@@ -91,8 +92,9 @@ MAY_IMPORT = {
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
-    "eval": API | {"package", "named", "weights", "eval", "demo"},
-    "demo": API | {"package", "options", "calibration", "demo"},
+    "statistics": {"errors", "statistics"},
+    "eval": API | {"package", "named", "statistics", "weights", "eval", "demo"},
+    "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -111,6 +113,7 @@ MAY_USE = {
     "clip": {"torch", "open_clip", "transformers"},
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
+    "statistics": {"numpy"},
 }
 
 

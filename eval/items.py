@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL.Image import Image as RGB
+import PIL.Image
 
 from visiontok.errors import ImageError
 from visiontok.images import load_image
@@ -25,7 +25,7 @@ class Image(Protocol):
     @property
     def name(self) -> str: ...
 
-    def open(self) -> RGB:
+    def open(self) -> PIL.Image.Image:
         """The picture in mode "RGB".
 
         Raises:
@@ -100,7 +100,7 @@ class Stored:
         except binascii.Error as error:
             raise ImageError(f"{self.name}: its base64 is broken ({error}); export the file again") from error
 
-    def open(self) -> RGB:
+    def open(self) -> PIL.Image.Image:
         data = self.data()
         try:
             return load_image(data, as_stored=True)

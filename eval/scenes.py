@@ -6,8 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL.Image import Image as RGB
-from PIL.Image import fromarray
+import PIL.Image
 
 from visiontok.errors import ConfigError
 
@@ -36,14 +35,14 @@ class Scene:
     def name(self) -> str:
         return f"{self.split}-{self.number}"
 
-    def open(self) -> RGB:
+    def open(self) -> PIL.Image.Image:
         """The picture, 144 x 144."""
         return _drawn(self.split, self.number // _AT_ONCE)[self.number % _AT_ONCE].copy()
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """The first scenes of a split of `visiontok.demo`, with all questions that `visiontok.demo.measure` asks about them.
+    """The first scenes of a split of `visiontok.demo`, with all the questions that it is measured with there.
 
     Only first questions: "turns", conversations, is no split here.
 
@@ -97,8 +96,8 @@ def _layout(split: str, start: int, end: int) -> Layout:
 
 
 @functools.lru_cache(maxsize=8)
-def _drawn(split: str, chunk: int) -> list[RGB]:
+def _drawn(split: str, chunk: int) -> list[PIL.Image.Image]:
     from visiontok.demo.raster import paint
 
     pixels = paint(_layout(split, chunk * _AT_ONCE, (chunk + 1) * _AT_ONCE)).pixels
-    return [fromarray(picture) for picture in pixels.numpy()]
+    return [PIL.Image.fromarray(picture) for picture in pixels.numpy()]

@@ -42,8 +42,8 @@ def read(source: str, columns: Collection[str], pictures: Collection[str]) -> li
     """The rows of a local data set.
 
     Args:
-        source: a JSON Lines, JSON (a list of objects, or {"data": [...]}), CSV, TSV (as VLMEvalKit has them: pictures in
-            base64, or the index of the row that has the same) or Parquet file, or a folder with one such file or the
+        source: a JSON Lines, JSON (a list of objects, or {"data": [...]}), CSV, TSV (as VLMEvalKit has them: pictures
+            in base64, or the index of the row that has the same) or Parquet file, or a folder with one such file or the
             shards of one. Paths of pictures are relative to the file, or to the folder `images` beside it.
         columns: those that are needed, where the file has them.
         pictures: those of them that hold pictures.
@@ -79,13 +79,13 @@ def _files(folder: Path) -> list[Path]:
     if len(texts) != 1 or shards:
         found = ", ".join(file.name for file in (*texts, *shards)) or "nothing that could be"
         raise ConfigError(
-            f"data={str(folder)!r}: must hold one file with the questions ({', '.join(_TEXT)}, or .parquet shards), but "
-            f"has {found}; give the path of the file"
+            f"data={str(folder)!r}: must hold one file with the questions ({', '.join(_TEXT)}, or .parquet shards), "
+            f"but has {found}; give the path of the file"
         )
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------------- text files
+# ----------------------------------------------------------------------------------------------------------- text files
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _cells(header: list[str], separator: str, text: str) -> Mapping[str, Any]:
     return dict(zip(header, cells, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- Parquet and hub
+# ------------------------------------------------------------------------------------------------------ Parquet and hub
 
 
 def _parquet(file: Path, columns: Collection[str], pictures: Collection[str]) -> list[Row]:
@@ -348,8 +348,8 @@ def _load(hub: Hub, config: str | None, split: str) -> Any:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{hub.id}: cannot be loaded from the hub ({reason}); check the network and your login (`hf auth login`), or "
-            "give the path of a local copy as the data"
+            f"{hub.id}: cannot be loaded from the hub ({reason}); check the network and your login (`hf auth login`), "
+            "or give the path of a local copy as the data"
         ) from error
 
 

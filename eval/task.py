@@ -1,7 +1,7 @@
 """Tasks: which questions a benchmark asks, in which words, and what their answers are compared with.
 
-A task is a YAML file; those in `eval/tasks` are built in. Its keys are the fields of `Task`, and `base`, the name of a task
-whose keys it takes over where it has none of its own. See `Task` for what they mean.
+A task is a YAML file; those in `eval/tasks` are built in. Its keys are the fields of `Task`, and `base`, the name of a
+task whose keys it takes over where it has none of its own. See `Task` for what they mean.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Task:
     """A benchmark.
 
     An entry of `fields` and `groups` says where a value comes from: the name of a column, or a template with columns in
-    braces ("{set_id}-{figure_id}", "{index%1000000}" for the remainder, "{row}" for the row's number from 0, "{image}" for
-    the name of the picture, "{nth}" to count the rows that are else alike), or a list of these, of which the first counts
-    whose columns the row has.
+    braces ("{set_id}-{figure_id}", "{index%1000000}" for the remainder, "{row}" for the row's number from 0, "{image}"
+    for the name of the picture, "{nth}" to count the rows that are else alike), or a list of these, of which the first
+    counts whose columns the row has.
 
     Attributes:
         name: of the file.
@@ -77,14 +77,14 @@ class Task:
         max_new_tokens: longest answer.
         prompts: family (`model_type` of the model's configuration) or "default" → template with {question}, {hint},
             {ocr} and {options}. Where questions with options and without are mixed, a mapping of "choice" and "open".
-        target: what `answer` is: "text"; "texts", several accepted ones; "choice", the letter or the index of one of the
-            options; "box", x, y, width and height in pixels.
+        target: what `answer` is: "text"; "texts", several accepted ones; "choice", the letter or the index of one of
+            the options; "box", x, y, width and height in pixels.
         hub: the data set.
         scenes: questions about scenes of the embedded models, drawn instead of loaded.
         fields: what a question is made of: "id", "cluster", "image" (a list of columns for several, of which those are
             shown that the question names as <image 1>, …), "question", "hint", "ocr", "options" (a column with a list)
-            or "option_columns" (one for each), "answer" and "size" (a template "{width}x{height}"; without it boxes take
-            the picture's).
+            or "option_columns" (one for each), "answer" and "size" (a template "{width}x{height}"; without it boxes
+            take the picture's).
         groups: what results are broken down by.
         clean: what is done to questions.
         wrap: how "hint" and "ocr" enter a prompt where a question has them, with {} for the text.
@@ -129,8 +129,8 @@ class Task:
         """The questions, in the order of the data set.
 
         Args:
-            source: a file or folder as `visiontok.eval.tables.read` takes them; None loads the data set from the hub, or
-                draws it.
+            source: a file or folder as `visiontok.eval.tables.read` takes them; None loads the data set from the hub,
+                or draws it.
             family: `model_type` of the model, for which a task may have a prompt of its own.
             limit: only the first so many.
 
@@ -158,8 +158,8 @@ class Task:
             item = self._item(row, template, alike)
             if item.id in items:
                 raise ConfigError(
-                    f"{row.where}: the id {item.id!r} (from {self.fields['id']!r}) was there before; ids must be unique: "
-                    "remove the repeated row"
+                    f"{row.where}: the id {item.id!r} (from {self.fields['id']!r}) was there before; remove the "
+                    "repeated row"
                 )
             items[item.id] = item
             if len(items) == limit:
@@ -170,7 +170,7 @@ class Task:
             )
         return tuple(items.values())
 
-    # ------------------------------------------------------------------------------------------------------- its columns
+    # ------------------------------------------------------------------------------------------------------ its columns
 
     @property
     def _pictures(self) -> tuple[str, ...]:
@@ -240,7 +240,7 @@ class Task:
             return text.replace("{nth}", str(alike[text] - 1))
         return text
 
-    # --------------------------------------------------------------------------------------------------------- one question
+    # ----------------------------------------------------------------------------------------------------- one question
 
     def _item(self, row: Row, template: str | Mapping[str, str], alike: Counter[str]) -> Item:
         id_ = str(self._value(row, "id", self.fields["id"], alike))
@@ -376,7 +376,7 @@ def _columns_of(template: str) -> list[str]:
     return [name for name, _ in _COLUMN.findall(template) if name not in ("row", "nth")]
 
 
-# ------------------------------------------------------------------------------------------------------------- from YAML
+# ------------------------------------------------------------------------------------------------------------ from YAML
 
 
 def names() -> list[str]:

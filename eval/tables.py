@@ -109,7 +109,8 @@ def _text(file: Path, pictures: Collection[str]) -> list[Row]:
     reader = {".jsonl": _json_lines, ".json": _json}.get(kind) or functools.partial(
         _separated, separator="\t" if kind == ".tsv" else ","
     )
-    rows, holders = [], {}  # holders: index → the row's picture, which other rows may refer to
+    rows: list[Row] = []
+    holders: dict[str, tuple[Stored, ...]] = {}  # index → the row's picture, which other rows may refer to
     try:
         for number, (where, values, span) in enumerate(reader(file)):
             seen = dict(values)

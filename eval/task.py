@@ -34,7 +34,7 @@ _FIELDS = ("id", "cluster", "image", "question", "hint", "ocr", "options", "opti
 _GAPS = ("question", "hint", "ocr", "options")  # of a prompt
 _GAP = re.compile(r"\{(\w+)\}")
 _COLUMN = re.compile(r"\{([^{}%]+)(?:%(\d+))?\}")
-_MISSING = (None, "", "nan", "None")
+_MISSING = (None, "", "nan")
 
 Entry = str | tuple[str, ...]
 
@@ -267,26 +267,27 @@ class Task:
     def _optional(self, row: Row, name: str) -> str:
         """Hint or OCR tokens as they enter the prompt; empty where the question has none."""
         value = next((row.values[one] for one in _each(self.fields.get(name, ())) if one in row.values), None)
-        parts = tables.listed(value)
+        parts = tables.listed(value) if name == "ocr" else None
         value = ", ".join(map(str, parts)) if parts is not None else value
         return "" if _missing(value) else self.wrap[name].replace("{}", str(value))
 
     def _choices(self, row: Row) -> tuple[str, ...]:
         """The texts of the options; none where the question is open."""
-        column, columns = self.fields.get("options"), _each(self.fields.get("option_columns", ()))
-        if column in row.values:
+        lists, columns = _each(self.fields.get("options", ())), _each(self.fields.get("option_columns", ()))
+        column = next((name for name in lists if name in row.values), None)
+        if column is not None:
             found = tables.listed(row.values[column])
             if found is None:
                 raise ConfigError(
                     f"{row.where}: {column}={row.values[column]!r} is no list of options; write it as JSON"
                 )
             return tuple(map(str, found))
-        if column is None and not columns:
+        if not lists and not columns:
             return ()
         cells = [row.values[name] for name in columns if name in row.values]
         texts = tuple(str(cell) for cell in cells if not _missing(cell))
         if not texts:
-            raise self._no_column(row, "options", column or columns[0])
+            raise self._no_column(row, "options", (*lists, *columns)[0])
         if any(_missing(cell) for cell in cells[: len(texts)]):
             raise ConfigError(f"{row.where}: an option before the last is missing; fill {', '.join(columns)} in order")
         return texts

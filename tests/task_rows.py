@@ -71,7 +71,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"question_id": "val_2.jpg", "question": "Which?", "answers": TEN, "category": "other", "image": Picture(2)},
     ],
     "scienceqa-img": [
-        {"question": "Which?", "hint": "Look at it.", "choices": ABC, "answer": 1, "subject": "natural science",
+        {"question": "Which?", "hint": "[1, 2]", "choices": ABC, "answer": 1, "subject": "natural science",
          "image": Picture(0)},
         {"question": "Which two?", "hint": "", "choices": ABC[:2], "answer": 0, "subject": "social science",
          "image": Picture(1)},
@@ -99,7 +99,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
          "answer": "B", "category": "ocr", "L2-category": "perception", "image": Picture(0)},
         {"index": 1000241, "question": "Which?", "hint": "It is small.", "A": "cow", "B": "ant", "C": "bee", "D": "nan",
          "answer": "C", "category": "ocr", "L2-category": "perception", "image": Picture(0)},
-        {"index": 252, "question": "Why?", "hint": "nan", "A": "[1, 2]", "B": "bee", "C": None, "D": None,
+        {"index": 252, "question": "Why?", "hint": "nan", "A": "[1, 2]", "B": "None", "C": None, "D": None,
          "answer": "A", "category": "logic", "L2-category": "reasoning", "image": Picture(1)},
     ],
     "seed": [
@@ -196,7 +196,7 @@ _MMBENCH = (
     ("241", "It is small. Which?", LINES, right("B", choices=ABC), "241", "ocr", "perception", 0),
     ("1000241", "It is small. Which?", "\nA. cow\nB. ant\nC. bee", right("C", choices=["cow", "ant", "bee"]), "241",
      "ocr", "perception", 0),
-    ("252", "Why?", "\nA. [1, 2]\nB. bee", right("A", choices=["[1, 2]", "bee"]), "252", "logic", "reasoning", 1),
+    ("252", "Why?", "\nA. [1, 2]\nB. None", right("A", choices=["[1, 2]", "None"]), "252", "logic", "reasoning", 1),
 )  # fmt: skip
 _CHINESE = "\n\n请直接使用所提供的选项字母作为答案回答。"
 _OCR_LINE = "\nReference OCR token: "
@@ -230,7 +230,7 @@ EXPECTED: dict[str, list[Expected]] = {
             [("Ok. what is this?", "other"), ("Can you see?", "unanswerable"), ("Which?", "other")])
     ],
     "scienceqa-img": [
-        Expected("0", f"Context: Look at it.\nWhich?{LINES}{LETTER}", right("B", choices=ABC), "0",
+        Expected("0", f"Context: [1, 2]\nWhich?{LINES}{LETTER}", right("B", choices=ABC), "0",
                  {"category": "natural science"}),
         Expected("1", f"Which two?\nA. ant\nB. bee{LETTER}", right("A", choices=ABC[:2]), "1",
                  {"category": "social science"}, (1,)),

@@ -51,6 +51,7 @@ LAYERS = {
     "visiontok.calibration": "calibration",
     "visiontok.calibration.job": "run",
     "visiontok.eval": "eval",
+    "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
 }
 
@@ -89,7 +90,8 @@ MAY_IMPORT = {
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
-    "eval": API | {"package", "eval", "demo"},
+    "scoring": {"errors", "scoring"},
+    "eval": API | {"package", "scoring", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
@@ -109,6 +111,7 @@ MAY_USE = {
     "clip": {"torch", "open_clip", "transformers"},
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
+    "scoring": {"pycocoevalcap"},
 }
 
 

@@ -6,18 +6,27 @@ Another folder with a metrics.json of the same format is tested with VISIONTOK_G
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from visiontok.eval.scoring import (
+    DIALECTS,
+    METRICS,
+    Mark,
     Metric,
     Target,
     anls,
     chartqa,
+    choice,
     exact,
+    grounding,
     letters,
     metric,
     mmmu,
@@ -27,6 +36,8 @@ from visiontok.eval.scoring import (
     vqa,
     yes_no,
 )
+
+from visiontok.errors import ConfigError
 
 HERE = Path(__file__).parent / "golden"
 FOLDERS = sorted({HERE, Path(os.environ.get("VISIONTOK_GOLDEN", HERE))})
@@ -44,7 +55,7 @@ def answers(row: Row) -> tuple[str, ...]:
     return (row["answer"],) if isinstance(row["answer"], str) else tuple(row["answer"])
 
 
-# ---------------------------------------------------------- golden tables: section → column → what we have in the row
+# ------------------------------------------------------------ golden tables: section → column → what we have in the row
 
 Column = Callable[[Row, Row], Any]  # row, section
 INPUTS = {"raw", "pred", "answers", "target", "answer", "dataset", "answer_index", "n_choices"}
@@ -197,7 +208,7 @@ def test_every_golden_vector_of_the_repository_is_there() -> None:
     }
 
 
-# ----------------------------------------------------------------------------- vectors of the specification, part A4
+# -------------------------------------------------------------------------------- vectors of the specification, part A4
 
 NORMALISED = [  # raw, EvalAI, EvalAI without its first step, VLMEvalKit
     ("Two dogs.", "2 dogs", "2 dogs", "2 dogs"),
@@ -381,3 +392,311 @@ VECTORS: dict[Callable[..., Any], list[Vector]] = {
 def test_vector(function: Callable[..., Any], vector: Vector) -> None:
     *arguments, expected = vector
     assert function(*arguments) == (pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ summaries
+
+
+def yes_no_targets(*right: str, **groups: str) -> list[Target]:
+    return [Target(answers=(answer,), groups=groups) for answer in right]
+
+
+def test_pope_of_the_specification() -> None:
+    predictions = ["yes", "yes", "no", "no", "yes.", "yes"]
+    ours = summary(metric("pope", "lmms-eval"), predictions, yes_no_targets("yes", "no", "no", "yes", "yes", "yes"))
+    expected = {"accuracy": 1 / 2, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "lmms_yes_ratio": 2 / 3}
+    assert {key: ours[key] for key in expected} == pytest.approx(expected)
+    assert ours["yes_ratio"] == 3 / 6  # of what the model said: "yes." is not read
+    assert ours["unparsed"] == pytest.approx(1 / 6)
+
+
+def test_pope_by_category() -> None:
+    targets = yes_no_targets("yes", "no", category="random")
+    targets += yes_no_targets("yes", "no", category="popular,adversarial")
+    ours = summary(metric("pope", "vlmevalkit"), ["Yes.", "No.", "No.", "Unsure"], targets)
+    assert [ours[f"f1/{name}"] for name in ("random", "popular", "adversarial")] == [1, 0, 0]
+    assert ours["f1/mean"] == pytest.approx(1 / 3)
+    # A question of two categories counts twice: 1 true positive, 2 false negatives.
+    assert (ours["precision"], ours["recall"], ours["f1"]) == (1, pytest.approx(1 / 3), 0.5)
+
+
+def mme_targets(category: str, image: str) -> list[Target]:
+    return yes_no_targets("Yes", "No", category=category, image=image)
+
+
+def test_mme_of_the_specification() -> None:
+    targets = mme_targets("OCR", "1") + mme_targets("OCR", "2")
+    ours = summary(metric("mme", "lmms-eval"), ["Yes", "no", "yes", "yes"], targets)
+    assert (ours["score/OCR"], ours["perception"], ours["cognition"]) == (125, 125, 0)
+
+
+def test_mme_tells_images_of_one_name_apart_by_category() -> None:
+    targets = mme_targets("count", "0001") + mme_targets("code_reasoning", "0001")
+    ours = summary(metric("mme", "official"), ["Yes", "No", "No", "No"], targets)
+    assert (ours["perception"], ours["cognition"], ours["total"]) == (200, 50, 250)
+
+
+def test_mme_asks_twice() -> None:
+    with pytest.raises(ConfigError, match="image '1' of 'OCR' has 1 questions"):
+        summary(metric("mme", "official"), ["Yes"], mme_targets("OCR", "1")[:1])
+
+
+def rotations(**answer_by_index: str) -> list[Target]:
+    options = ("cat", "dog", "bird", "zebra")
+    return [
+        Target(answers=(answer,), choices=options, groups={"index": index.strip("i"), "category": "pets"})
+        for index, answer in answer_by_index.items()
+    ]
+
+
+@pytest.mark.parametrize("dialect", METRICS["mmbench"])
+def test_circular_of_the_specification(dialect: str) -> None:
+    targets = rotations(i1="A", i1000001="D", i2="B", i1000002="A")
+    ours = summary(metric("mmbench", dialect), ["A", "D.", "(B)", "B"], targets)
+    assert (ours["circular"], ours["vanilla"], ours["circular/pets"]) == (0.5, 1, 0.5)
+
+
+def test_circular_needs_the_first_rotation() -> None:
+    with pytest.raises(ConfigError, match="question 1 has 0 entries"):
+        summary(metric("mmbench", "lmms-eval"), ["A"], rotations(i1000001="A"))
+    with pytest.raises(ConfigError, match="'one' is no number"):
+        summary(metric("mmbench", "lmms-eval"), ["A"], rotations(one="A"))
+
+
+def test_hallusionbench() -> None:
+    # Two figures with two questions each; what is wrong is question 1 on figure 2.
+    targets = [
+        Target(
+            answers=("Yes",),
+            groups={"category": "VS", "subcategory": "map", "set": "0", "figure": figure, "question": question},
+        )
+        for figure in "12"
+        for question in "01"
+    ]
+    ours = summary(metric("hallusionbench", "vlmevalkit"), ["Yes", "Yes", "Yes", "Perhaps"], targets)
+    assert ours == {"aAcc": 0.75, "fAcc": 0.5, "qAcc": 0.5, "unparsed": 0.25}
+
+
+def test_mvbench_counts_the_silent_as_wrong_and_says_what_the_peer_says() -> None:
+    ours = summary(metric("mvbench", "lmms-eval"), ["B", ""], [Target(answers=("B",))] * 2)
+    assert (ours["accuracy"], ours["lmms_accuracy"]) == (0.5, 1)
+
+
+def test_mmstar_weighs_categories_equally() -> None:
+    targets = [Target(answers=("A",), groups={"category": category}) for category in ("math", "math", "math", "logic")]
+    ours = summary(metric("mmstar", "lmms-eval"), ["A", "A", "A", "B"], targets)
+    assert (ours["accuracy"], ours["macro_accuracy"]) == (0.75, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [("(B)", "B", 1), ("It is B.", "B", 1), ("C", "B", 0), ("Two.", "two", 1), ("Blue", "B", 1), ("3", "2", 0)],
+)
+def test_realworldqa(prediction: str, answer: str, right: float) -> None:
+    assert score("realworldqa", "lmms-eval", prediction, answers=(answer,)) == right
+
+
+def test_mmmu_guesses_the_same_for_every_method_and_says_so() -> None:
+    targets = [Target(answers=("A",), choices=("cat", "dog"), id=f"validation_Art_{i}") for i in range(200)]
+    ours = summary(metric("mmmu", "official"), ["b"] * 200, targets)
+    assert ours == summary(metric("mmmu", "lmms-eval"), ["?"] * 200, targets)
+    assert ours["unparsed"] == 1
+    assert 0.3 < ours["accuracy"] < 0.7
+    assert ours["accuracy_without_guesses"] == 0
+    with pytest.raises(ConfigError, match="an id is needed"):
+        score("mmmu", "official", "b", answers=("A",), choices=("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("So the area is 1,234.", "1234", True),
+        ("x = 2.5\ny = 3.004", "3", True),  # two decimals, from the last line, in which = leads
+        ("x = 2.5\nthis is it", "2.5", False),
+        ("Therefore the Bank of England", "bank", True),
+        ("it is ?\nso be it", "?", False),  # a mark alone is no answer
+        ("it is 5e2", "500", True),
+        ("grade a", "a", True),
+        ("grade", "a", False),  # one letter needs a space beside it
+    ],
+)
+def test_mmmu_open_answers(prediction: str, answer: str, right: bool) -> None:
+    assert mmmu.open_is_right(prediction, (answer,)) is right
+
+
+# ------------------------------------------------------------------------------------------------------------ grounding
+
+HALF = (0.0, 0.0, 50.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "seen"),
+    [
+        ("grounding-pixels", "[0, 0, 50, 100]", None),
+        ("grounding-pixels", '{"bbox_2d": [0, 0, 112, 448]}', (224, 448)),
+        ("grounding-1000", "<box>(0,0),(500,1000)</box>", None),
+        ("grounding-1000", "<box>(0,0),(500,1000)</box>", (224, 448)),  # relative to whatever the model saw
+        ("grounding-unit", "It is at [0, 0.0, 0.50, 1].", None),
+    ],
+)
+def test_boxes_in_all_units(name: str, prediction: str, seen: tuple[int, int] | None) -> None:
+    target = Target(box=HALF, size=(100, 100), seen=seen)
+    assert summary(metric(name, "official"), [prediction], [target]) == {"accuracy": 1, "unparsed": 0, "mean_iou": 1}
+
+
+def test_grounding_at_and_below_one_half() -> None:
+    targets = [Target(box=HALF, size=(100, 100))] * 3
+    predictions = ["[0,0,25,100]", "[0,0,24,100]", "on the left, at 3"]
+    ours = summary(metric("grounding-pixels", "official"), predictions, targets)
+    assert ours == pytest.approx({"accuracy": 1 / 3, "unparsed": 1 / 3, "mean_iou": (0.5 + 0.48) / 3})
+    with pytest.raises(ConfigError, match="needs box and size"):
+        score("grounding-pixels", "official", "[1,2,3,4]")
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+
+def test_unknown_names_and_dialects_say_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="metric='vqa' is unknown; there are ai2d, anls"):
+        metric("vqa", "official")
+    with pytest.raises(ConfigError, match="'llava' does not exist for metric 'mme'; it has official, lmms-eval"):
+        metric("mme", "llava")
+
+
+ALL = [pytest.param(found, id=f"{name}-{d}") for name, dialects in METRICS.items() for d, found in dialects.items()]
+GROUPS = {"category": "count", "image": "1", "index": "1", "dataset": "x"}
+GROUPS |= {"subcategory": "ocr", "set": "0", "figure": "1", "question": "1"}
+
+
+YES_NO = {"pope", "mme", "hallusionbench"}
+LETTERS = {"mmbench", "mmmu", *(found.name for found in choice.METRICS)}
+
+
+def asked(found: Metric, answer: str, **groups: str) -> Target:
+    answers = (answer,) * (10 if found.name in {"vqav2", "textvqa", "vizwiz"} else 1)
+    choices = ("cat", "dog", "bird", "zebra")
+    box = {"box": (0, 0, 1, 1), "size": (1, 1)} if found.name.startswith("grounding") else {}
+    return Target(answers=answers, choices=choices, id="7", groups=GROUPS | groups, **box)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("found", ALL)
+def test_every_metric_marks_and_sums_up(found: Metric) -> None:
+    assert found.dialect in DIALECTS
+    if found.name in YES_NO:
+        good, bad = ("yes", "no")
+    elif found.name.startswith("grounding"):
+        edge = 1000 if found.name.endswith("1000") else 1
+        good, bad = f"[0, 0, {edge}, {edge}]", "nowhere"
+    elif found.name in LETTERS:
+        good, bad = ("B", "C")
+    else:
+        good, bad = ("dog", "cat")
+    targets = [asked(found, good, image=str(i // 2), index=str(i), question=str(i)) for i in range(4)]
+    for predictions, expected in ([good] * 4, 1.0), ([bad] * 4, 0.0):
+        marks = [found.score(prediction, target) for prediction, target in zip(predictions, targets, strict=True)]
+        assert [mark.score for mark in marks] == [expected] * 4
+        assert found.aggregate(marks, targets)[found.headline] == expected * (200 if found.name == "mme" else 1)
+    with pytest.raises(ConfigError, match="at least one"):
+        found.aggregate([], [])
+
+
+@pytest.mark.parametrize("found", ALL)
+def test_the_order_of_questions_never_shows(found: Metric) -> None:
+    rng = random.Random(0)
+    right = ("yes", "no") if found.name in YES_NO else ("B", "C")
+    groups = [{"image": str(i // 2), "index": str(i), "question": str(i), "category": "ab"[i // 6]} for i in range(12)]
+    pairs = []
+    for each in groups:
+        target = asked(found, rng.choice(right), **each)
+        pairs.append((Mark(rng.choice((0.0, 0.3, 0.6, 0.9, 1.0)), rng.choice(("yes", "no", None))), target))
+    if found.name.startswith("grounding"):
+        pairs = [(Mark(mark.score, mark.parsed and "0,0,0.3,1"), target) for mark, target in pairs]
+    expected = found.aggregate(*zip(*pairs, strict=True))
+    for _ in range(3):
+        rng.shuffle(pairs)
+        assert found.aggregate(*zip(*pairs, strict=True)) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- properties
+
+WORDS = st.sampled_from(["yes", "Yes.", "no", "two", "2", "a dog", "dogs", ""])
+TEXT = st.text(alphabet="aB1 .,'-s/?\nß(", max_size=24)
+
+
+@given(prediction=WORDS, ten=st.lists(WORDS, min_size=10, max_size=10), shuffled=st.randoms())
+def test_vqa_scores_are_tenths_of_three(prediction: str, ten: list[str], shuffled: random.Random) -> None:
+    other = ten.copy()
+    shuffled.shuffle(other)
+    for name in ("vqav2", "textvqa", "vizwiz"):
+        for dialect in METRICS[name]:
+            found = score(name, dialect, prediction, answers=tuple(ten))
+            assert found in {0, 0.3, 0.6, 0.9, 1}
+            assert found == score(name, dialect, prediction, answers=tuple(other))
+
+
+@given(prediction=WORDS, answers=st.lists(WORDS, max_size=12))
+def test_soft_accuracy_is_the_mean_over_annotators(prediction: str, answers: list[str]) -> None:
+    left_out = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
+    expected = math.fsum(min(1, others.count(prediction) / 3) for others in left_out) / max(1, len(answers))
+    assert vqa.soft_accuracy(prediction, answers) == pytest.approx(expected, abs=1e-12)
+
+
+@given(prediction=TEXT, accepted=st.lists(TEXT, max_size=4))
+def test_anls_is_zero_or_at_least_one_half(prediction: str, accepted: list[str]) -> None:
+    for dialect in METRICS["anls"]:
+        found = score("anls", dialect, prediction, answers=tuple(accepted))
+        assert found == 0 or 0.5 <= found <= 1
+        assert found == score("anls", dialect, prediction, answers=tuple(reversed(accepted)))
+        assert score("anls", dialect, prediction, answers=(*accepted, prediction)) == 1
+
+
+def recursive_distance(a: str, b: str) -> int:
+    if not a or not b:
+        return len(a) + len(b)
+    if a[0] == b[0]:
+        return recursive_distance(a[1:], b[1:])
+    return 1 + min(recursive_distance(a[1:], b), recursive_distance(a, b[1:]), recursive_distance(a[1:], b[1:]))
+
+
+@given(a=st.text(alphabet="abc", max_size=5), b=st.text(alphabet="abc", max_size=5))
+def test_edit_distance(a: str, b: str) -> None:
+    assert anls.edit_distance(a, b) == anls.edit_distance(b, a) == recursive_distance(a, b)
+
+
+@given(data=st.data())
+def test_circular_is_at_most_vanilla(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    targets = [t for i, n in enumerate(counts) for t in rotations(**{f"i{r * 1000000 + i}": "A" for r in range(n)})]
+    marks = [Mark(float(data.draw(st.booleans())), "A") for _ in targets]
+    ours = metric("mmbench", "lmms-eval").aggregate(marks, targets)
+    assert 0 <= ours["circular"] <= ours["vanilla"] <= 1
+
+
+BOXES = st.tuples(*[st.floats(-100, 100)] * 4)
+
+
+@given(a=BOXES, b=BOXES)
+def test_iou_is_symmetric_and_a_share(a: grounding.Box, b: grounding.Box) -> None:
+    assert 0 <= grounding.iou(a, b) == grounding.iou(b, a) <= 1
+    x1, y1, x2, y2 = a
+    if x2 - x1 > 1e-6 and y2 - y1 > 1e-6:
+        assert grounding.iou(a, a) == 1
+
+
+@given(raw=TEXT)
+def test_all_normalisers_but_one_are_idempotent(raw: str) -> None:
+    for normaliser in (normalise.official, normalise.evalai_untokenised, normalise.vlmevalkit, exact.lmms_form):
+        assert normaliser(normaliser(raw)) == normaliser(raw)
+
+
+def test_evalai_is_not_idempotent() -> None:
+    assert normalise.evalai("hes") == "he's"
+    assert normalise.evalai("he's") == "he 's"
+
+
+@pytest.mark.parametrize("found", ALL)
+@settings(max_examples=20)
+@given(prediction=TEXT)
+def test_any_reply_gets_a_mark(found: Metric, prediction: str) -> None:
+    answer = "no" if found.name in YES_NO else "A"
+    assert 0 <= found.score(prediction, asked(found, answer)).score <= 1

@@ -38,9 +38,9 @@ def aggregate(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
     summary = {"circular": fmean(circular), "vanilla": mean_score(firsts), "unparsed": unparsed(pairs)}
     named = [(hit, pair) for hit, pair in zip(circular, firsts, strict=True) if "category" in pair[1].groups]
     for category in sorted({target.group("category") for _, (_, target) in named}):
-        part = [(hit, mark) for hit, (mark, target) in named if target.group("category") == category]
-        summary[f"circular/{category}"] = fmean(hit for hit, _ in part)
-        summary[f"vanilla/{category}"] = fmean(mark.score for _, mark in part)
+        of_category = [(hit, pair) for hit, pair in named if pair[1].group("category") == category]
+        summary[f"circular/{category}"] = fmean(hit for hit, _ in of_category)
+        summary[f"vanilla/{category}"] = mean_score(pair for _, pair in of_category)
     return summary
 
 

@@ -64,8 +64,8 @@ def _aggregator(*, unread_is_no: bool) -> Aggregator:
 def _with_expected_ratio(aggregate: Aggregator) -> Aggregator:
     def lmms(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
         """As lmms-eval, whose own yes ratio is that of the right answers, whatever the model says."""
-        ratio = fmean(yes_no.expected(target) == "yes" for target in targets)
-        return aggregate(marks, targets) | {"lmms_yes_ratio": ratio}
+        summary = aggregate(marks, targets)
+        return summary | {"lmms_yes_ratio": fmean(yes_no.expected(target) == "yes" for target in targets)}
 
     return lmms
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from . import letters
+from . import guess, letters
 from .base import Aggregator, Mark, Metric, Scorer, Summary, Target, average, equal, macro_average, mean_score, rows
 from .exact import lmms_form
 
+FOUR = ("A", "B", "C", "D")
 Reader = Callable[[str, Target], str | None]
 
 
@@ -30,16 +31,19 @@ def ai2d(prediction: str, target: Target) -> Mark:
 
 
 def realworldqa(prediction: str, target: Target) -> Mark:
-    """lmms-eval: the letter if answer and reply have one; else equality but for case and final periods."""
-    if len(target.answer) == 1 and target.answer.isalpha():
-        found = letters.lmms_shared(prediction)
-        if found:
-            return equal(found, target.answer.upper())
-    return equal(prediction.strip().lower().rstrip("."), target.answer.strip().lower())
+    """lmms-eval: the letter, if the answer is one; else equality but for case and final periods."""
+    answer = target.answer.strip()
+    if answer.upper() in FOUR:
+        return equal(letters.lmms_shared(prediction, FOUR), answer.upper())
+    return equal(prediction.lower().strip().rstrip("."), answer.lower())
+
+
+def longvideobench(prediction: str, target: Target) -> Mark:
+    return guess.mark(letters.first_of_five(prediction), target)
 
 
 def mvbench_average(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
-    """lmms-eval leaves replies without a letter out of the mean, so a model that falls silent looks better.
+    """lmms-eval leaves empty replies out of the mean, so a model that falls silent looks better.
 
     ``accuracy`` counts them as wrong; ``lmms_accuracy`` is the peer's.
     """
@@ -61,10 +65,10 @@ METRICS = (
     _metric("seed", "vlmevalkit", vlmevalkit),
     Metric("ai2d", "lmms-eval", ai2d, average, "accuracy"),
     _metric("ai2d", "vlmevalkit", vlmevalkit),
-    _metric("mmstar", "lmms-eval", lambda text, _: letters.lmms_shared(text), macro_average, "macro_accuracy"),
+    _metric("mmstar", "lmms-eval", lambda text, _: letters.lmms_shared(text, FOUR), macro_average, "macro_accuracy"),
     _metric("mmstar", "vlmevalkit", vlmevalkit),
     Metric("realworldqa", "lmms-eval", realworldqa, average, "accuracy"),
     _metric("realworldqa", "vlmevalkit", vlmevalkit),
-    _metric("longvideobench", "lmms-eval", lambda text, _: letters.first_of_five(text)),
+    Metric("longvideobench", "lmms-eval", longvideobench, guess.aggregate, "accuracy"),
     _metric("mvbench", "lmms-eval", lambda text, _: letters.mvbench(text), mvbench_average, "lmms_accuracy"),
 )

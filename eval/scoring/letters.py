@@ -124,8 +124,13 @@ def mmbench_option(text: str) -> str | None:
 
 
 def mmbench(text: str, options: Mapping[str, str]) -> str | None:
-    """lmms-eval's MMBench without its judge: the letter, else the only option whose text the reply contains."""
+    """lmms-eval's MMBench before it asks its judge: the letter, else the only option whose text the reply contains."""
     return mmbench_option(text) or _by_text(text, options)
+
+
+def mmbench_static(text: str, options: Mapping[str, str]) -> str | None:
+    """lmms-eval's MMBench with "static" evaluation, where its shared reader takes the place of the judge."""
+    return mmbench(text, options) or lmms_shared(text, list(options))
 
 
 def _by_text(text: str, options: Mapping[str, str]) -> str | None:
@@ -176,20 +181,29 @@ def vlmevalkit(text: str, options: Mapping[str, str]) -> str | None:
 # ----------------------------------------------------------------------------------------------- video tasks, lmms-eval
 
 _FIVE = re.compile("[A-E]")
+_DELETED = (
+    *("The best answer is", "The correct answer is", "The answer is", "The answer"),
+    *("The best option is", "The correct option is", "Best answer:", "Best option:"),
+)
 _OPTION = re.compile(r"([A-E])\.\s*.+", re.IGNORECASE)
 _WORD = re.compile(r"\b[A-E]\b", re.IGNORECASE)
 
 
 def first_of_five(text: str) -> str | None:
-    """lmms-eval's LongVideoBench: the first capital A … E anywhere ("Cat" is C)."""
+    """lmms-eval's LongVideoBench: the first capital A … E after some phrases are deleted ("Cat" is C)."""
+    for phrase in _DELETED:
+        text = text.replace(phrase, "")
     found = _FIVE.search(text)
     return found[0] if found else None
 
 
 def mvbench(text: str) -> str | None:
-    """lmms-eval's MVBench: "B. text", else the first of A … E that stands alone, in either case ("A big B" is A)."""
+    """lmms-eval's MVBench: "B. text", else the first of A … E that stands alone, in either case ("A big B" is A).
+
+    A reply without a letter is itself what was read, since only empty ones get special treatment there.
+    """
     option = _OPTION.fullmatch(text.strip())
     if option:
         return option[1].upper()
     found = _WORD.search(punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
-    return found[0].upper() if found else None
+    return found[0].upper() if found else text or None

@@ -1,7 +1,7 @@
 """MMBench: a question counts if it is right with its options in every rotation. (Liu et al., arXiv 2307.06281)
 
-The official evaluation, to which LLaVA submits, is a server; lmms-eval and VLMEvalKit read letters by rule first and
-ask a language model about the rest. Here the rest is wrong, and ``unparsed`` says how much that was.
+The official evaluation, to which LLaVA submits, is a server. lmms-eval and VLMEvalKit read letters by rule and ask a
+language model about the rest; here are lmms-eval's "static" and VLMEvalKit's "exact matching", which ask none.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ METRICS = (
     Metric(
         "mmbench",
         "lmms-eval",
-        scorer(lambda text, target: letters.mmbench(text, target.options)),
+        scorer(lambda text, target: letters.mmbench_static(text, target.options)),
         aggregate,
         "circular",
     ),

@@ -6,13 +6,11 @@ here.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 
-from visiontok.errors import ConfigError
-
-from .base import Mark, Metric, Summary, Target, average, mean_score, rows
+from . import guess
+from .base import Mark, Metric, Target
 
 # ------------------------------------------------------------------------------------------------------ multiple choice
 
@@ -35,16 +33,6 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
         if found:
             return max(found, key=lambda choice: lower.rfind(options[choice].lower()))
     return None
-
-
-def guess(target: Target) -> str:
-    """Where nothing can be read the official script draws an option. Seeded by the question, so that methods which are
-    compared on it draw the same."""
-    if not target.id:
-        raise ConfigError(
-            f"MMMU with answers={target.answers!r}: an id is needed, which seeds the guess of this question"
-        )
-    return random.Random(target.id).choice(list(target.options))
 
 
 # --------------------------------------------------------------------------------------------------------- open answers
@@ -103,21 +91,13 @@ def open_is_right(text: str, answers: Sequence[str]) -> bool:
 
 
 def score(prediction: str, target: Target) -> Mark:
-    """Of a question without choices, the open answer."""
+    """Of a question without choices, the open answer. Where no letter can be read, a guess."""
     if not target.choices:
         return Mark(float(open_is_right(prediction, target.answers)), prediction)
-    parsed = read_choice(prediction, target.options)
-    return Mark(float((parsed or guess(target)) in target.answers), parsed)
-
-
-def aggregate(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
-    """``accuracy`` includes guesses, as published; ``accuracy_without_guesses`` counts them as wrong."""
-    pairs = rows(marks, targets)
-    strict = [(Mark(mark.score if mark.parsed is not None else 0.0, mark.parsed), target) for mark, target in pairs]
-    return average(marks, targets) | {"accuracy_without_guesses": mean_score(strict)}
+    return guess.mark(read_choice(prediction, target.options), target)
 
 
 METRICS = (
-    Metric("mmmu", "official", score, aggregate, "accuracy"),
-    Metric("mmmu", "lmms-eval", score, aggregate, "accuracy"),
+    Metric("mmmu", "official", score, guess.aggregate, "accuracy"),
+    Metric("mmmu", "lmms-eval", score, guess.aggregate, "accuracy"),
 )

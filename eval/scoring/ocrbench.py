@@ -9,7 +9,7 @@ from __future__ import annotations
 from .base import Mark, Metric, Target, average
 
 FORMULAS = "HME100k"  # handwritten formulas: spaces mean nothing, case does
-_ASCII = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # of full-width forms
+_ASCII = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}  # of full-width forms
 
 
 def contains(prediction: str, target: Target) -> bool:
@@ -24,7 +24,9 @@ def contains(prediction: str, target: Target) -> bool:
 
 
 def lmms(prediction: str, target: Target) -> Mark:
-    """Full-width forms of ASCII characters count as those."""
+    """Full-width forms of ASCII characters count as those, except in formulas."""
+    if target.group("dataset") == FORMULAS:
+        return vlmevalkit(prediction, target)
     narrow = Target(answers=tuple(answer.translate(_ASCII) for answer in target.answers), groups=target.groups)
     return Mark(float(contains(prediction.translate(_ASCII), narrow)), prediction)
 

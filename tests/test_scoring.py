@@ -707,6 +707,18 @@ def test_all_normalisers_but_one_are_idempotent(raw: str) -> None:
         assert normaliser(normaliser(raw)) == normaliser(raw)
 
 
+def test_two_commas_between_digits_tell_the_official_normaliser_from_evalai() -> None:
+    assert normalise.official("1,,000") == normalise.vlmevalkit("1,,000") == "1 000"
+    assert normalise.evalai_untokenised("1,,000") == "1000"
+
+
+def test_llava_normalises_what_it_hands_to_the_official_scorer() -> None:
+    ten = {"answers": ("dogs",) * 10}
+    assert (score("vqav2", "official", "Dogs.", **ten), score("vqav2", "llava", "Dogs.", **ten)) == (0, 1)
+    with pytest.raises(ConfigError, match="9 of them"):
+        score("textvqa", "llava", "dogs", answers=("dogs",) * 9)
+
+
 def test_all_vqa_normalisers_spare_the_33rd_period() -> None:
     for normaliser in (normalise.official, normalise.evalai, normalise.vlmevalkit):
         assert normaliser("." * 33 + " x") == ". x"
@@ -723,3 +735,11 @@ def test_evalai_is_not_idempotent() -> None:
 def test_any_reply_gets_a_mark(found: Metric, prediction: str) -> None:
     answer = "no" if found.name in YES_NO else "A"
     assert 0 <= found.score(prediction, asked(found, answer)).score <= 1
+
+
+def test_the_table_of_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
+    listed = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| `")]
+    headlines = [list(dict.fromkeys(found.headline for found in dialects.values())) for dialects in METRICS.values()]
+    assert [(name, dialects) for name, dialects, *_ in listed] == [(f"`{n}`", ", ".join(d)) for n, d in METRICS.items()]
+    assert [list(dict.fromkeys(headline.replace("`", "").split(", "))) for _, _, headline, _ in listed] == headlines

@@ -300,6 +300,9 @@ VECTORS: dict[Callable[..., Any], list[Vector]] = {
         ("the left", "left", 0),
     ],
     named("gqa", "lmms-eval"): [("Yes ", "yes", 1)],  # end to end, since the harness strips
+    named("gqa", "llava"): [("Yes.", "yes", 1), ("yes ", "yes", 0)],
+    named("gqa", "official"): [("yes", "yes", 1), ("Yes", "yes", 0), ("yes.", "yes", 0)],
+    named("mme", "official"): [("Yes", "Yes.", 1)],
     named("gqa", "vlmevalkit"): [("Yes.", "yes", 0), ("Yes ", "yes", 1)],
     pope_lmms: [("no", "no", 1), (" No \n", "no", 1), ("No, there is no dog", "no", 0), ("Yes.", "yes", 0)],
     yes_no.first_sentence: [("No, there is no dog", "no"), ("Yes.", "yes"), ("NO", "yes"), ("none", "yes")],
@@ -330,6 +333,11 @@ VECTORS: dict[Callable[..., Any], list[Vector]] = {
         ("1000", "1,000", "1000", 1),
         ("a  c", "a b", 0.75),  # one edit in four characters, of which one is lost in collapsing
     ],
+    named("anls", "llava"): [("a  b", "a b", 0.75), (" ab ", "ab", 1)],
+    named("anls", "vlmevalkit"): [("a  b", "a b", 1), ("a  c", "a b", 2 / 3)],
+    named("chartqa", "vlmevalkit"): [("yes ", "yes", 1)],
+    lambda text: bare(chartqa, "vlmevalkit")(text, answers=("4", "5")): [("5", 1), ("6", 0)],
+    lambda text: bare(chartqa, "lmms-eval")(text, answers=("yes",)): [("yes ", 0), ("yes", 1)],
     chartqa.relaxed: [
         *[(said, right, True) for said, right in [("10", "10.4"), ("10", "10.5"), ("105", "100"), ("10%", "0.1")]],
         *[(said, right, True) for said, right in [("0", "0"), ("1e2", "100"), ("21.", "21"), ("Yes", "yes")]],
@@ -351,6 +359,10 @@ VECTORS: dict[Callable[..., Any], list[Vector]] = {
     named("scienceqa", "lmms-eval"): [
         *[(text, "B", 1) for text in ("B", "b", "B.", "B. foo", "B ")],
         *[(text, "B", 0) for text in ("(B)", "B) foo", "The answer is B.")],
+    ],
+    lambda text: metric("seed", "vlmevalkit").score(text, Target(answers=("B",), choices=("x", "y"))).parsed: [
+        ("B", "B"),
+        ("Z", None),  # a refusal is nothing read
     ],
     named("seed", "lmms-eval"): [("Because", "B", 1), ("(B)", "B", 0)],
     letters.lmms_shared: [
@@ -375,6 +387,10 @@ VECTORS: dict[Callable[..., Any], list[Vector]] = {
         ("A cat", "A"),
         *[(text, None) for text in ("A or B", "a dog and a cat")],
         *[(text + " Sorry.", "Z") for text in letters._REFUSALS],
+        ("B two three four five", None),  # not among the last four words
+        ("one B three four five", "B"),
+        ("A or B? The correct answer is **B**, so much is clear.", "B"),
+        ("I see a dog " + "and grass " * 3, None),  # longer than twice all options
     ],
     letters.mmbench_option: [("A big red cat here", None), ("**B**", None)],
     lambda text: letters.mmbench_static(text, PETS): [("**B**", "B"), ("A big red cat here", "A"), ("none", None)],
@@ -467,17 +483,18 @@ def test_circular_needs_the_first_rotation() -> None:
 
 
 def test_hallusionbench() -> None:
-    # Two figures with two questions each; what is wrong is question 1 on figure 2.
+    # Two sets of two figures with two questions each; what is wrong is question 1 on figure 2 of the first set.
     targets = [
         Target(
             answers=("Yes",),
-            groups={"category": "VS", "subcategory": "map", "set": "0", "figure": figure, "question": question},
+            groups={"category": "VS", "subcategory": "map", "set": number, "figure": figure, "question": question},
         )
+        for number in "01"
         for figure in "12"
         for question in "01"
     ]
-    ours = summary(metric("hallusionbench", "vlmevalkit"), ["Yes", "Yes", "Yes", "Perhaps"], targets)
-    assert ours == {"aAcc": 0.75, "fAcc": 0.5, "qAcc": 0.5, "unparsed": 0.25}
+    ours = summary(metric("hallusionbench", "vlmevalkit"), ["Yes", "Yes", "Yes", "Perhaps"] + ["Yes"] * 4, targets)
+    assert ours == {"aAcc": 7 / 8, "fAcc": 3 / 4, "qAcc": 3 / 4, "unparsed": 1 / 8}
 
 
 def test_mvbench_counts_the_silent_as_wrong_and_says_what_the_peer_says() -> None:
@@ -547,6 +564,7 @@ HALF = (0.0, 0.0, 50.0, 100.0)
         ("grounding-pixels", '{"bbox_2d": [0, 0, 112, 448]}', (224, 448)),
         ("grounding-1000", "<box>(0,0),(500,1000)</box>", None),
         ("grounding-1000", "<box>(0,0),(500,1000)</box>", (224, 448)),  # relative to whatever the model saw
+        ("grounding-pixels", "image1 0, 0, 50, 100", None),
         ("grounding-unit", "It is at [0, 0.0, 0.50, 1].", None),
     ],
 )

@@ -544,6 +544,7 @@ def test_mmmu_guesses_the_same_for_every_method_and_says_so() -> None:
         ("Therefore the Bank of England", "bank", True),
         ("it is ?\nso be it", "?", False),  # a mark alone is no answer
         ("it is 5e2", "500", True),
+        ("the answer is no bank so river", "bank", False),  # the shortest rest counts
         ("grade a", "a", True),
         ("grade", "a", False),  # one letter needs a space beside it
     ],

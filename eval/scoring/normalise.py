@@ -49,7 +49,7 @@ def official(text: str) -> str:
 
     Idempotent up to 32 periods, as are those below but EvalAI's.
     """
-    return _words(punctuation(_one_line(text)))
+    return _words(punctuation(one_line(text)))
 
 
 def evalai(text: str) -> str:
@@ -63,12 +63,12 @@ def evalai(text: str) -> str:
 
 def evalai_untokenised(text: str) -> str:
     """That of lmms-eval for VQAv2: EvalAI's without its first step. Differs from ``official`` in "1,,000" only."""
-    return _words(punctuation(_one_line(text), comma=_COMMAS))
+    return _words(punctuation(one_line(text), comma=_COMMAS))
 
 
 def vlmevalkit(text: str) -> str:
     """That of VLMEvalKit: the official one, but a period after a digit stays, so "10." is not "10"."""
-    return _words(punctuation(_one_line(text), period=_PERIOD_CORRECTED))
+    return _words(punctuation(one_line(text), period=_PERIOD_CORRECTED))
 
 
 def vlmevalkit_punctuation(text: str) -> str:
@@ -85,7 +85,7 @@ def punctuation(text: str, *, comma: re.Pattern[str] = _COMMA, period: re.Patter
     return period.sub("", result, count=_MOST_PERIODS)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 

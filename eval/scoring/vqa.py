@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from visiontok.errors import ConfigError
 
 from . import normalise
-from .base import Mark, Metric, Scorer, Target, average
+from .base import Mark, Metric, Target, average
 
 Normaliser = Callable[[str], str]
 LLAVA_ANSWERS = 10
@@ -31,7 +31,7 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official VQAv2 scorer, which normalises only where annotators disagree: "Yes" against ten "yes" scores 0."""
-    prediction, answers = _bare(prediction), [_bare(answer) for answer in answers]
+    prediction, answers = normalise.one_line(prediction), [normalise.one_line(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalise.official(prediction), [normalise.official(answer) for answer in answers]
     return soft_accuracy(prediction, answers)
@@ -57,19 +57,11 @@ def normalised(normaliser: Normaliser) -> Callable[[str, Sequence[str]], float]:
     return lambda prediction, answers: soft_accuracy(normaliser(prediction), [normaliser(a) for a in answers])
 
 
-def _bare(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def _scorer(accuracy: Callable[[str, Sequence[str]], float], normaliser: Normaliser) -> Scorer:
+def _metric(name: str, dialect: str, accuracy: Callable[[str, Sequence[str]], float], normaliser: Normaliser) -> Metric:
     def score(prediction: str, target: Target) -> Mark:
         return Mark(accuracy(prediction, target.answers), normaliser(prediction))
 
-    return score
-
-
-def _metric(name: str, dialect: str, accuracy: Callable[[str, Sequence[str]], float], normaliser: Normaliser) -> Metric:
-    return Metric(name, dialect, _scorer(accuracy, normaliser), average, "accuracy")
+    return Metric(name, dialect, score, average, "accuracy")
 
 
 lmms_vqav2 = normalised(normalise.evalai_untokenised)

@@ -17,6 +17,7 @@ from visiontok.api import Compression, compress
 from visiontok.errors import ConfigError, ImageError
 from visiontok.named import Loaded, named_recipe
 
+from .grading import mark, summary
 from .protocol import protocol, short
 from .records import TIMES, Records, Row, digest, keep_protocol, split, write_json
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from visiontok.recipe import Recipe
 
-    from .task import Item, Task
+    from .items import Item
+    from .task import Task
 
 RESULTS = "results.json"
 FULL, BLIND = "full", "blind"
@@ -135,7 +137,7 @@ def run(
     recipe = None if cell.recipe is None else cell.recipe.hash()
     keep_protocol(folder, {"protocol": made, "method": str(cell), "recipe": recipe})
     by_id = {item.id: item for item in items}
-    mark = {"protocol": short(made), "recipe": recipe}
+    stamp = {"protocol": short(made), "recipe": recipe}
     with Records(folder, blocks, rank, world) as records:
         todo = records.missing()
         own = sum(len(blocks[number]) for number in range(rank, len(blocks), world))
@@ -145,7 +147,7 @@ def run(
             for number in todo:
                 part = [by_id[one] for one in blocks[number]]
                 answers = answer(loaded, part, compression, task.max_new_tokens, blind=cell.method == BLIND)
-                rows = [_row(task, item, found) | mark for item, found in zip(part, answers, strict=True)]
+                rows = [_row(task, item, found) | stamp for item, found in zip(part, answers, strict=True)]
                 records.append(number, rows)
                 left -= len(part)
                 if progress is not None:
@@ -239,12 +241,13 @@ def _generate_together(
 
 def _row(task: Task, item: Item, answer: Answer) -> Row:
     """A line of the answers' file."""
-    score = None if answer.error else task.grade(answer.text, item)
+    found = mark(task.metric, task.dialect, answer.text, item.id, item.target, item.groups)
     return {
         "id": item.id,
         "answer": answer.text,
-        "target": item.target,
-        "score": score,
+        "parsed": found.parsed,
+        "score": 0.0 if answer.error else found.score,
+        "target": dict(item.target),
         "cluster": item.cluster,
         "groups": dict(item.groups),
         "answer_tokens": answer.tokens,
@@ -274,7 +277,7 @@ def results(rows: Sequence[Row], task: Task) -> dict[str, Any]:
     return {
         "questions": len(rows),
         "errors": sum(row["error"] is not None for row in rows),
-        "scores": task.aggregate(rows),
+        "scores": summary(task.metric, task.dialect, rows),
         "visual_tokens": statistics.fmean(visual) if visual else None,
         "layer_average": statistics.fmean(kept) if kept else None,
         "answer_tokens": statistics.fmean(row["answer_tokens"] for row in rows),

@@ -53,6 +53,7 @@ LAYERS = {
     "visiontok.calibration.job": "run",
     "visiontok.statistics": "statistics",
     "visiontok.eval": "eval",
+    "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
 }
 
@@ -92,8 +93,9 @@ MAY_IMPORT = {
     "cli": API
     | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
+    "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
-    "eval": API | {"package", "named", "statistics", "weights", "eval", "demo"},
+    "eval": API | {"package", "named", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
@@ -114,6 +116,7 @@ MAY_USE = {
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
     "statistics": {"numpy"},
+    "scoring": {"pycocoevalcap"},
 }
 
 

@@ -20,6 +20,7 @@ from visiontok.named import Loaded, named_recipe
 from .grading import mark, summary
 from .protocol import protocol, short
 from .records import TIMES, Records, Row, digest, keep_protocol, split, write_json
+from .scoring import metric
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -278,6 +279,7 @@ def results(rows: Sequence[Row], task: Task) -> dict[str, Any]:
         "questions": len(rows),
         "errors": sum(row["error"] is not None for row in rows),
         "scores": summary(task.metric, task.dialect, rows),
+        "headline": metric(task.metric, task.dialect).headline,
         "visual_tokens": statistics.fmean(visual) if visual else None,
         "layer_average": statistics.fmean(kept) if kept else None,
         "answer_tokens": statistics.fmean(row["answer_tokens"] for row in rows),

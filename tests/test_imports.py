@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "conformance": API | {"package", "conformance"},
     "calibration": API | {"conventions", "weights", "calibration"},
     "cli": API
-    | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
+    | {"package", "cli", "run", "eval", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},

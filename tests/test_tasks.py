@@ -435,7 +435,7 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
 PLAIN = """
 title: Mine
 version: 1
-metric: exact_match
+metric: gqa
 dialect: lmms-eval
 max_new_tokens: 4
 fields: {id: id, image: image, question: question, answer: answer}
@@ -456,7 +456,7 @@ def test_a_task_file_of_ones_own(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("title: Mine", "title: Mine\ncolour: red", r"mine\.yaml: unknown key 'colour'; a task has base, name, title"),
-        ("metric: exact_match", "", r"mine\.yaml: the key 'metric' is missing"),
+        ("metric: gqa", "", r"mine\.yaml: the key 'metric' is missing"),
         ("version: 1", "version: '1'", "version='1': must be a whole number from 1"),
         ("max_new_tokens: 4", "max_new_tokens: 0", "max_new_tokens=0: must be a whole number"),
         ("title: Mine", "title: 3", "title=3: must be a text"),

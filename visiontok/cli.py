@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
+"""The command line: `visiontok run`, `eval`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -101,6 +101,56 @@ def run(
         _print_json(result.to_dict())
     else:
         result.render(_console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA, the default), `tiny-qwen`."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task, by name or YAML file; may be repeated. Default: scenes.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method or recipe file, `full` (stock) or `blind` (no picture); may be repeated. Default: full, "
+            "random, resize, visiontok."
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Budget, as for `run`; may be repeated. Default: 0.25.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PATH", help="Questions of a task; may be repeated. Default: the hub."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Questions answered together. Default: 16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws of methods. Default: 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. Default: auto.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Answers and results. Default: evaluation.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML with these options; those given here count.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model the questions of benchmarks, once per method and budget; goes on where it was interrupted."""
+    from visiontok.eval.job import Sweep, eval_job
+
+    given = {
+        "model": model, "tasks": task, "methods": method, "keeps": keep, "limit": limit, "batch": batch, "seed": seed,
+        "device": device, "out": out, "data": _parse_options(data) if data else None,
+    }  # fmt: skip
+    sweep = Sweep.of((Sweep.read(config) if config else {}) | {k: v for k, v in given.items() if v is not None})
+    found = eval_job(sweep)
+    if as_json:
+        _print_json(found)
+    else:
+        from visiontok.eval.table import print_results
+
+        print_results(found, _console())
 
 
 @app.command()

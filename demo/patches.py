@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .glyphs import GLYPHS
 from .questions import TOKEN_ID
 from .raster import Pictures
-from .scenes import BACKGROUNDS, COLOR_NAMES, NORMAL, SHAPES, SIDE, Layout, withheld_pair
+from .scenes import BACKGROUNDS, COLOR_NAMES, NORMAL, SHAPES, SIDE, Layout
 
 _COUNTS = 8  # classes of the count head: 0 … 7 or more
 _TABLES = (COLOR_NAMES, SHAPES, GLYPHS, ("sign",))
@@ -123,15 +123,9 @@ class PatchHeads(nn.Module):
         """
         loss = features.new_zeros(())
         accuracies = []
-        colors, shapes = (torch.arange(size, device=features.device) for size in _PRESENT[:2])
-        # What is withheld takes no part in the choice: never right in training, it would be learned as impossible.
-        withheld = F.pad(withheld_pair(colors[:, None], shapes), (1, 0, 1, 0))
-        barred = withheld.T[wanted.words[..., 1]], withheld[wanted.words[..., 0]]
         for column, names in enumerate(_TABLES):
             vectors = torch.cat([self.none[column : column + 1], words[[TOKEN_ID[name] for name in names]]])
             logits, wish = features @ vectors.T, wanted.words[..., column]
-            if column < len(barred):
-                logits = logits.masked_fill(barred[column], -torch.inf)
             weight = torch.ones(len(vectors), device=features.device)
             weight[0] = _NOTHING[column]
             loss = loss + F.cross_entropy(logits.flatten(0, 1), wish.flatten(), weight=weight)

@@ -165,22 +165,6 @@ def _compiled(device: torch.device) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     return forms, [(column, word_ids(_TABLES[name.rstrip("2")], device)) for name, column in gaps.items()]
 
 
-def withheld_answers(form: Tensor, gaps: Tensor, vocabulary: int = len(VOCABULARY)) -> Tensor:
-    """bool (A, vocabulary): the answers to A questions that would name a withheld pair.
-
-    Args:
-        form: int64 (A,), index into FORM_NAMES.
-        gaps: int64 (A, 4), as in `Questions`.
-        vocabulary: of the model, which may have more tokens.
-    """
-    found = torch.zeros(len(form), vocabulary, dtype=torch.bool, device=form.device)
-    colors, shapes = (torch.arange(len(names), device=form.device) for names in (COLOR_NAMES, SHAPES))
-    asked = [(form == _FORM[name])[:, None] for name in ("color", "shape")]
-    found[:, word_ids(COLOR_NAMES, form.device)] = asked[0] & withheld_pair(colors, gaps[:, 1:2])
-    found[:, word_ids(SHAPES, form.device)] = asked[1] & withheld_pair(gaps[:, :1], shapes)
-    return found
-
-
 class _Asker:
     """What can be asked about B scenes without ambiguity; every method draws n questions of its kind for each."""
 

@@ -36,12 +36,11 @@ from .model import Architecture, load, save
 from .muon import Muon
 from .packing import answer_logits, pack
 from .patches import PatchHeads, Targets, targets
-from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse, withheld_answers
+from .questions import KIND_OF_FORM, TOKEN_ID, Questions, ask, ask_pairs, converse
 from .raster import paint
 from .scenes import DENSE, NORMAL, Style, lay_out, seeds
 
-# How much an answer counts: 1 where nothing is said. Few pictures ask for a comparison, which otherwise stays a guess.
-_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2, "compare": 4.0}
+_EMPHASIS = {"shape": 0.7, "count": 0.7, "background": 0.2}  # how much an answer counts: 1 where nothing is said
 _END = 0.05  # how much the end after an answer counts
 _TALKING = 20  # percent of the pictures whose questions are asked in conversations
 _TURNS = 3  # questions of such a conversation
@@ -143,10 +142,7 @@ class Learner(nn.Module):
         logits, labelled = answer_logits(self.model, self.architecture.prefix(self.model, prompts), packed)
         labels = packed.labels[labelled]
         is_answer = labels != TOKEN_ID["</s>"]
-        row, question = labelled.nonzero()[:, 0], packed.question[labelled]
-        form, gaps = batch.questions.form[row, question], batch.questions.gaps[row, question]
-        # Never right in training, the answers that name a withheld pair would be learned as impossible.
-        logits = logits.masked_fill(withheld_answers(form, gaps, logits.shape[-1]), -torch.inf)
+        form = batch.questions.form.gather(1, packed.question)[labelled]
         weight = torch.where(is_answer, self.emphasis[form], _END)
         answer_loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         record["answer_loss"] = answer_loss.detach()

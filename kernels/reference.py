@@ -6,6 +6,7 @@ rule: rank by (score descending, index ascending), NaN is -inf.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 SAME = 1e-6
 # Elements of the largest temporary an operator may build, 64 MiB of float32.
 TILE = 1 << 24
+# No gain counts for less: what may not be picked is -inf, below what comes last.
+LAST = torch.finfo(torch.float32).min
 
 
 class Picks(NamedTuple):
@@ -81,9 +84,14 @@ def cosines(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """x · xᵀ for x (B, N, D); on a CPU in blocks of rows on and above the diagonal, half of the work."""
+    """x · xᵀ for x (B, N, D); on a CPU in blocks of rows on and above the diagonal, half of the work.
+
+    Elsewhere its rows go on to a multiple of 16, behind their end: kernels load them by 16 bytes.
+    """
     n = x.shape[1]
-    step = max(192, min(n // 4, 512)) if x.device.type == "cpu" else n
+    if x.device.type != "cpu":
+        return (x @ torch.nn.functional.pad(x, (0, 0, 0, -n % 16)).mT)[..., :n]
+    step = max(192, min(n // 4, 512))
     if step >= n:
         return x @ x.mT
     out = x.new_empty(len(x), n, n)
@@ -110,7 +118,7 @@ class State(Protocol):
         ...
 
 
-def _rows(table: Tensor, pick: Tensor) -> Tensor:
+def row_of(table: Tensor, pick: Tensor) -> Tensor:
     """(B, N): row ``pick[b]`` of table[b], for table (B, M, N)."""
     return table[torch.arange(len(pick), device=pick.device), pick]
 
@@ -130,7 +138,7 @@ class RunningMax:
         return self.start if self.nearest is None else self.offset - self.slope * self.nearest
 
     def add(self, pick: Tensor) -> None:
-        row = _rows(self.similarity, pick)
+        row = row_of(self.similarity, pick)
         self.nearest = row if self.nearest is None else torch.maximum(self.nearest, row)
 
 
@@ -138,15 +146,16 @@ class Rows:
     """Rows of the cosine matrix, one after the other.
 
     A product with one vector waits for memory, so that about N/16 of them take as long as the matrix: for more picks
-    it is computed at once.
+    it is computed at once; and on a GPU, where one launch makes all picks from it.
 
     Attributes:
+        whole: whether ``matrix`` is the cosine matrix; else it holds the unit vectors.
         finite: (B, N) bool, tokens whose features are.
     """
 
     def __init__(self, features: Tensor, most: int) -> None:
         """features (B, N, D); ``most`` rows will be asked for."""
-        self.whole = 16 * most >= features.shape[1]
+        self.whole = features.device.type != "cpu" or 16 * most >= features.shape[1]
         if self.whole:
             self.matrix, self.finite = cosines(features)
         else:
@@ -154,7 +163,7 @@ class Rows:
 
     def row(self, pick: Tensor) -> Tensor:
         """(B, N) cosines of all to candidate ``pick`` (B,)."""
-        chosen = _rows(self.matrix, pick)
+        chosen = row_of(self.matrix, pick)
         if self.whole:
             return chosen
         with torch.autocast(chosen.device.type, enabled=False):
@@ -164,16 +173,16 @@ class Rows:
 class RunningSum:
     """gain_i = -Σ_{j in S} cos_ij."""
 
-    def __init__(self, rows: Rows, start: Tensor) -> None:
-        """start (B, N), the gain of the first pick."""
-        self.rows, self.start = rows, start
+    def __init__(self, row: Callable[[Tensor], Tensor], start: Tensor) -> None:
+        """row: from a pick (B,) to the cosines (B, N) of all to it; start (B, N), the gain of the first pick."""
+        self.row, self.start = row, start
         self.sum: Tensor | None = None
 
     def gain(self) -> Tensor:
         return self.start if self.sum is None else -self.sum
 
     def add(self, pick: Tensor) -> None:
-        row = self.rows.row(pick).double()
+        row = self.row(pick).double()
         self.sum = row if self.sum is None else self.sum + row
 
 
@@ -209,7 +218,7 @@ class Widening:
     def add(self, pick: Tensor) -> None:
         self.picks += 1
         with torch.autocast(self.unit.device.type, enabled=False):
-            distance = 1 - (self.unit @ _rows(self.unit, pick)[..., None])[..., 0]
+            distance = 1 - (self.unit @ row_of(self.unit, pick)[..., None])[..., 0]
         radius = (self.picks * self.step).clamp_max(self.most)
         self.stands = self.stands & (torch.where(distance < SAME, 0.0, distance) >= radius)
 
@@ -259,7 +268,7 @@ class Coverage:
         return gain if self.bonus is None else gain + self.bonus
 
     def add(self, pick: Tensor) -> None:
-        best = torch.maximum(self.best, _rows(self.table.mT, pick))
+        best = torch.maximum(self.best, row_of(self.table.mT, pick))
         self.total = self.total - self._between(self.best, best)
         self.best = best
 
@@ -286,7 +295,9 @@ class Determinant:
     def add(self, pick: Tensor) -> None:
         factor = self.factor[:, : self.picks]
         with torch.autocast(self.kernel.device.type, enabled=False):
-            column = torch.baddbmm(_rows(self.kernel, pick)[:, None], _rows(factor.mT, pick)[:, None], factor, alpha=-1)
+            column = torch.baddbmm(
+                row_of(self.kernel, pick)[:, None], row_of(factor.mT, pick)[:, None], factor, alpha=-1
+            )
         left = self.left.gather(1, pick[:, None])
         column = column[:, 0] / torch.where(left > 0, left, torch.inf).sqrt()
         self.factor[:, self.picks] = column
@@ -311,45 +322,49 @@ class Seeding:
         return (reach > next(self.chances)[:, None] * reach[:, -1:]).float() - 1
 
     def add(self, pick: Tensor) -> None:
-        distance = (1 - _rows(self.similarity, pick)).double().clamp_min(0)
+        distance = (1 - row_of(self.similarity, pick)).double().clamp_min(0)
         self.weight = torch.minimum(self.weight, distance)
 
 
+def bounds(valid: Tensor, usable: Tensor | None = None) -> Tensor:
+    """(B, N) float, what gains count for at most: -inf for what may not be picked, little for what comes last."""
+    bound = torch.where(valid, torch.inf, -torch.inf)
+    return bound if usable is None else bound.masked_fill_(valid & ~usable, LAST)
+
+
 @torch.no_grad()
-def greedy(
-    state: State, k: Tensor, most: int, valid: Tensor, usable: Tensor | None = None, per_round: int = 1
-) -> Picks:
+def pick(state: State, bound: Tensor, count: Tensor, most: int, per_round: int = 1) -> tuple[Tensor, Tensor]:
     """Pick the candidate of largest gain, tell the state, repeat.
 
     Args:
         state: gains and how a pick changes them; used up by the call.
-        k: (B,) long, picks of each row, at most its number of valid candidates.
-        most: steps of the loop, at least the largest ``k``.
-        valid: (B, N) bool, what may be picked.
-        usable: (B, N) bool; valid candidates that are not usable come last.
+        bound: (B, N) from :func:`bounds`.
+        count: (B,) long, picks of each row, at most the number of its candidates above -inf.
+        most: steps of the loop, at least the largest ``count``.
         per_round: picks made on the same gains; 1 is the exact greedy selection.
+
+    Returns:
+        (B, most) long, picks in their order, -1 where a row has no more, and (B, most) float, their gains, -inf there.
     """
-    rows, n = valid.shape
-    order = torch.full((rows, most), -1, dtype=torch.long, device=valid.device)
-    gains = torch.full((rows, most), -torch.inf, device=valid.device)
-    # No gain counts for more than this: what may not be picked lies below what comes last, which lies below all else.
-    last = torch.finfo(torch.float32).min
-    bound = torch.where(valid, torch.inf, -torch.inf)
-    if usable is not None:
-        bound.masked_fill_(valid & ~usable, last)
+    bound = bound.clone()
+    order = torch.full((len(bound), most), -1, dtype=torch.long, device=bound.device)
+    gains = torch.full((len(bound), most), -torch.inf, device=bound.device)
     for step in range(most):
         if step % per_round == 0:
-            gain = state.gain().nan_to_num(nan=last, posinf=torch.inf, neginf=last)
-        best, pick = torch.minimum(gain, bound).max(-1)  # of equal ones the first
-        order[:, step], gains[:, step] = pick, best
-        bound.scatter_(1, pick[:, None], -torch.inf)
-        state.add(pick)
-    active = torch.arange(most, device=valid.device) < k[:, None]
-    order.masked_fill_(~active, -1)
-    gains.masked_fill_(~active | (gains <= last), -torch.inf)
-    keep = torch.zeros(rows, n + 1, dtype=torch.bool, device=valid.device)  # the last slot takes the -1 of short rows
+            gain = state.gain().nan_to_num(nan=LAST, posinf=torch.inf, neginf=LAST)
+        best, chosen = torch.minimum(gain, bound).max(-1)  # of equal ones the first
+        order[:, step], gains[:, step] = chosen, best
+        bound.scatter_(1, chosen[:, None], -torch.inf)
+        state.add(chosen)
+    active = torch.arange(most, device=bound.device) < count[:, None]
+    return order.masked_fill_(~active, -1), gains.masked_fill_(~active, -torch.inf)
+
+
+def picks(order: Tensor, gain: Tensor, n: int) -> Picks:
+    """What was picked of ``n`` candidates; the gain of those that come last is not told."""
+    keep = torch.zeros(len(order), n + 1, dtype=torch.bool, device=order.device)  # the last slot takes the -1
     keep.scatter_(1, torch.where(order < 0, n, order), True)
-    return Picks(keep[:, :n], order, gains)
+    return Picks(keep[:, :n], order, torch.where(gain > LAST, gain, -torch.inf))
 
 
 @torch.no_grad()
@@ -408,75 +423,204 @@ def thin(similarity: Tensor, order: Tensor, sizes: list[int], goals: list[int], 
 # ----------------------------------------------------------------------------------------------------- attention
 
 
+class Sight(NamedTuple):
+    """What the query rows see of the keys, and how.
+
+    Attributes:
+        scale: factor on the products of queries and keys.
+        causal: row i of M sees the first i + 1 + N - M of N keys.
+        span: (2, B or 1, M) int32 or None, the first key that each row sees and the one behind its last.
+        bias: (B or 1, N) float32 or None, what is added to the logits of each key; -inf hides it.
+        mask: (B or 1, M, N) bool or None, which row sees which key.
+    """
+
+    scale: float
+    causal: bool = False
+    span: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _tiles(q: Tensor, k: Tensor, sight: Sight) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of the logits, (B, H, R, K) float32, with the rows and the keys they are of; -inf where nothing is seen.
+
+    Every row comes once, with all the keys that it sees.
+    """
+    (b, heads, m, _), (_, groups, n, _) = q.shape, k.shape
+    keys = k.float().mT
+    # On a CPU a tile that its cache holds is faster, and the sooner rows end, the fewer keys they need.
+    step = max(1, (TILE >> 4 if q.device.type == "cpu" else TILE) // max(1, b * heads * n))
+    for begin in range(0, m, step):
+        rows = slice(begin, min(begin + step, m))
+        first, behind = _reach(rows, m, n, sight)
+        seen = slice(first, behind)
+        query = (q[:, :, rows].float() * sight.scale).unflatten(1, (groups, heads // groups))
+        logits = (query.flatten(2, 3) @ keys[..., seen]).view(b, heads, rows.stop - begin, behind - first)
+        key = torch.arange(first, behind, device=q.device)
+        if sight.bias is not None:
+            logits += sight.bias[:, None, None, seen]
+        if sight.causal:
+            last = torch.arange(begin, rows.stop, device=q.device)[:, None] + n - m
+            logits.masked_fill_(key > last, -torch.inf)
+        if sight.span is not None:
+            low, high = sight.span[..., rows, None]
+            logits.masked_fill_(((key < low) | (key >= high))[:, None], -torch.inf)
+        if sight.mask is not None:
+            logits.masked_fill_(~sight.mask[:, None, rows, seen], -torch.inf)
+        yield rows, seen, logits
+
+
+def _reach(rows: slice, m: int, n: int, sight: Sight) -> tuple[int, int]:
+    """The first key that any of the rows sees and the one behind the last, or further ones; at least one key."""
+    first, behind = 0, n
+    if sight.causal:
+        behind = min(n, rows.stop + n - m)
+    if sight.span is not None and sight.span.device.type == "cpu":  # asking a GPU would stop the host
+        first, behind = max(first, int(sight.span[0, :, rows].min())), min(behind, int(sight.span[1, :, rows].max()))
+    first = max(0, min(first, n - 1))
+    return first, max(behind, min(first + 1, n))
+
+
+def _hide(logits: Tensor) -> Tensor:
+    """Logits that are not finite count as not seen."""
+    return logits.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; 0 in rows that see nothing. Changes the logits."""
+    weights = logits.softmax(-1)
+    lost = weights[..., :1].isnan()  # then all of the row is: it sees nothing, or some logit is not finite
+    if lost.device.type == "cpu" and not bool(lost.any()):
+        return weights
+    weights = _hide(logits).softmax(-1)
+    return weights.masked_fill_(weights[..., :1].isnan(), 0.0)
+
+
 @torch.no_grad()
-def attention_columns(
-    q: Tensor, k: Tensor, *, scale: float | None = None, causal: bool = False, valid: Tensor | None = None
-) -> Tensor:
-    """Mean attention every key receives, over heads and query rows; the H × N × N map is never built.
+def attention_lse(q: Tensor, k: Tensor, sight: Sight) -> Tensor:
+    """Logarithm of the sum of the exponentials of the logits of each query row.
 
     Args:
         q: (B, H, M, d).
-        k: (B, G, N, d) with H a multiple of G.
-        scale: factor on the logits, 1/√d by default.
-        causal: query i sees the keys up to i + N - M.
-        valid: (B, N) bool, keys that exist; with M = N, also the query rows that count.
+        k: (B, G, N, d) with H a multiple of G; queries h · H/G and on share key head h.
+        sight: what the rows see. Logits that are not finite count as not seen.
 
     Returns:
-        (B, N) float32; sums to 1 over keys where every counted row sees a key.
+        (B, H, M) float32; -inf where a row sees nothing.
     """
-    (b, heads, m, d), (_, groups, n, _) = q.shape, k.shape
-    scale = d**-0.5 if scale is None else scale
-    counted = valid if valid is not None and m == n else torch.ones(b, m, dtype=torch.bool, device=q.device)
-    keys = k.float().mT[:, :, None]  # (B, G, 1, d, N)
-    total = torch.zeros(b, n, device=q.device)
-    step = max(1, TILE // max(1, b * heads * n))
+    out = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        for begin in range(0, m, step):
-            rows = slice(begin, min(begin + step, m))
-            query = q[:, :, rows].float().unflatten(1, (groups, heads // groups))
-            logits = query @ keys * scale  # (B, G, H/G, rows, N)
-            if valid is not None:
-                logits = logits.masked_fill(~valid[:, None, None, None], -torch.inf)
-            if causal:
-                last = torch.arange(begin, rows.stop, device=q.device)[:, None] + n - m
-                logits = logits.masked_fill(torch.arange(n, device=q.device) > last, -torch.inf)
-            weights = logits.softmax(-1).masked_fill(~counted[:, None, None, rows, None], 0.0)
-            total += weights.sum((1, 2, 3))
-    return total / (heads * counted.sum(-1, keepdim=True).clamp_min(1))
+        for rows, _, logits in _tiles(q, k, sight):
+            lse = logits.logsumexp(-1)
+            if lse.device.type != "cpu" or not bool((lse < torch.inf).all()):
+                lse = _hide(logits).logsumexp(-1)
+            out[:, :, rows] = lse
+    return out
+
+
+@torch.no_grad()
+def attention_share(q: Tensor, k: Tensor, part: Tensor, sight: Sight) -> Tensor:
+    """How much of the attention of each query row falls on a part of the keys.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        part: (B or 1, N) bool.
+        sight: as in :func:`attention_lse`.
+
+    Returns:
+        (B, H, M) float32; 0 where a row sees nothing.
+    """
+    out = q.new_zeros(q.shape[:3], dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            out[:, :, rows] = (_softmax(logits) @ part[:, None, keys, None].float())[..., 0]
+    return out
+
+
+@torch.no_grad()
+def attention_columns(q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, sight: Sight) -> Tensor:
+    """Sum over the query rows of the attention that each key receives in each head; no H × M × N map is held.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        weight: (B, H, M) float32, not negative, how much each row counts; 0 leaves it out.
+        lse: (B, H, M) float32 of :func:`attention_lse`, if known.
+        sight: as there.
+
+    Returns:
+        (B, H, N) float32, Σ_m weight_hm · softmax_n(logits_hm).
+    """
+    out = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            received = _softmax(logits) if lse is None else _shares(logits, lse[:, :, rows])
+            part = weight[:, :, None, rows] @ received
+            if part.device.type != "cpu" or not bool(part.isfinite().all()):
+                part = weight[:, :, None, rows] @ _nothing_odd(received)
+            out[..., keys] += part[:, :, 0]
+    return out
+
+
+@torch.no_grad()
+def attention_peaks(
+    q: Tensor, k: Tensor, weight: Tensor, lse: Tensor | None, group: Tensor | None, sight: Sight
+) -> Tensor:
+    """As :func:`attention_columns`, of the largest over heads instead of each.
+
+    Args:
+        q: (B, H, M, d).
+        k: (B, G, N, d).
+        weight: (B, M) float32, not negative.
+        lse: (B, H, M) float32, if known.
+        group: (B, M + N) int32 or None; a row counts only for keys of the same number as its own.
+        sight: as there.
+
+    Returns:
+        (B, N) float32, Σ_m weight_m · max_h softmax_n(logits_hm).
+    """
+    m, n = q.shape[2], k.shape[2]
+    out = q.new_zeros(len(q), n, dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, logits in _tiles(q, k, sight):
+            received = _softmax(logits) if lse is None else _nothing_odd(_shares(logits, lse[:, :, rows]))
+            peaks = received.amax(1)
+            if group is not None:
+                peaks *= group[:, :m, None][:, rows] == group[:, None, m:][..., keys]
+            out[:, keys] += (weight[:, None, rows] @ peaks)[:, 0]
+    return out
+
+
+def _shares(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse); 0 in rows whose lse is not finite, and odd where a logit is not. Changes the logits."""
+    return logits.sub_(torch.where(lse.isfinite(), lse, torch.inf)[..., None]).exp_()
+
+
+def _nothing_odd(shares: Tensor) -> Tensor:
+    """What is not finite as 0, in place."""
+    return shares.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 # ------------------------------------------------------------------------------------------- matching and merging
 
 
-def nearest(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Most similar row of y (B, N, D) for each row of x (B, M, D), by cosine, without the whole M × N matrix.
-
-    Args:
-        x: (B, M, D).
-        y: (B, N, D).
-        valid: (B, M, N) or (B, 1, N) bool, pairs that may match.
-
-    Returns:
-        cosine (B, M) float32, -inf where nothing may match, and index (B, M) long, the lowest of equal ones.
-    """
-    return nearest_unit(unit(x), unit(y), valid)
-
-
 def nearest_unit(x: Tensor, y: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`nearest` of rows that :func:`unit` has made."""
-    b, m, n = x.shape[0], x.shape[1], y.shape[1]
+    """Twin of :func:`visiontok.kernels.ops.nearest_unit`, in tiles."""
+    (b, m), n = x.shape[:2], y.shape[1]
+    best, where = x.new_full((b, m), -torch.inf), torch.zeros(b, m, dtype=torch.long, device=x.device)
     index = torch.arange(n, device=x.device)
-    best, where = [], []
     step = max(1, TILE // max(1, b * n))
-    for begin in range(0, m, step):
-        similarity = _cosine(x[:, begin : begin + step], y)
+    for begin in range(0, m if n else 0, step):
+        rows = slice(begin, begin + step)
+        similarity = _cosine(x[:, rows], y)
         if valid is not None:
-            allowed = valid if valid.shape[1] == 1 else valid[:, begin : begin + step]
+            allowed = valid if valid.shape[1] == 1 else valid[:, rows]
             similarity = torch.where(allowed, similarity, -torch.inf)
         top = similarity.amax(-1, keepdim=True)
-        best.append(top[..., 0])
-        where.append(torch.where(similarity == top, index, n).amin(-1))
-    return torch.cat(best, 1), torch.cat(where, 1)
+        best[:, rows] = top[..., 0]
+        where[:, rows] = torch.where(similarity == top, index, n).amin(-1)
+    return best, where
 
 
 def nearest_later(x: Tensor, valid: Tensor) -> Tensor:
@@ -526,19 +670,7 @@ def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, coun
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the rows of each group, summed in ascending order of index, so that runs agree bit by bit.
-
-    Differentiable in ``x``.
-
-    Args:
-        x: (B, N, D).
-        group: (B, N) long in 0 … count-1; -1 leaves a row out.
-        count: number of groups M.
-        weight: (B, N).
-
-    Returns:
-        means (B, M, D) and the summed weights (B, M), in float32 or better; the mean of an empty group is 0.
-    """
+    """Twin of :func:`visiontok.kernels.ops.segment_mean`."""
     b, n, d = x.shape
     inside = group >= 0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -551,5 +683,19 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
     rows = torch.cat([torch.where(inside[..., None], x, 0.0) * weight[..., None], weight[..., None]], -1)
     sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
     sums = sums.reshape(b, count + 1, d + 1)[:, :count]
-    size = sums[..., d]
+    size = sums[..., d].clone()
     return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size
+
+
+# ---------------------------------------------------------------------------------------------------- compaction
+
+
+def gather_rows(tensors: Sequence[Tensor], dims: Sequence[int], slots: Tensor) -> list[Tensor]:
+    """Twin of :func:`visiontok.kernels.ops.gather_rows`, differentiable."""
+    batch, width = slots.shape
+    gathered = []
+    for x, dim in zip(tensors, dims, strict=True):
+        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
+        index = slots.view(*[1] * (dim - 1), batch, width, *[1] * (x.ndim - dim - 1))
+        gathered.append(x.gather(dim, index.expand(*x.shape[:dim], width, *x.shape[dim + 1 :])))
+    return gathered

@@ -1,4 +1,4 @@
-"""Set before anything else is imported: no network, one thread a worker, and torchvision's stand-in."""
+"""Set before anything else is imported: offline, one thread a worker, interpreted kernels, torchvision's stand-in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with a thread pool each would fight over the same cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it when it is imported. Where there is a GPU, set it to 0 to run the kernels themselves.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import visiontok._torchvision  # noqa: F401
 

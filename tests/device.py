@@ -8,12 +8,15 @@ Mixing host and device tensors is an error, as on a real device.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from visiontok.kernels import ops
 
 DEVICE = torch.device("lazy")  # a device type without which PyTorch insists on nothing
 _SHAPED_BY_VALUES = {
@@ -93,12 +96,26 @@ class Watch(TorchDispatchMode):
         # PyTorch has no autocast for this type, and up to transformers 5.17 rotary embeddings ask
         torch.autocast = lambda device, **options: self._autocast("cpu", **options)  # type: ignore[assignment, misc]
         torch.is_autocast_enabled = lambda device: self._is_enabled("cpu")  # type: ignore[assignment]
-        return super().__enter__()
+        super().__enter__()
+        self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.autocast, torch.is_autocast_enabled = self._autocast, self._is_enabled  # type: ignore[misc]
         self._bypasses.__exit__(*error)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Watch on while an operation is dispatched, which stops it."""
+        with self._bypasses:
+            super().__enter__()
+            try:
+                # As outside, what is composed of other operations (`item`, `cpu`) must arrive as those.
+                with torch._C._ForceDispatchKeyGuard(*self._keys):
+                    yield
+            finally:
+                super().__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -108,6 +125,10 @@ class Watch(TorchDispatchMode):
         to_device = wanted is not None and torch.device(wanted).type == DEVICE.type
         if not ours and not to_device:
             return func(*args, **kwargs)
+        if func.namespace == "visiontok":
+            # Our operators compute in PyTorch here, which is to be watched, and each is the function of its name.
+            with self._again():
+                return getattr(ops, func._opname)._init_fn(*args, **kwargs)
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
         leaves = ours and wanted is not None and not to_device

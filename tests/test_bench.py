@@ -24,7 +24,7 @@ def scripts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
         yield
-    for name in ("prefill", "overhead", "batches", "selection", "methods"):
+    for name in ("prefill", "overhead", "batches", "selection", "methods", "bias"):
         sys.modules.pop(name, None)
 
 
@@ -275,3 +275,13 @@ def test_what_saves_nothing_is_said(methods: ModuleType) -> None:
     assert methods.paired(done["fast"], "first") == pytest.approx(0.7)
     assert [text.rpartition(": ")[2] for text in methods.negatives(done)] == ["once"] * 3
     assert [text.rpartition(": ")[2] for text in methods.negatives({"fast": done["fast"]})] == ["none"] * 3
+
+
+def test_all_ways_to_attend_with_a_bias_are_timed_and_right(tmp_path: Path) -> None:
+    bias = importlib.import_module("bias")
+    out = tmp_path / "bias.md"
+    assert bias.main(["--tokens", "70", "--rounds", "1", "--out", str(out)]) == 0
+    rows = [row for phase in bias.HEADS for row in bias.measure(phase, 70, "float32", 1)]
+    assert [row["way"] for row in rows] == ["without a bias", "mask of numbers", "columns"] * 2
+    assert all(row["error"] is None or row["error"] < 1e-6 for row in rows)
+    assert out.read_text().count("| columns |") == 4

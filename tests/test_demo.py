@@ -19,10 +19,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from visiontok.demo import measure, packing, patches, questions, raster, scenes, train
+from visiontok.demo import measure, packing, questions, raster, scenes, train
 from visiontok.demo import model as vlm
 from visiontok.demo.architectures import ARCHITECTURES
-from visiontok.demo.measure import exam
 
 from visiontok import demo, run
 
@@ -258,37 +257,6 @@ def test_an_interrupted_run_ends_with_the_same_weights(architecture, tmp_path):
     assert steps == list(range(1, plan.steps + 1))
     with pytest.raises(ValueError, match="another plan"):
         train.Trainer(train.Plan(), tmp_path / "parts", Accelerator())
-
-
-@pytest.mark.parametrize(("split", "named"), [("heldout", False), ("composition", True)])
-def test_the_answers_that_training_bars_are_those_of_withheld_pairs(split, named):
-    sheet, *_ = exam(split, 64)
-    asked = sheet.questions.form >= 0
-    form, gaps = sheet.questions.form[asked], sheet.questions.gaps[asked]
-    barred = questions.withheld_answers(form, gaps)
-    kinds = [questions.KIND_OF_FORM[index] for index in form.tolist()]
-    mixes = torch.tensor([kind in ("color", "shape") for kind in kinds])
-    assert not barred[~mixes].any()
-    right = barred.gather(1, sheet.questions.answer[asked][:, :1])[:, 0]
-    assert (right == (mixes & named)).all()
-
-
-def test_no_patch_learns_that_a_withheld_pair_is_impossible():
-    """The word of the withheld color pulls and pushes no patch of that shape; others do."""
-    heads = patches.PatchHeads(8, 8)
-    words = torch.randn(len(questions.VOCABULARY), 8, requires_grad=True)
-    triangle, zeros = questions.SHAPES.index("triangle"), torch.zeros(1, dtype=torch.int64)
-    shown = patches.Targets(
-        torch.tensor([[[1, 1 + triangle, 0, 0]]]),
-        torch.full((1, 1), torch.nan),
-        torch.zeros(1, sum(patches._PRESENT)),
-        zeros,
-        zeros,
-    )
-    heads(torch.randn(1, 1, 8), torch.zeros(1, 8), words, shown)[0].backward()
-    moved = {word for word, index in questions.TOKEN_ID.items() if words.grad[index].abs().sum() > 0}
-    assert set(questions.COLOR_NAMES) - moved == {"blue"}
-    assert set(questions.SHAPES) - moved == {"circle"}  # which red never is
 
 
 def test_only_a_run_that_is_done_may_be_prolonged(tmp_path):

@@ -447,12 +447,14 @@ def test_a_token_cannot_go_into_one_that_is_dropped():
 
 
 @pytest.mark.parametrize("kind", ["flash", "flex"])
-def test_kernels_without_a_bias_give_way_to_sdpa(kind):
-    """Layers whose keys have a bias run sdpa, others keep their kernel, and the report says so."""
+def test_kernels_without_a_bias_give_way_to_sdpa(kind, monkeypatch):
+    """FlexAttention, and flash attention whose heads are too wide for more columns (test_bias.py has the others):
+    layers whose keys have a bias run sdpa, others keep their kernel, and the report says so."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask, flex_attention_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     calls = []
+    monkeypatch.setattr("visiontok.engine.probe.WIDEST", 8)
 
     def pretended(module, q, k, v, mask, **kwargs):
         assert not torch.is_tensor(mask) or mask.ndim == 2

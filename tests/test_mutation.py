@@ -26,6 +26,7 @@ import test_freeze
 import test_generate
 import test_mass
 import test_mllama
+import test_narrow
 import test_surroundings
 import test_training
 import transformers
@@ -35,11 +36,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import visiontok
 from visiontok.api import Compression
 from visiontok.conformance.checks import Failed
-from visiontok.engine import evict, vision
+from visiontok.engine import evict, narrow, vision
 from visiontok.engine.attach import Attachment
 from visiontok.engine.cache import TwoLengthCache, TwoLengthLayer, TwoLengthSlidingLayer
 from visiontok.engine.cross import CrossAttachment, CrossCache
-from visiontok.engine.layout import Layout
+from visiontok.engine.layout import Layout, Parted
 from visiontok.engine.masks import LayerMasks
 from visiontok.engine.policy import StagePolicy
 from visiontok.engine.readings import DecoderReadings
@@ -155,6 +156,15 @@ def text_turns(name: str, schedule: str) -> Probe:
 def evicted(name: str, recipe: str) -> Probe:
     """The core test of the cache stage."""
     return Probe(test_evict.test_generation_equals_the_oracle, architecture=name, name=recipe, attention="sdpa")
+
+
+def states(name: str, layers: tuple[int, ...]) -> Probe:
+    """The core test of narrow MLPs."""
+    return Probe(test_narrow.test_states_logits_and_cache_are_those_of_the_literal_twin, name=name, layers=layers)
+
+
+def narrowed(name: str, recipe: str) -> Probe:
+    return Probe(test_narrow.test_generation_with_other_stages_equals_the_masked_literal_twin, name=name, recipe=recipe)
 
 
 def every_check(method: str) -> Probe:
@@ -345,6 +355,69 @@ MUTANTS = [
         "self.rows.join(a, b)",
         "self.rows.join(a.detach(), b)",
         Probe(test_training.test_loss_and_gradients_equal_the_oracle, name="llava", schedule="freeze"),
+    ),
+    # ---- narrow MLPs
+    Mutant(
+        "the whole MLP for visual rows",
+        narrow._leaves,
+        "type(module).forward(first,",
+        "type(module).forward(module,",
+        states("llava", (0,)),
+        states("glm4v", (3,)),
+        narrowed("qwen2_5_vl", "behind a cut"),
+    ),
+    Mutant(
+        "text is narrow, and the image is not",
+        Parted.__init__,
+        "self.others, self.visual = order.split([visual.numel() - count, count])",
+        "self.visual, self.others = order.split([visual.numel() - count, count])",
+        states("llava", (0,)),
+        narrowed("gemma3", "yopo"),
+    ),
+    Mutant(
+        "padding counts as visual where rows hold few",
+        Attachment._parted,
+        "call.held(index, call.visual & call.alive[index]) & call.slots_in_use(index)",
+        "call.held(index, call.visual & call.alive[index]) | ~call.slots_in_use(index)",
+        narrowed("llava", "yopo behind a method"),
+    ),
+    Mutant(
+        "places of the prompt are taken for slots",
+        Attachment._parted,
+        "call.held(index, call.visual & call.alive[index])",
+        "(call.visual & call.alive[index])[:, -call.slots(index) :]",
+        narrowed("llava", "behind a cut"),
+        narrowed("qwen3_vl", "around a cut"),
+    ),
+    Mutant(
+        "the layer before is narrow",
+        StagePolicy.attach,
+        "narrow_mlp(attachment.layers[layer], layer, self)",
+        "narrow_mlp(attachment.layers[layer - 1], layer, self)",
+        states("llava", (0,)),
+        narrowed("llava", "yopo"),
+    ),
+    Mutant(
+        "rows come back in the order in which they were computed",
+        narrow._leaves,
+        "joined.index_copy_(0, rows.to(x.device), result[0])",
+        "joined.index_copy_(0, rows.sort().values.flip(0).to(x.device), result[0])",
+        states("llava", (0,)),
+    ),
+    Mutant(
+        "the last channels instead of the first",
+        narrow._First.__getattr__,
+        "part.weight[:, :n]",
+        "part.weight[:, -n:]",
+        states("qwen3_vl", (3,)),
+        states("phi", (3,)),
+    ),
+    Mutant(
+        "gate and up of one matrix, sliced as one",
+        narrow._First.__getattr__,
+        "x.unflatten(0, (2, -1))[:, :n].flatten(0, 1)",
+        "x[: 2 * n]",
+        states("glm4v", (0,)),
     ),
     # ---- positions
     Mutant(
@@ -538,15 +611,15 @@ MUTANTS = [
     Mutant(
         "mass forgotten in decode",
         LayerMasks.decode,
-        "self._biased(mask, bias, index, x, cache)",
-        "mask",
+        "self._with_bias(bias,",
+        "self._with_bias(None,",
         masses("llava", "cut"),
     ),
     Mutant(
         "mass forgotten in prefill",
         LayerMasks.prefill,
-        "self._biased(mask, biases, index, x, cache)",
-        "mask",
+        "self._with_bias(biases,",
+        "self._with_bias(None,",
         masses("llava", "prompt"),
     ),
     Mutant(
@@ -558,9 +631,9 @@ MUTANTS = [
     ),
     Mutant(
         "mass of slots that have left the window",
-        LayerMasks._biased,
-        "offset : offset + length",
-        ":length",
+        LayerMasks._keys,
+        "slice(offset, offset + length)",
+        "slice(0, length)",
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="mistral", schedule="prompt"),
         Probe(test_mass.test_masses_leave_the_window_with_their_tokens, name="gemma3", schedule="cut"),
     ),

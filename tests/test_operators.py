@@ -272,6 +272,21 @@ def test_no_pick_waits_for_a_device(name: str, k: int) -> None:
     assert torch.equal(order.inner, GREEDY[name][0](x, s, k).order)  # type: ignore[attr-defined]
 
 
+def test_waiting_inside_an_operator_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pick = kernels.reference.pick
+
+    def waiting(state: kernels.reference.State, bound: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        assert bound.isinf().any()
+        assert bound.tolist()
+        return pick(state, bound, *rest)
+
+    monkeypatch.setattr(kernels.reference, "pick", waiting)
+    x, _ = random_case(6, batch=2)
+    with Watch() as watch:
+        F.maxmin(OnDevice(x), 2)
+    assert [read.split()[-1] for read in watch.reads] == ["aten._local_scalar_dense.default", "tolist"]
+
+
 def test_the_largest_tensor_is_seen() -> None:
     x, _ = random_case(10, d=4, batch=2)
     with Largest() as largest:

@@ -72,6 +72,7 @@ LAYERS = {
     "todre_exit": [144, 144, 144, 144],  # random weights look everywhere
     "vtw": [144, 144, 0, 0],
     "shortv": [144] * 4,
+    "yopo": [144, 144, 0, 0],
     "entropyprune": [144, 36, 36, 36],
     "v2drop": [144, 142, 1, 1],
     "transprune": [144, 48, 48, 48],

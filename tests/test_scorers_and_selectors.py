@@ -419,10 +419,11 @@ def test_attention_flow_is_a_walk_over_the_sharpened_map(monkeypatch: pytest.Mon
     options = {"scale": 0.4, "visible": seen, "temperature": 0.2, "rounds": 3}
     expected = torch.tensor(np.sqrt(np.square(walks).mean(0))).float()
     torch.testing.assert_close(F.attention_flow(q, k, **options), expected)
-    monkeypatch.setattr("visiontok.scorers.attention._TILE", 2)
+    torch.testing.assert_close(F.attention_flow(q, k, causal=True, **options | {"visible": None}), expected)
+    monkeypatch.setattr("visiontok.kernels.reference.TILE", 80)  # several tiles of query rows
     torch.testing.assert_close(F.attention_flow(q, k, **options), expected)
-    torch.testing.assert_close(F.attention_flow(q, k, valid=seen[8], **options), expected)
-    assert not F.attention_flow(q, k, valid=seen[4], **options)[5:].any()  # nobody starts there, nobody sees them
+    torch.testing.assert_close(F.attention_flow(q, k, start=seen[8], **options), expected)
+    assert not F.attention_flow(q, k, start=seen[4], **options)[5:].any()  # nobody starts there, nobody sees them
 
 
 # ---------------------------------------------------------------------------------------------------- soft_topk

@@ -30,7 +30,7 @@ from visiontok.conformance.zoo import (
     visual,
 )
 from visiontok.engine.probe import attention_modules
-from visiontok.engine.tower import _segments, describe_tower
+from visiontok.engine.tower import _exists, _received, describe_tower
 from visiontok.engine.vision import FeatureRecorder, record_of
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Stage
@@ -433,33 +433,42 @@ def test_undeclared_attention_is_an_error():
         model(**batch("llava", model))
 
 
-def test_a_packed_call_of_flash_attention_is_split_by_image():
-    """Flash attention takes all images of a Qwen tower in one call and says where they end."""
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 4, 24, 8, generator=g)
-    pieces = _segments(q, k, None, torch.tensor([0, 8, 24]))
-    assert [(a.shape[2], b.shape[2]) for a, b, _ in pieces] == [(8, 8), (16, 16)]
-    assert torch.equal(pieces[1][0], q[:, :, 8:])
+def as_numbers(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def mean_of_dense(q, k, mask):
+    """(1, N) mean of the map's rows over heads and the patches that exist, by hand, in float64; one picture."""
+    shown = mask.any(0)
+    weights = (q.double() @ k.double().mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights[:, :, shown].mean((1, 2)).float()
+
+
+def test_pictures_that_share_a_call_are_told_apart():
+    """Flash attention takes all images of a Qwen tower in one call and says where they end; a mask may say so, too."""
+    q, k = torch.randn(2, 1, 4, 24, 8, generator=torch.Generator().manual_seed(0))
+    parts = [slice(0, 8), slice(8, 24)]
+    expected = torch.cat(
+        [mean_of_dense(q[:, :, p], k[:, :, p], torch.ones(2 * [p.stop - p.start]) > 0) for p in parts], 1
+    )
+    torch.testing.assert_close(_received(q, k, None, None, torch.tensor([0, 8, 24])), expected)
     block = torch.block_diag(torch.ones(8, 8), torch.ones(16, 16)).bool()[None, None]
-    for mask in (block, torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)):
-        same = _segments(q, k, mask, None)
-        assert all(torch.equal(a, b) for a, b in zip([p[0] for p in pieces], [p[0] for p in same], strict=True))
+    for mask in (block, as_numbers(block)):
+        torch.testing.assert_close(_received(q, k, None, mask, None), expected)
 
 
-def test_key_padding_is_no_border_between_packed_images():
-    """Padding inside a picture, as of a tile with a ``pixel_attention_mask``, splits nothing; real borders stay."""
+def test_key_padding_is_no_border_between_pictures():
+    """Padding inside a picture, as of a tile with a ``pixel_attention_mask``, is seen by nobody and counts nowhere."""
     q, k = torch.randn(2, 1, 4, 12, 8, generator=torch.Generator().manual_seed(0))
     shown = torch.tensor([1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0]).bool()
     padded = shown.expand(1, 1, 12, 12)
-    for mask in (padded, torch.zeros(padded.shape).masked_fill(~padded, torch.finfo(torch.float32).min), shown[None]):
-        ((piece, _, valid),) = _segments(q, k, mask, None)
-        assert piece.shape[2] == 12
-        assert torch.equal(valid[0], shown)
+    expected = mean_of_dense(q, k, padded[0, 0])
+    for mask in (padded, as_numbers(padded), shown[None]):
+        torch.testing.assert_close(_received(q, k, None, mask, None), expected)
+        assert (_exists(mask) == shown).all()
     both = padded & torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).bool()
-    assert [(a.shape[2], v[0].tolist()) for a, _, v in _segments(q, k, both, None)] == [
-        (6, shown[:6].tolist()),
-        (6, shown[6:].tolist()),
-    ]
+    halves = [mean_of_dense(q[:, :, p], k[:, :, p], padded[0, 0, p, p]) for p in (slice(0, 6), slice(6, 12))]
+    torch.testing.assert_close(_received(q, k, None, both, None), torch.cat(halves, 1))
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])

@@ -268,6 +268,28 @@ def load_flops(config: Any, loads: Sequence[Load]) -> list[int]:
     return [block.split_flops(load) for block, load in zip(blocks, loads, strict=True)]
 
 
+def narrow_flops(config: Any, narrow: Mapping[int, tuple[int, int]]) -> list[int]:
+    """FLOPs that every decoder layer is spared where some tokens use the first channels of its MLP only.
+
+    Each channel that a token does not use is `6 d` FLOPs in a gated MLP, `4 d` in a plain one.
+
+    Args:
+        config: The model's configuration, or its `text_config`.
+        narrow: By layer, the tokens of all rows, and the channels that they use.
+
+    Returns:
+        One integer per layer.
+
+    Raises:
+        UnsupportedError: The text family is not in the cost model.
+    """
+    inner, spared = _text(config).intermediate_size, []
+    for layer, block in enumerate(_decoder_blocks(config)):
+        tokens, channels = narrow.get(layer, (0, inner))
+        spared.append(tokens * (inner - channels) * (block.mlp // inner))
+    return spared
+
+
 def lm_head_flops(config: Any, tokens: int = 1) -> int:
     """FLOPs of the language-model head, `2 n d V`; `generate()` computes it for the last token of each row only."""
     text = _text(config)
@@ -765,6 +787,7 @@ def account(
     lengths: Sequence[Sequence[int]] | None = None,
     ahead: Sequence[int] = (),
     computed: Sequence[int] | None = None,
+    narrow: Mapping[int, tuple[int, int]] | None = None,
 ) -> Account:
     """The cost of one prefill, before and after compression.
 
@@ -782,6 +805,7 @@ def account(
         ahead: Decoder layers, up to the queries, keys and values of which the stock tokens ran before.
         computed: Of `kept`, the tokens that are not frozen: these have keys and values, and nothing else. All by
             default.
+        narrow: By layer, the visual tokens of all rows of which the MLP computes fewer channels, and how many.
 
     Raises:
         ConfigError: A list does not have one entry per layer.
@@ -802,6 +826,8 @@ def account(
         if computed is not None and list(computed) != list(kept):
             loads = [Load.frozen(n, m) for n, m in zip(kept, computed, strict=True)]
             layers[1] = tuple(batch * flops for flops in load_flops(config, loads))
+        if narrow:
+            layers[1] = tuple(a - b for a, b in zip(layers[1] or (), narrow_flops(config, narrow), strict=True))
         for stop in ahead:
             looked = _looked_ahead(config, stock, stop, batch)
             layers[1] = tuple(a + b for a, b in zip(layers[1] or (), looked, strict=True))

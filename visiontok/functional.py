@@ -23,6 +23,7 @@ from .scorers.attention import (
     attention_logits,
     attention_peaks,
     attention_rows,
+    attention_share,
 )
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
@@ -73,6 +74,7 @@ __all__ = [
     "attention_logits",
     "attention_peaks",
     "attention_rows",
+    "attention_share",
     "bipartite",
     "blur",
     "cells",

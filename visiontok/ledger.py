@@ -38,6 +38,7 @@ class TokenLedger:
         self._masses: list[torch.Tensor | None] = [None] * depth
         self._frozen: Mapping[int, int] = {}
         self._cached: Mapping[int, tuple[torch.Tensor, int]] = {}
+        self._narrow: Mapping[int, tuple[int, int]] = {}
 
     def fill(
         self,
@@ -46,14 +47,16 @@ class TokenLedger:
         masses: list[torch.Tensor | None],
         frozen: Mapping[int, int],
         cached: Mapping[int, tuple[torch.Tensor, int]],
+        narrow: Mapping[int, tuple[int, int]],
     ) -> None:
         """Set per layer the (B, N) mask, how many slots per row it held, and the (U, N) masses (None: all 1).
 
         ``frozen``: the slots per row that a layer computed which visual tokens passed as they were. ``cached``: of a
-        layer whose cache was thinned, the (B, N, G) mask of what it holds, and slots per row.
+        layer whose cache was thinned, the (B, N, G) mask of what it holds, and slots per row. ``narrow``: of a layer
+        whose MLP gave visual tokens a part of its channels, how many tokens of all rows, and how many channels.
         """
         self._alive, self._widths, self._masses = alive, widths, masses
-        self._frozen, self._cached = frozen, cached
+        self._frozen, self._cached, self._narrow = frozen, cached, narrow
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.
@@ -121,6 +124,10 @@ class TokenLedger:
     def computed(self) -> list[int]:
         """Slots each decoder layer made queries, outputs and MLP of, per row; the same but for frozen tokens."""
         return [self._frozen.get(layer, width) for layer, width in enumerate(self._widths)]
+
+    def narrow(self) -> dict[int, tuple[int, int]]:
+        """By decoder layer whose MLP gave visual tokens a part of its channels: tokens of all rows, and channels."""
+        return dict(self._narrow)
 
     def cached_tokens(self) -> list[int]:
         """Slots each decoder layer has in its cache per row behind the prefill: text, visual tokens and padding."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "route", "cache"]
+StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -286,13 +286,14 @@ class Stage:
         kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
-            out, ``freeze`` lets them pass as they are, attended to but not computed, and ``route`` chooses anew who
-            goes through the layer; the others pass it by. ``cache`` selects which of the keys and values that a layer
-            has stored stay for what comes behind the prompt.
+            out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
+            through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
+            the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
+            comes behind the prompt.
         layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
             in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
-        until: first layer after a ``skip``, a ``freeze`` or a ``route``; the last two are of one layer without. 1.0 is
-            the end.
+        until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
+            without. 1.0 is the end.
         method: who selects, for ``pixel``, ``prompt``, ``cut``, ``route`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
             as many for ``pixel``.
@@ -302,6 +303,7 @@ class Stage:
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
             half of the tokens and reserves a tenth of all for either, which is 0.2. What is kept then depends on where
             in the prompt the image stands, too.
+        shrink: by what a ``narrow`` stage divides the number of the MLP's inner channels, rounded down; at least 1.
     """
 
     kind: StageKind
@@ -311,6 +313,7 @@ class Stage:
     keep: Budget | None = None
     mass: Mass | None = None
     reserve: float = 0.0
+    shrink: float | None = None
 
     def __post_init__(self) -> None:
         before = self.kind in ("pixel", "prompt")
@@ -345,10 +348,18 @@ class Stage:
             )
         if self.until is None and self.kind == "skip":
             raise ConfigError("until=None: a skip stage needs until, the first layer after it")
-        if self.until is not None and self.kind not in ("skip", "freeze", "route"):
-            raise ConfigError(f"until={self.until!r}: only a skip, a freeze or a route stage has until")
+        if self.until is not None and self.kind not in ("skip", "freeze", "narrow", "route"):
+            raise ConfigError(f"until={self.until!r}: only a skip, a freeze, a narrow or a route stage has until")
+        if (self.shrink is None) == (self.kind == "narrow"):
+            needs = "needs shrink, such as 2.0" if self.kind == "narrow" else "has no shrink"
+            raise ConfigError(f"shrink={self.shrink!r}: a {self.kind} stage {needs}")
+        if self.shrink is not None:
+            number = isinstance(self.shrink, int | float) and not isinstance(self.shrink, bool)
+            if not number or not 1 <= self.shrink < math.inf:
+                raise ConfigError(f"shrink={self.shrink!r}: a finite number of at least 1, which is the whole MLP")
+            object.__setattr__(self, "shrink", float(self.shrink))  # 2 and 2.0 have one hash
         if self.keep is not None and (not selects or self.kind == "route"):
-            does = "drops no visual token" if self.kind in ("freeze", "route") else "drops every visual token"
+            does = "drops no visual token" if self.kind in ("freeze", "narrow", "route") else "drops every visual token"
             raise ConfigError(f"keep={self.keep}: a {self.kind} stage {does} and takes no budget")
         if self.kind == "cache" and self.keep is not None and self.keep.kind in ("flops", "layer_average"):
             raise ConfigError(

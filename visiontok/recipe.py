@@ -16,7 +16,7 @@ from .method import Mass, Method, Stage, StageKind, labelled
 Fidelity = Literal["fixed", "official"]
 Positions = Literal["original", "compact"]
 _FIELDS = {"name", "stages", "average", "seed", "fidelity", "positions", "calibrated"}
-_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass", "reserve"}
+_STAGE_FIELDS = {"kind", "layer", "until", "method", "options", "keep", "mass", "reserve", "shrink"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +153,8 @@ class Recipe:
                 entry["mass"] = asdict(stage.mass)
             if stage.reserve:
                 entry["reserve"] = stage.reserve
+            if stage.shrink is not None:
+                entry["shrink"] = stage.shrink
             stages.append(entry)
         out: dict[str, Any] = {"stages": stages}
         if self.average is not None:
@@ -208,6 +210,7 @@ class Recipe:
                     keep=keep,
                     mass=Mass.parse(entry.get("mass")),
                     reserve=entry.get("reserve", 0.0),
+                    shrink=entry.get("shrink"),
                 )
             )
         return cls(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cost import Account, VisionInputs, account
-from .engine.probe import TAKE_BIAS
+from .engine.probe import TAKE_BIAS, takes_columns
 from .method import Stage
 from .recipe import Recipe
 
@@ -64,6 +64,7 @@ class Report:
         images: per image what was kept where.
         layer_tokens: slots that each decoder layer holds per prompt row, text included.
         layer_computed: those of them that are not frozen.
+        layer_channels: inner channels of each decoder layer's MLP that visual tokens use; None for all.
         account: FLOPs of vision tower and language model and KV bytes, stock and compressed; the bytes are of this
             prefill's own tokens, what earlier turns left on the same cache is not counted.
         seconds: measured parts: vision, selection, prefill, decode (all ``steps`` so far).
@@ -79,6 +80,7 @@ class Report:
     images: tuple[ImageReport, ...]
     layer_tokens: tuple[int, ...]
     layer_computed: tuple[int, ...]
+    layer_channels: tuple[int | None, ...]
     account: Account
     seconds: dict[str, float | None]
     steps: int | None
@@ -109,6 +111,7 @@ class Report:
             kept=ledger.tokens(),
             computed=ledger.computed(),
             cached=ledger.cached_tokens(),
+            narrow=ledger.narrow(),
             ahead=trace.ahead,
             text=text,
             batch=batch,
@@ -123,7 +126,7 @@ class Report:
         warnings += overdrawn
         if not trace.stores and any(s.kind == "cache" for s in recipe.stages):
             warnings.append("this call kept no cache, so that the cache stage had nothing to thin")
-        elif not ledger.dropped and ledger.computed() == ledger.tokens() and not overdrawn:
+        elif not (ledger.dropped or ledger.computed() != ledger.tokens() or ledger.narrow() or overdrawn):
             budget = recipe.average is not None or any(s.keep is not None for s in recipe.stages)
             reason = (
                 "the budget is at least the number of visual tokens"
@@ -131,8 +134,10 @@ class Report:
                 else "the stages hide no visual token from any layer"
             )
             warnings.append(f"nothing was dropped: {reason}")
-        kernel = str(getattr(base, adapter.text).config._attn_implementation)
-        if kernel not in TAKE_BIAS and any(s.mass is not None and s.mass.beta for s in recipe.stages):
+        text_config = getattr(base, adapter.text).config
+        kernel = str(text_config._attn_implementation)
+        weighs = any(s.mass is not None and s.mass.beta for s in recipe.stages)
+        if weighs and kernel not in TAKE_BIAS and not takes_columns(text_config):
             warnings.append(f"layers whose keys have a bias (mass attention) run sdpa instead of {kernel}")
         if kernel not in TAKE_BIAS and ledger.computed() != ledger.tokens():
             warnings.append(f"layers that visual tokens pass frozen run sdpa instead of {kernel}")
@@ -152,6 +157,7 @@ class Report:
             images=images,
             layer_tokens=tuple(ledger.tokens()),
             layer_computed=tuple(ledger.computed()),
+            layer_channels=tuple(ledger.narrow().get(layer, (0, None))[1] for layer in range(ledger.depth)),
             account=costs,
             seconds=trace.seconds(),
             steps=trace.steps,
@@ -190,6 +196,9 @@ class Report:
         ]
         if frozen := sum(a != b for a, b in zip(self.layer_tokens, self.layer_computed, strict=True)):
             lines.append(f"frozen         in {frozen} of {len(self.layer_tokens)} layers")
+        if narrow := [n for n in self.layer_channels if n is not None]:
+            channels = " or ".join(map(str, sorted(set(narrow))))
+            lines.append(f"narrow MLP     {channels} channels in {len(narrow)} of {len(self.layer_tokens)} layers")
         costs = self.account
         if self.cache_average != self.layer_average:
             share = self.cache_average * len(self.images) / max(tokens, 1)

@@ -228,11 +228,12 @@ def permutation(case: Case) -> None:
 
 
 def something_dropped(case: Case) -> None:
-    """A recipe that is asked for fewer tokens drops some, or passes them through some layers as they are."""
+    """A recipe that is asked for fewer tokens drops some, or computes less of them in some layers."""
     if not all(contract(method).keeps_some for method in case.selecting):
         raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
     ledger = case.plain.ledger
-    if not ledger.dropped and not any(bool(ledger.frozen(layer).any()) for layer in range(ledger.depth)):
+    saves = ledger.narrow() or any(bool(ledger.frozen(layer).any()) for layer in range(ledger.depth))
+    if not ledger.dropped and not saves:
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
@@ -419,7 +420,10 @@ def against_oracle(
     with encodings(base_model(model), features) if pixels else nullcontext():
         frozen = [ledger.frozen(layer) for layer in range(ledger.depth)]
         weights = _weights(ledger, log)
-        dense = DenseMasked(model, alive, _merged(ledger, log), _means(log), frozen, cached, weights=weights)
+        narrow = {layer: (ledger.visual, channels) for layer, (_, channels) in ledger.narrow().items()}
+        dense = DenseMasked(
+            model, alive, _merged(ledger, log), _means(log), frozen, cached, weights=weights, narrow=narrow
+        )
         sequences, logits = greedy(model, inputs, alive, STEPS, banned, dense)
     far = gap(torch.stack(out.logits, 1), logits)
     if far > close or not torch.equal(out.sequences, sequences):

@@ -23,7 +23,8 @@ class DenseMasked:
     layer the (B, N, G) tokens that positions from N on see in each key head; ``since`` (N,) long says so for each
     token, if some are thinned earlier. ``weights`` are (B, N) factors in layers that some pass by: of
     the states of these, and of what the MLP adds to the others, which is what the layer returns more than with an MLP
-    that returns nothing.
+    that returns nothing. ``narrow`` are per layer (B, N) tokens and a number of channels: behind these, what the MLP
+    hands its last projection of such a token is 0.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class DenseMasked:
         cached: Sequence[torch.Tensor] | None = None,
         since: torch.Tensor | None = None,
         weights: Mapping[int, torch.Tensor] | None = None,
+        narrow: Mapping[int, tuple[torch.Tensor, int]] | None = None,
     ) -> None:
         base, text = model.model, model.get_decoder()
         self.alive, self.merged, self.means = alive, merged, means or {}
@@ -58,6 +60,11 @@ class DenseMasked:
                     layer.register_forward_hook(run, prepend=True, with_kwargs=True),
                     layer.mlp.register_forward_hook(self._silenced),
                 ]
+
+        for index, (tokens, channels) in (narrow or {}).items():
+            mlp: Any = text.layers[index].mlp
+            last = next(getattr(mlp, name) for name in ("down_proj", "fc2", "c_proj") if hasattr(mlp, name))
+            self.handles.append(last.register_forward_pre_hook(functools.partial(self._zeroed, tokens, channels)))
 
     def __enter__(self) -> DenseMasked:
         return self
@@ -109,6 +116,12 @@ class DenseMasked:
         lowest = torch.finfo(self.before.dtype).min
         kwargs["attention_mask"] = torch.zeros(seen.shape, dtype=self.before.dtype).masked_fill(~seen, lowest)
         return args, kwargs
+
+    @staticmethod
+    def _zeroed(tokens: torch.Tensor, channels: int, module: nn.Module, args: Any) -> Any:
+        inner = args[0].clone()
+        inner[:, : tokens.shape[1], channels:] *= ~tokens[..., None]
+        return inner
 
     def _silenced(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.silent:

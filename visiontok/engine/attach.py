@@ -30,9 +30,9 @@ from ..errors import UnsupportedError
 from .ahead import look_ahead
 from .cache import SHORT, TwoLengthCache, adopt, adoptable
 from .call import Decode, Prefill, counted
-from .layout import Layout
-from .masks import UNCHANGED, LayerMasks
-from .probe import CALL, SPLIT, Tap, attention_modules, glance, keys_values, skip_queries
+from .layout import Layout, Parted
+from .masks import UNCHANGED, Biased, LayerMasks
+from .probe import BIAS, CALL, SPLIT, Tap, attention_modules, glance, is_flash, keys_values, skip_queries
 from .prompt import run_prompt_stages
 from .readings import DecoderReadings, attention_of
 from .relevance import next_token
@@ -59,6 +59,10 @@ class Policy(Protocol):
     """Decoder layers on whose input the set of visible visual tokens may change."""
     frozen: frozenset[int]
     """Decoder layers that visual tokens pass as they are."""
+    narrowed: dict[int, float]
+    """Decoder layers whose MLP gives visual tokens a part of its channels, and by what their number is divided."""
+    channels: dict[int, int]
+    """Their number, once it is known."""
     selects: bool
     """Whether tokens are chosen among those of an image, which must then be there as a whole."""
     biased: int | None
@@ -141,7 +145,7 @@ class Attachment:
         self.base, self.outer = adapter.base, outer
         self.text: Any = getattr(self.base, adapter.text)
         self.layers: list[nn.Module] = list(self.text.layers)
-        touched = [*policy.changes, *policy.frozen, *policy.thinned]
+        touched = [*policy.changes, *policy.frozen, *policy.narrowed, *policy.thinned]
         touched += [] if policy.biased is None else [policy.biased]
         if touched and adapter.prompt_only:
             raise UnsupportedError(
@@ -192,7 +196,7 @@ class Attachment:
         begin_forward()
 
     def _is_flash(self) -> bool:
-        return "flash" in str(self.config._attn_implementation)
+        return is_flash(self.config)
 
     # ---- the model around: labels
 
@@ -346,7 +350,7 @@ class Attachment:
         )
         drops = list(call.counts) != call.units.sizes
         nothing = not drops and not self.policy.changes and not self.policy.frozen and embeds is x
-        nothing = nothing and not self.policy.thins(call)
+        nothing = nothing and not self.policy.narrowed and not self.policy.thins(call)
         _thread.running[id(self)] = call
         stock_masks = "cache" not in handover and not isinstance(cache, TwoLengthCache)
         if nothing and not self.force and stock_masks:
@@ -411,9 +415,8 @@ class Attachment:
         if repack:
             keep = torch.where(call.visual, call.kept, call.attended)
             entry = call.entry = Layout(keep, counted(keep, call.row_counts(call.counts)))
-            kwargs["inputs_embeds"] = entry.gather(embeds)
-            self._gather_inputs(entry, kwargs)
-            kwargs["position_ids"] = entry.gather(call.numbers, call.numbers.ndim - 1)
+            kwargs["position_ids"] = call.numbers
+            self._gather_inputs(entry, kwargs, inputs_embeds=1, position_ids=call.numbers.ndim - 1)
             call.width, call.entry_valid = entry.width, entry.valid
         elif mask_2d is not None and call.padded:
             call.entry_valid = call.attended
@@ -456,34 +459,39 @@ class Attachment:
         numbered = given.gather(1, ahead.clamp_max(length - 1)) - given[:, :1] == ahead
         return given - ahead * numbered
 
-    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any]) -> None:
-        """Give the family's own per-token keywords the tokens of ``layout``."""
-        for name in self.adapter.token_inputs:
-            if torch.is_tensor(kwargs.get(name)):
-                kwargs[name] = layout.gather(kwargs[name])
+    def _gather_inputs(self, layout: Layout, kwargs: dict[str, Any], **dims: int) -> None:
+        """Give the family's own per-token keywords, and those of ``dims``, the tokens of ``layout``."""
+        dims |= {name: 1 for name in self.adapter.token_inputs if torch.is_tensor(kwargs.get(name))}
+        gathered = layout.gather_each([kwargs[name] for name in dims], list(dims.values()))
+        kwargs |= zip(dims, gathered, strict=True)
 
     def _enter_mask(self, kwargs: dict[str, Any], call: Prefill, past: int) -> None:
         mask = kwargs.get("attention_mask")
         if self.adapter.own_mask and mask is not None and not _is_2d(mask):
-            own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
-            if call.entry is not None:
-                own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
-            call.own = own
-            if not isinstance(mask, dict):
-                kwargs["attention_mask"] = own["full_attention"]
-            elif call.entry is not None:
-                sliding = own.get("sliding_attention")
-                kwargs["attention_mask"] = mask | {
-                    "full_attention": own.get("full_attention"),
-                    "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
-                }
-            if past and not self._layered:
+            if self.masks.makes_own():
+                self._enter_own(kwargs, call, mask)
+            if not self.masks.makes_own() or (past and not self._layered):
                 first = {self.masks.kind(i): i for i in reversed(range(len(self.layers)))}
                 x = kwargs["inputs_embeds"]
                 made = {kind: self.masks.prefill(call, i, x, None) for kind, i in first.items()}
                 kwargs["attention_mask"] = made if isinstance(mask, dict) else made["full_attention"]
         elif call.entry is not None or call.cache is not None:
             kwargs["attention_mask"] = self.masks.entering(call, past)
+
+    def _enter_own(self, kwargs: dict[str, Any], call: Prefill, mask: Any) -> None:
+        """Give what enters its part of the base model's own masks, by kind of layer or one."""
+        own = self.masks.unwindowed(mask) if isinstance(mask, dict) else {"full_attention": mask}
+        if call.entry is not None:
+            own = {kind: call.entry.gather_mask(m) for kind, m in own.items()}
+        call.own = own
+        if not isinstance(mask, dict):
+            kwargs["attention_mask"] = own["full_attention"]
+        elif call.entry is not None:
+            sliding = own.get("sliding_attention")
+            kwargs["attention_mask"] = mask | {
+                "full_attention": own.get("full_attention"),
+                "sliding_attention": None if sliding is None else self.masks.windowed(sliding),
+            }
 
     def _enter_deepstack(self, kwargs: dict[str, Any], call: Prefill, embeds: torch.Tensor) -> None:
         """Give the features of intermediate tower levels to the tokens that enter."""
@@ -589,6 +597,7 @@ class Attachment:
                 [call.masses.get(i) for i in depth],
                 {index: rows.computed.width for index, rows in call.rows.items()},
                 call.cached,
+                {index: (len(parted.visual), self.policy.channels[index]) for index, parted in call.parted.items()},
             )
             self._ignore_labels(call)
         self.traces.publish(call.trace)
@@ -615,7 +624,7 @@ class Attachment:
             del kwargs[CALL]
             mask = UNCHANGED if call.masks is None else call.masks[index]
             if mask is not UNCHANGED:
-                kwargs["attention_mask"] = mask
+                self._mask(index, kwargs, mask)
             tables = None if call.tables is None else call.tables[index]
             if tables is not None:
                 kwargs["position_embeddings"] = tables
@@ -679,7 +688,7 @@ class Attachment:
             call.rows[index] = rows
             kwargs["attention_mask"] = self.masks.rows(call, index, x, layout, rows.computed.slots)
         elif layout is not None or stale or biased:
-            kwargs["attention_mask"] = self.masks.prefill(call, index, x, layout)
+            self._mask(index, kwargs, self.masks.prefill(call, index, x, layout))
         if layout is not None:
             self._gather_tokens(call, layout, kwargs)
         if self._renumber is not None:
@@ -696,6 +705,14 @@ class Attachment:
                 call, index, *glance(self.layers[index], x, kwargs | {"position_embeddings": still})
             )
         return x
+
+    def _mask(self, index: int, kwargs: dict[str, Any], mask: Any) -> None:
+        """Give layer ``index`` its mask."""
+        if isinstance(mask, Biased):
+            if self.policy.biased is None or index < self.policy.biased:  # its attention is not tapped
+                raise UnsupportedError(_OTHER_RECIPE)
+            mask, kwargs[BIAS] = mask
+        kwargs["attention_mask"] = mask
 
     @staticmethod
     def _rows(call: Prefill, layout: Layout | None) -> Rows | None:
@@ -767,6 +784,7 @@ class Attachment:
             k = torch.cat([stored.keys, k], 2)
             bias = stored.bias_with(bias, x.shape[1])
             bias = None if bias is None else bias[:, -k.shape[2] :]
+        mask = mask.mask if isinstance(mask, Biased) else mask
         self.policy.decoder.note_beforehand(call, index, q, k, mask, scale, bias)
         del call.layouts[index], call.biases[index]
 
@@ -791,22 +809,37 @@ class Attachment:
         hidden = not any(self.policy.counts(call, index))
         call.biases[index] = None if hidden else call.bias
         call.masses[index] = call.mass
+        if index in self.policy.narrowed and not hidden:
+            call.parted[index] = self._parted(call, index)
+
+    def _parted(self, call: Prefill, index: int) -> Parted:
+        """Which slots of layer ``index`` hold visual tokens."""
+        layout = call.layouts[index]
+        key = ("parted", id(layout))
+        if key not in call.masks:  # the value keeps the layout alive, so its id stays its
+            visual = call.held(index, call.visual & call.alive[index]) & call.slots_in_use(index)
+            rows = call.row_counts(self.policy.counts(call, index))
+            known = [n - text for n, text in zip(rows, call.texts, strict=True)]
+            call.masks[key] = (layout, Parted(visual, sum(counted(visual, known))))
+        return call.masks[key][1]
 
     def _gather_tokens(self, call: Prefill, layout: Layout, kwargs: dict[str, Any]) -> None:
         """Give what a layer gets beside its states the tokens of ``layout``."""
-        self._gather_inputs(layout, kwargs)
         embeddings = kwargs.get("position_embeddings")
         if embeddings is not None:
             kwargs["position_embeddings"] = self._gathered(call, layout, embeddings)
         position_ids = kwargs.get("position_ids")
         if torch.is_tensor(position_ids) and position_ids.shape[-1] == layout.length:
-            kwargs["position_ids"] = layout.gather(position_ids, position_ids.ndim - 1)
+            self._gather_inputs(layout, kwargs, position_ids=position_ids.ndim - 1)
+        else:
+            self._gather_inputs(layout, kwargs)
 
     @staticmethod
     def _gathered(call: Prefill, layout: Layout, embeddings: Any) -> Any:
         key = ("rope", id(layout), id(embeddings[0]))
         if key not in call.masks:  # the value keeps both objects alive, so their ids stay theirs
-            call.masks[key] = (layout, embeddings, tuple(layout.gather(e, e.ndim - 2) for e in embeddings))
+            tables = layout.gather_each(embeddings, [e.ndim - 2 for e in embeddings])
+            call.masks[key] = (layout, embeddings, tuple(tables))
         return call.masks[key][2]
 
     @staticmethod

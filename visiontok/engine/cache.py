@@ -17,6 +17,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UnsupportedError
+from ..kernels import gather_rows
 
 SHORT = "_visiontok_short"
 """Attribute of what belongs to a prompt that was made shorter before the model: encoder outputs, and its caches."""
@@ -137,12 +138,10 @@ def _two_length(base: type[DynamicLayer]) -> type[Any]:
             """
             past = self.keys.shape[2] - new
             left = self.physical_length() - past - new  # before the window of a sliding layer, no longer stored
-            index = slots[..., None]
-            # joined, so that no view holds on to what is gone
-            self.keys, self.values = (
-                torch.cat([x[:, :, :past], x[:, :, past:].gather(2, index.expand(-1, -1, -1, x.shape[3]))], 2)
-                for x in (self.keys, self.values)
-            )
+            before = torch.arange(past, device=slots.device).expand(*slots.shape[:2], -1)
+            index = torch.cat([before, past + slots], 2).flatten(0, 1)  # a row of tokens for each head
+            new_keys, new_values = gather_rows([x.flatten(0, 1) for x in (self.keys, self.values)], [1, 1], index)
+            self.keys, self.values = (x.unflatten(0, slots.shape[:2]) for x in (new_keys, new_values))
             gone = left + new - slots.shape[2]
             self.dropped, self.prompt, self.floor = self.dropped + gone, self.prompt - gone, self.floor - gone
             if self.is_sliding:

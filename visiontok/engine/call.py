@@ -10,7 +10,7 @@ import torch
 from ..errors import UnsupportedError
 from .cache import TwoLengthCache
 from .host import Promises, stops_host, upload
-from .layout import Layout
+from .layout import Layout, Parted
 from .split import Rows
 from .trace import Trace
 from .vision import Encoded, Units
@@ -65,6 +65,7 @@ class Prefill:
         first: (B, M, D), what enters layer 0, if that is one of them.
         routed: visual tokens of each unit that go through a decoder layer which others pass by.
         scales: per such layer (B, E, 1), the factor of what the MLP adds to each state.
+        parted: how the slots of a decoder layer are divided whose MLP is narrow for visual tokens.
         edits: per decoder layer a function that rewrites the states (B, E, D) on its input.
         attention: (statistic, layer) → (B, N) scores from decoder taps, in prompt coordinates.
         notes: (what, decoder layer) → (U, N, …), what else was seen of its visual tokens.
@@ -129,6 +130,7 @@ class Prefill:
         self.first: torch.Tensor | None = None
         self.routed: dict[int, list[int]] = {}
         self.scales: dict[int, torch.Tensor] = {}
+        self.parted: dict[int, Parted] = {}
         self.edits: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.levels: list[torch.Tensor] = []
         self.attention: dict[tuple[str, int], torch.Tensor] = {}

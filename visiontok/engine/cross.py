@@ -20,13 +20,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..cost import VisionInputs
 from ..errors import ConfigError, UnsupportedError
-from ..functional import attention_rows
+from ..functional import attention_columns
 from ..ledger import TokenLedger
 from ..method import Stage
 from .call import Decode, Prefill
 from .layout import Layout
 from .policy import StagePolicy
-from .statistics import TILE
 from .tower import TowerReadings
 from .trace import Trace, Traces
 from .vision import Encoded, TowerRecorder, Units, begin_forward, current_record, take_records
@@ -68,10 +67,7 @@ class CrossTower(TowerReadings):
         visible = mask[:, 0] > torch.finfo(mask.dtype).min / 2  # (images, n, n): only padding is hidden from padding
         weight = visible.diagonal(dim1=1, dim2=2).float()
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
-        total = torch.zeros_like(weight)
-        for rows in (weight > 0).any(0).nonzero().flatten().split(TILE):
-            scores = attention_rows(q[:, :, rows], k, scale=kwargs.get("scaling"), visible=visible[:, rows])
-            total += (scores * weight[:, rows, None]).sum(1)
+        total = attention_columns(q, k, scale=kwargs.get("scaling"), visible=visible, weight=weight, normalise=None)
         record.attention[("received", layer)] = [total]
 
 

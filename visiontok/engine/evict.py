@@ -15,11 +15,11 @@ import torch
 
 from ..context import Attention, Context
 from ..errors import ConfigError, UnsupportedError
-from ..functional import attention_groups
+from ..functional import attention_columns
 from ..method import Selection
 from .call import Prefill
 from .host import stops_host, upload
-from .statistics import TILE
+from .probe import Visible, visible_keys
 
 if TYPE_CHECKING:
     from .policy import StagePolicy
@@ -53,7 +53,7 @@ def thin(
             " so its cache holds a part of the image already; use a prompt stage or a cut instead of a cache stage"
         )
     used = call.slots_in_use(layer)
-    seen = functools.partial(_seen, mask, k.shape[2], k.shape[2] - new, used)
+    seen = visible_keys(mask, q, k, used, kwargs.get("sliding_window"))
     read = functools.partial(_read, policy, call, layer, q, k, used, seen, kwargs.get("scaling"))
     keep = _ask(policy, call, layer, wanted, read)  # (U, N, G)
 
@@ -119,7 +119,7 @@ def _read(
     q: torch.Tensor,
     k: torch.Tensor,
     used: torch.Tensor,
-    seen: Any,
+    seen: Visible,
     scale: float | None,
     stat: str,
     argument: int,
@@ -134,17 +134,16 @@ def _read(
             "cache_window and cache_received only"
         )
     if stat == "cache_window":
-        rows = _window(call, layer, used, argument)
-        tiles = [torch.where(rows, torch.arange(rows.shape[1], device=q.device), -1).sort(1).values[:, -argument:]]
+        asking = _window(call, layer, used, argument)
+        at = torch.where(asking, torch.arange(asking.shape[1], device=q.device), -1).sort(1).values[:, -argument:]
+        weight, at = at >= 0, at.clamp_min(0)  # -1 for none
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        asks = q.transpose(1, 2)[row, at].transpose(1, 2)
+        options: dict[str, Any] = {"visible": seen.of(at)}
     else:
-        everyone = torch.where(used, torch.arange(used.shape[1], device=q.device), -1)
-        tiles = list(everyone.split(TILE, 1))
-    total = q.new_zeros(q.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
-    row = torch.arange(q.shape[0], device=q.device)[:, None]
-    for at in tiles:  # (B, R) slots, -1 for none
-        asks = q.transpose(1, 2)[row, at.clamp_min(0)].transpose(1, 2)
-        shown = seen(at.clamp_min(0)) & (at >= 0)[..., None]
-        total += attention_groups(asks, k, scale=scale, visible=shown).sum(2)
+        weight, asks, options = used, q, seen.options()
+    each = attention_columns(asks, k, scale=scale, **options, weight=weight, heads="each", normalise=None)
+    total = each.unflatten(1, (k.shape[1], -1)).sum(2)
     mine = total[..., -q.shape[2] :].transpose(1, 2)  # what earlier turns stored is no candidate
     return call.units.gather(call.to_prompt(layer, mine))
 
@@ -157,15 +156,3 @@ def _window(call: Prefill, layer: int, used: torch.Tensor, width: int) -> torch.
     end = torch.where(used, slot, -1).amax(1, keepdim=True)
     asks = used & ((slot > last) | (slot == end))
     return asks & (asks.flip(1).cumsum(1).flip(1) <= width)
-
-
-def _seen(mask: Any, columns: int, past: int, used: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """(B, R, K) bool: what the query slots ``at`` (B, R) see, from whatever mask the kernel was given."""
-    if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        allowed = allowed[:, 0, :, :columns].expand(len(at), -1, -1)
-        return allowed[torch.arange(len(at), device=at.device)[:, None], at]
-    seen = torch.arange(columns, device=at.device) <= past + at[..., None]
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        return seen & mask[:, None, :columns].bool()
-    return seen & torch.cat([used.new_ones(len(used), past), used], 1)[:, None]

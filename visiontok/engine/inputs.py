@@ -422,8 +422,8 @@ def _along(
 ) -> tuple[Prompt, dict[str, torch.Tensor]]:
     """What runs along the prompt, without the dropped positions: the prompt, and token types by name."""
     types = {name: inputs[name] for name in _TYPES if inputs.get(name) is not None}
-    rows = [layout.gather(x) for x in (ids, attended.long(), *types.values())]
-    positions = layout.gather(positions, positions.ndim - 1)
+    rows = [ids, attended.long(), *types.values()]
+    *rows, positions = layout.gather_each([*rows, positions], [*[1] * len(rows), positions.ndim - 1])
     fill = [_pad_id(model, adapter)] + [0] * (len(rows) - 1)
     if layout.valid is not None:
         rows = [x.masked_fill(~layout.valid, value) for x, value in zip(rows, fill, strict=True)]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels import gather_rows
+
 
 class Layout:
     """The tokens of a parent sequence that are present in some layers, left padded to one width.
@@ -34,13 +36,15 @@ class Layout:
 
         A 1-D tensor (positions shared by all rows and given without a batch) is read as (1, N).
         """
-        if x.ndim == dim:
-            x = x.unsqueeze(dim - 1)
-        slots = self.slots.to(x.device)
-        batch, width = slots.shape
-        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
-        index = slots.view(*[1] * (dim - 1), batch, width, *[1] * (x.ndim - dim - 1))
-        return x.gather(dim, index.expand(*x.shape[:dim], width, *x.shape[dim + 1 :]))
+        return self.gather_each([x], [dim])[0]
+
+    def gather_each(self, tensors: Sequence[torch.Tensor], dims: Sequence[int]) -> list[torch.Tensor]:
+        """:meth:`gather` of each of ``tensors`` along its dimension."""
+        tensors = [x.unsqueeze(dim - 1) if x.ndim == dim else x for x, dim in zip(tensors, dims, strict=True)]
+        devices = {x.device for x in tensors}
+        if len(devices) != 1:  # nothing to gather, or the layers of a model stand on several
+            return [self.gather(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+        return gather_rows(tensors, dims, self.slots.to(devices.pop()))
 
     def scatter(self, full: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``full`` (B, N, D) with its kept positions replaced by ``x`` (B, M, D); a new tensor."""
@@ -77,3 +81,17 @@ class Layout:
         slot = self.slot_of().to(x.device)
         index = slot.view(*slot.shape, *[1] * (x.ndim - 2))
         return x.gather(1, index.expand(*slot.shape, *x.shape[2:]))
+
+
+class Parted:
+    """The B·M slots of a layer, row behind row, in two kinds.
+
+    Attributes:
+        others: long, those without a visual token: text and padding.
+        visual: long, those with one.
+    """
+
+    def __init__(self, visual: torch.Tensor, count: int) -> None:
+        """``visual`` (B, M) bool, ``count`` its true entries, on the host."""
+        order = torch.argsort(visual.flatten().to(torch.int8), stable=True)
+        self.others, self.visual = order.split([visual.numel() - count, count])

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from visiontok.kernels.bias import KeyBias
+
 from .cache import TwoLengthCache
 from .call import Prefill
+from .probe import is_flash, takes_columns
 
 UNCHANGED = object()
 """The mask that the language model made is right."""
 _KINDS = ("full_attention", "sliding_attention")
+
+
+class Biased(NamedTuple):
+    """A kernel's own mask (None: causal), and a bias per key that goes beside it."""
+
+    mask: torch.Tensor | None
+    bias: KeyBias
 
 
 class LayerMasks:
@@ -53,7 +63,8 @@ class LayerMasks:
         return cache.layers[layer].valid_through(new, mask, batch, x.device)
 
     def decode(self, cache: TwoLengthCache, mask_2d: Any, x: torch.Tensor, *, skip: bool) -> list[Any] | None:
-        """The mask of each layer for a chunk in which nothing is dropped; None if the language model's serves all.
+        """The mask of each layer, or :class:`Biased`, for a chunk in which nothing is dropped; None if the language
+        model's serves all.
 
         Args:
             cache: what is stored.
@@ -68,8 +79,7 @@ class LayerMasks:
             key = self._kinds[index], first
             if key not in built:
                 bias = cache.layers[index].bias_with(None, x.shape[1])
-                mask = self._build(index, x, self.stored(cache, index, mask_2d, x), cache, dense=bias is not None)
-                built[key] = self._biased(mask, bias, index, x, cache)
+                built[key] = self._with_bias(bias, index, x, self.stored(cache, index, mask_2d, x), cache)
             out[index] = built[key]
         # without a mask, one token sees all that is stored, however much that is
         unmasked = all(mask is None or mask is UNCHANGED for mask in built.values())
@@ -77,12 +87,16 @@ class LayerMasks:
             return None
         return out
 
+    def makes_own(self) -> bool:
+        """Whether the base model's masks are more than causal; flash attention knows no others, for any family."""
+        return self.own_mask and not is_flash(self.config)
+
     def _is_lone(self, x: torch.Tensor) -> bool:
         """Whether one token enters, and kernels take None for seeing all that is stored."""
         return x.shape[1] == 1 and self.config._attn_implementation == "sdpa" and _KINDS[1] not in self._kinds
 
     def prefill(self, call: Prefill, index: int, x: torch.Tensor, layout: Any) -> Any:
-        """Mask of one layer that holds ``layout`` (None: every entry slot)."""
+        """Mask of one layer that holds ``layout`` (None: every entry slot), or :class:`Biased`."""
         cache, bias = call.cache, call.slot_bias(index)
         stored = None if cache is None else cache.layers[index]
         kind = self.kind(index)
@@ -90,14 +104,14 @@ class LayerMasks:
         if key not in call.masks:
             past = 0 if stored is None else stored.physical_length()
             biases = bias if stored is None or not past else stored.bias_with(bias, x.shape[1])
-            if self.own_mask:
-                mask = self._own(call, layout, kind, stored)
+            if self.makes_own():
+                mask = self._biased(self._own(call, layout, kind, stored), biases, index, x, cache)
             else:
                 mask_2d = layout.valid if layout is not None else call.entry_valid
                 if stored is not None:
                     mask_2d = stored.valid_with(mask_2d, call.slots(index), call.batch, x.device, call.history)
-                mask = self._build(index, x, mask_2d, cache, dense=biases is not None)
-            call.masks[key] = (layout, bias, self._biased(mask, biases, index, x, cache))
+                mask = self._with_bias(biases, index, x, mask_2d, cache)
+            call.masks[key] = (layout, bias, mask)
         return call.masks[key][2]
 
     def rows(self, call: Prefill, index: int, x: torch.Tensor, layout: Any, slots: torch.Tensor) -> torch.Tensor:
@@ -119,7 +133,7 @@ class LayerMasks:
         past = 0 if stored is None else stored.physical_length()
         length, offset = (width, 0) if stored is None else stored.get_mask_sizes(width)
         place = slots + past - offset  # of the slots among the keys
-        if self.own_mask:
+        if self.makes_own():
             mask = self._own(call, layout, kind, stored).expand(call.batch, -1, -1, -1)
             mask = mask.gather(2, slots[:, None, :, None].expand(-1, mask.shape[1], -1, length))
         else:
@@ -197,13 +211,27 @@ class LayerMasks:
     def kind(self, index: int) -> str:
         return self._kinds[index]
 
+    def _with_bias(self, bias: torch.Tensor | None, index: int, x: torch.Tensor, mask_2d: Any, cache: Any) -> Any:
+        """The stock builder's mask, with ``bias`` (B, stored + new) on the keys or beside it."""
+        beside = bias is not None and takes_columns(self.config)
+        mask = self._build(index, x, mask_2d, cache, dense=bias is not None and not beside)
+        if bias is None or not beside:
+            return self._biased(mask, bias, index, x, cache)
+        return Biased(mask, KeyBias(bias[:, self._keys(index, x.shape[1], cache)]))
+
+    @staticmethod
+    def _keys(index: int, rows: int, cache: Any) -> slice:
+        """The keys that a layer's kernel is given, among all that are stored and new."""
+        length, offset = (rows, 0) if cache is None else cache.layers[index].get_mask_sizes(rows)
+        return slice(offset, offset + length)
+
     def _biased(self, mask: Any, bias: torch.Tensor | None, index: int, x: torch.Tensor, cache: Any) -> Any:
         """``mask`` (None: causal) plus ``bias`` (B, stored + new) on the keys, as numbers (B, 1, new, keys)."""
         if bias is None:
             return mask
         rows = x.shape[1]
-        length, offset = (rows, 0) if cache is None else cache.layers[index].get_mask_sizes(rows)
-        bias = bias[:, None, None, offset : offset + length]
+        bias = bias[:, None, None, self._keys(index, rows, cache)]
+        length = bias.shape[-1]
         if mask is None and rows == 1:  # decoding: the bias is the mask
             return bias.to(x.dtype)
         if mask is None:

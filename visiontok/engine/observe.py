@@ -26,6 +26,7 @@ HEADS = ("decoder_queries", "decoder_keys", "decoder_values")
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.call: Prefill | None = None  # attention module → MLP of the same layer, which gets no keywords
+        self.x: torch.Tensor  # what that MLP was given, of which others may give it a part
 
 
 _thread = _Thread()
@@ -41,6 +42,7 @@ def watch_modules(layer: nn.Module, index: int, readings: DecoderReadings) -> li
     attention, mlp = attention_and_mlp(layer, index, what)
     return [
         attention.register_forward_hook(functools.partial(_attended, index, readings), with_kwargs=True),
+        mlp.register_forward_pre_hook(_given),
         mlp.register_forward_hook(functools.partial(_transformed, index, readings)),
     ]
 
@@ -64,10 +66,17 @@ def _attended(
 
 
 @torch.compiler.disable
+def _given(module: Any, args: tuple[Any, ...]) -> None:
+    if _thread.call is not None:
+        _thread.x = args[0]
+
+
+@torch.compiler.disable
 def _transformed(index: int, readings: DecoderReadings, module: Any, args: tuple[Any, ...], output: Any) -> None:
     call, _thread.call = _thread.call, None
     if call is not None:
-        readings.note_module(call, index, args[0], output[0] if isinstance(output, tuple) else output)
+        readings.note_module(call, index, _thread.x, output[0] if isinstance(output, tuple) else output)
+        del _thread.x
 
 
 def visual(call: Prefill, layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from ..allocators import layer_average
 from ..budget import Budget
 from ..context import Attention, Context
-from ..cost import Load, decoder_flops, load_flops
+from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
 from ..method import Mass, Selection, Stage, resolve_layer
@@ -22,6 +22,7 @@ from .answer import answered
 from .call import Prefill, counted
 from .evict import thin
 from .host import stops_host, upload
+from .narrow import first_channels, narrow_mlp
 from .pixels import Smaller
 from .probe import Tap
 from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_of
@@ -121,6 +122,8 @@ class StagePolicy:
                 self.routes[layer] = stage
         if all(hidden):
             raise ConfigError("these stages hide the visual tokens from every layer; drop the image instead")
+        self.narrowed = _narrowed(stages, hidden, self.frozen)
+        self.channels: dict[int, int] = {}
         self.hidden = hidden
         self.average = average
         self._selecting = [*self.prompt_stages, *(self.cuts[layer] for layer in sorted(self.cuts))]
@@ -175,6 +178,10 @@ class StagePolicy:
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
             attachment.add(Tap(attention_of(attachment, layer), functools.partial(thin, self, layer)))
+        for layer, shrink in self.narrowed.items():
+            self.channels[layer] = first_channels(attachment, layer, shrink)
+            for removable in narrow_mlp(attachment.layers[layer], layer, self):
+                attachment.add(removable)
         for layer in sorted(self.routes):
             for removable in scale_branch(attachment.layers[layer], layer, self):
                 attachment.add(removable)
@@ -186,7 +193,8 @@ class StagePolicy:
 
     def shows_state(self, layer: int) -> bool:
         """Whether a tap of ``layer`` must see the call; see :class:`visiontok.engine.attach.Policy`."""
-        return self.decoder.wants_state(layer) or layer in self.thinned or layer in self.routes
+        mine = layer in self.thinned or layer in self.routes or layer in self.narrowed
+        return mine or self.decoder.wants_state(layer)
 
     def thins(self, call: Prefill) -> bool:
         """Whether any layer stores more visual tokens than are to stay; see :class:`visiontok.engine.attach.Policy`."""
@@ -488,11 +496,14 @@ class StagePolicy:
             return [max((2 * step * n + steps) // (2 * steps), min(n, 1)) for n in sizes]
 
         def prefill(step: int) -> int:
-            most, text = max(call.row_counts(counts(step))), max(call.texts)
+            left = counts(step)
+            most, text = max(call.row_counts(left)), max(call.texts)
             ahead = [
                 self._load(call, layer, text if self.hidden[layer] else most) for layer in range(first, self.depth)
             ]
-            return call.batch * sum(load_flops(config, spent + ahead))
+            tokens = {k: len(parted.visual) for k, parted in call.parted.items()}  # of those before
+            narrow = {k: (tokens.get(k, sum(left)), n) for k, n in self.channels.items()}
+            return call.batch * sum(load_flops(config, spent + ahead)) - sum(narrow_flops(config, narrow))
 
         limit = keep.value * sum(decoder_flops(config, [call.length] * self.depth, batch=call.batch))
         if prefill(1) > limit:
@@ -589,18 +600,43 @@ def _meet(one: Stage, next_: Stage) -> bool:
     return fractions and one.method.card is next_.method.card  # type: ignore[union-attr]
 
 
+def _narrowed(stages: Sequence[Stage], hidden: Sequence[bool], frozen: Set[int]) -> dict[int, float]:
+    """Decoder layers whose MLP computes less of visual tokens, and by what the number of its channels is divided.
+
+    Raises:
+        ConfigError: for two such stages in one layer, and for one in whose layers no visual token goes through an MLP.
+    """
+    found: dict[int, float] = {}
+    for stage in stages:
+        if stage.kind != "narrow" or stage.shrink is None:
+            continue
+        layers = range(*_range(stage, len(hidden)))
+        twice = next((layer for layer in layers if layer in found), None)
+        if twice is not None:
+            raise ConfigError(f"layer={twice}: two narrow stages in one layer; leave one out")
+        there = [layer for layer in layers if not hidden[layer] and layer not in frozen]
+        if layers and not there:
+            raise ConfigError(
+                f"layer={stage.layer}: a narrow stage where the visual tokens are absent or frozen in every layer has "
+                "no MLP to narrow; leave it out"
+            )
+        found |= dict.fromkeys(there, stage.shrink)
+    return {layer: shrink for layer, shrink in found.items() if shrink > 1}
+
+
 def _layer(stage: Stage) -> int | float:
     return stage.layer if stage.layer is not None else 0
 
 
 def _range(stage: Stage, depth: int) -> tuple[int, int]:
-    """First layer of a skip or a freeze, and the first behind it; the same if fractions of so few layers are none."""
+    """First layer of a stage of several, and the first behind it; the same if fractions of so few layers are none."""
     start, until = resolve_layer(_layer(stage), depth, name=f"{stage.kind} layer"), stage.until
     if until is None:
         return start, start + 1
     end = until == depth or (isinstance(until, float) and until == 1.0)
     stop = depth if end else resolve_layer(until, depth, name="until")
-    vanishes = stage.kind == "freeze" and stop == start and isinstance(stage.layer, float) and isinstance(until, float)
+    fractions = isinstance(stage.layer, float) and isinstance(until, float)
+    vanishes = stage.kind in ("freeze", "narrow") and stop == start and fractions
     if stop <= start and not vanishes:
         raise ConfigError(f"until={until}: a {stage.kind} must end behind its layer {start}")
     return start, stop

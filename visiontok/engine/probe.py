@@ -13,18 +13,22 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from visiontok.kernels.bias import WIDEST, KeyBias, augment, widened
+
 from ..errors import UnsupportedError
 
 IMPLEMENTATION = "visiontok_tap"
 TAKE_BIAS = ("eager", "sdpa")
 """Attention implementations that take a mask of numbers. Flash attention has no such argument; FlexAttention has one
-that corrupts memory on the CPU (torch 2.13)."""
+that corrupts memory on the CPU (torch 2.13), and rounds head dimensions up to powers of 2."""
+BIAS = "visiontok_bias"  # keyword under which a decoder layer carries a bias per key that is not in its mask
 CALL = "visiontok_call"  # keyword under which a decoder layer carries the state of the current call
 SPLIT = "visiontok_split"  # the same for rows of this layer that are not computed
 
@@ -33,10 +37,24 @@ _TAPS = "_visiontok_taps"  # attribute of a tapped module: its own config object
 Sink = Callable[..., None]
 
 
+def is_flash(config: Any) -> bool:
+    """Whether a language model runs flash attention, which knows 2-D masks alone."""
+    return "flash" in str(config._attn_implementation)
+
+
+def takes_columns(config: Any) -> bool:
+    """Whether a bias per key goes to the model's own kernel as columns of queries and keys, beside a 2-D mask."""
+    if not is_flash(config) or getattr(config, "attn_logit_softcapping", None) is not None:
+        return False
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return widened(head_dim) <= WIDEST
+
+
 def _tapped_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     call, split = kwargs.pop(CALL, None), kwargs.pop(SPLIT, None)
+    bias: KeyBias | None = kwargs.pop(BIAS, None)
     if isinstance(call, _Glance):
         call.seen = query, key, value, kwargs
         raise _Enough
@@ -47,10 +65,16 @@ def _tapped_attention(
     _show(taps, call, query, key, value, attention_mask, kwargs)
     name = config._attn_implementation
     if name not in TAKE_BIAS and torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
-        name = "sdpa"  # only a bias per key leads to such a mask here
+        name = "sdpa"  # only a bias per key, or frozen rows, lead to such a mask here
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    out = kernel(module, query, key, value, attention_mask, **kwargs)
+    if bias is None:
+        out = kernel(module, query, key, value, attention_mask, **kwargs)
+    else:
+        scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5  # not the kernel's default for more columns
+        wide = augment(query, key, value, bias.columns(key, scale))
+        out = kernel(module, *wide, attention_mask, scaling=scale, **kwargs)
+        out = out[0][..., : value.shape[-1]], *out[1:]
     for tap in taps:
         if tap.behind is not None:
             out = _behind(tap.behind, query, key, value, attention_mask, kwargs, out)
@@ -218,16 +242,57 @@ def attention_and_mlp(layer: nn.Module, index: int, consequence: str) -> tuple[n
     return attention[0], mlp
 
 
-def visible_keys(mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """(B, Q, K) bool: what each query slot sees, from whatever mask the kernel was given."""
+@dataclass(frozen=True)
+class Visible:
+    """What each query slot sees: by order alone, or by a mask.
+
+    Attributes:
+        rows: query slots M.
+        columns: keys K, of which the last M are the slots' own.
+        keys: (B, K) bool, those that hold a token; None for all. Each slot sees them up to its own.
+        window: how many of these it sees at most, or None.
+        mask: (B, M, K) bool, which says it all if it is there.
+    """
+
+    rows: int
+    columns: int
+    keys: torch.Tensor | None = None
+    window: int | None = None
+    mask: torch.Tensor | None = None
+
+    def options(self, own: bool = False) -> dict[str, Any]:
+        """Keywords of the operators; with ``own``, of the last M keys alone."""
+        begin = self.columns - self.rows if own else 0
+        if self.mask is not None:
+            return {"visible": self.mask[..., begin:]}
+        return {"causal": True, "window": self.window, "valid": None if self.keys is None else self.keys[:, begin:]}
+
+    def of(self, at: torch.Tensor) -> torch.Tensor:
+        """(B, R, K) bool: what the slots ``at`` (B, R) see."""
+        if self.mask is not None:
+            return self.mask[torch.arange(len(at), device=at.device)[:, None], at]
+        key, place = torch.arange(self.columns, device=at.device), at[..., None] + self.columns - self.rows
+        seen = key <= place
+        if self.window is not None:
+            seen = seen & (key > place - self.window)
+        return seen if self.keys is None else seen & self.keys[:, None]
+
+
+def visible_keys(
+    mask: Any, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None, window: int | None = None
+) -> Visible:
+    """What each query slot sees, from whatever the kernel was given: its mask, and the window that flash attention has
+    beside it."""
     batch, rows, columns = q.shape[0], q.shape[2], k.shape[2]
     if torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return allowed[:, 0, :, :columns].expand(batch, rows, columns)
-    allowed = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)[None]
+        return Visible(rows, columns, mask=allowed(mask)[..., :columns].expand(batch, rows, columns))
     if torch.is_tensor(mask) and mask.ndim == 2:
-        return allowed & mask[:, None, :columns].bool()
-    if valid is not None:
-        seen = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
-        return allowed & seen[:, None]
-    return allowed.expand(batch, rows, columns)
+        valid = mask[:, :columns].bool()
+    elif valid is not None:
+        valid = torch.cat([valid.new_ones(batch, columns - rows), valid], 1)
+    return Visible(rows, columns, valid, window)
+
+
+def allowed(mask: torch.Tensor) -> torch.Tensor:
+    """(B, 1, M, K) as kernels have it, truth values or numbers → (B, M, K) bool."""
+    return (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]

@@ -229,7 +229,8 @@ class DecoderReadings:
                 call.notes[name, layer] = heads(call, layer, x)
         wanted = stats.intersection(STATISTICS)
         if wanted:
-            self._score(call, layer, wanted, q, k, mask, kwargs.get("scaling"), self._bias(call, layer, k))
+            window, bias = kwargs.get("sliding_window"), self._bias(call, layer, k)
+            self._score(call, layer, wanted, q, k, mask, kwargs.get("scaling"), bias, window)
 
     @staticmethod
     def _bias(call: Prefill, layer: int, k: torch.Tensor) -> torch.Tensor | None:
@@ -248,10 +249,11 @@ class DecoderReadings:
         mask: Any,
         scale: float | None,
         bias: torch.Tensor | None,
+        window: int | None = None,
     ) -> None:
         """Note the statistics of the queries and keys of the slots of ``layer``."""
         layout = call.layouts[layer]
-        visible = visible_keys(mask, q, k, call.entry_valid if layout is None else layout.valid)
+        visible = visible_keys(mask, q, k, call.entry_valid if layout is None else layout.valid, window)
         seen = Seen(call, layer, q, k, visible, scale, bias, self.adapter.special_ids)
         for stat in stats:
             by_slot = STATISTICS[stat](seen)[:, -q.shape[2] :]  # cached tokens are not candidates

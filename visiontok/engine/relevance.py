@@ -69,11 +69,8 @@ def rollout(run: Callable[[], torch.Tensor], weight: torch.Tensor, valid: torch.
     with torch.no_grad():
         for layer, slope in zip(reversed(layers), reversed(slopes), strict=True):
             q, k, v, mask, kwargs, _ = seen[layer]
-            sees = visible_keys(mask, q, k, valid)
-            window = kwargs.get("sliding_window")
-            if window is not None and not (torch.is_tensor(mask) and mask.ndim == 4):  # the kernel's own business
-                at = torch.arange(k.shape[2], device=k.device)
-                sees = sees & (at[:, None] - at < window)
+            everyone = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
+            sees = visible_keys(mask, q, k, valid, kwargs.get("sliding_window")).of(everyone)
             slope = slope.transpose(1, 2)  # (B, H, N, d)
             total = total + relevance(total, q, k, v, slope, scale=kwargs.get("scaling"), visible=sees)
     return total

@@ -1,21 +1,20 @@
 """Statistics of the attention in one decoder layer, one number or row for each of its keys.
 
-None of them holds a map of all queries and keys of a layer: query rows are taken in tiles.
+None of them holds a map of all queries and keys of a layer: see :func:`visiontok.functional.attention_columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
-from ..functional import attention_flow, attention_heads, attention_peaks, attention_rows
+from ..functional import attention_columns, attention_flow, attention_heads, attention_rows, attention_share
 from .call import Prefill
-
-TILE = 256
-"""Query rows whose attention is held at a time."""
+from .probe import Visible
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Seen:
         layer: the layer.
         q: (B, H, M, d) queries.
         k: (B, G, P + M, d) keys, those of P cached tokens first.
-        visible: (B, M, P + M) bool, what each query sees.
+        visible: what each query sees.
         scale: factor on the logits; None for 1/√d.
         bias: (B, P + M) float, what is added to the logits of each key, or None.
         special: tells the token ids that are no words.
@@ -37,7 +36,7 @@ class Seen:
     layer: int
     q: torch.Tensor
     k: torch.Tensor
-    visible: torch.Tensor
+    visible: Visible
     scale: float | None
     bias: torch.Tensor | None
     special: Callable[[], set[int]]
@@ -89,24 +88,19 @@ class Seen:
     def rows(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries (B, H, Q, d) of the slots ``at`` (B, Q), and what they see, (B, Q, K)."""
         row = torch.arange(len(at), device=at.device)[:, None]
-        return self.q.transpose(1, 2)[row, at].transpose(1, 2), self.visible[row, at]
+        return self.q.transpose(1, 2)[row, at].transpose(1, 2), self.visible.of(at)
 
-    def tiles(
-        self, wanted: torch.Tensor, reduce: Callable[..., torch.Tensor] = attention_rows
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Query slots (R,) that any row of ``wanted`` (B, M) names, and what ``reduce`` makes of their attention,
-        (B, R, K)."""
-        for rows in wanted.any(0).nonzero().flatten().split(TILE):
-            q, visible = self.q[:, :, rows], self.visible[:, rows]
-            yield rows, reduce(q, self.k, scale=self.scale, visible=visible, bias=self.bias)
+    def any(self, wanted: torch.Tensor) -> torch.Tensor | None:
+        """(R,) long: query slots that any row of ``wanted`` (B, M) names; None if these are all."""
+        found = wanted.any(0).nonzero().flatten()
+        return None if len(found) == wanted.shape[1] else found
 
-    def mean(self, who: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """(B, K): mean over the query slots ``who`` (B, M) of what ``reduce`` makes of their attention."""
-        weight = who / who.sum(1, keepdim=True).clamp_min(1)
-        total = weight.new_zeros(len(self.k), self.k.shape[2])
-        for rows, scores in self.tiles(who, reduce):
-            total += (scores * weight[:, rows, None]).sum(1)
-        return total
+    def mean(self, who: torch.Tensor, heads: Literal["mean", "max"] = "mean") -> torch.Tensor:
+        """(B, K): mean over the query slots ``who`` (B, M) of their attention, of all heads or the largest of them."""
+        return attention_columns(
+            self.q, self.k, scale=self.scale, bias=self.bias, **self.visible.options(), rows=self.any(who), weight=who,
+            heads=heads,
+        )  # fmt: skip
 
 
 def _last_row(seen: Seen) -> torch.Tensor:
@@ -122,17 +116,18 @@ def _text_heads(seen: Seen) -> torch.Tensor:
 
 def _flow(seen: Seen) -> torch.Tensor:
     new = seen.q.shape[2]  # cached tokens have no rows of their own
-    return attention_flow(
-        seen.q, seen.k[:, :, -new:], scale=seen.scale, visible=seen.visible[..., -new:], valid=seen.used
-    )
+    options = seen.visible.options(own=True)
+    return attention_flow(seen.q, seen.k[:, :, -new:], scale=seen.scale, start=seen.used, **options)
 
 
 def _to_text(seen: Seen) -> torch.Tensor:
     past, shown = seen.k.shape[2] - seen.q.shape[2], seen.shown
-    text = seen.used & ~shown
+    text = torch.cat([shown.new_zeros(len(shown), past), seen.used & ~shown], 1)
     total = torch.zeros(len(seen.k), seen.k.shape[2], device=seen.q.device)
-    for rows, scores in seen.tiles(shown):
-        total[:, past + rows] = (scores[..., past:] * text[:, None]).sum(-1)
+    at = shown.any(0).nonzero().flatten()
+    total[:, past + at] = attention_share(
+        seen.q, seen.k, text, scale=seen.scale, bias=seen.bias, **seen.visible.options(), rows=at
+    )
     return total
 
 
@@ -140,12 +135,12 @@ def _own_peaks(seen: Seen) -> torch.Tensor:
     image = seen.image
     ones = torch.ones_like(image, dtype=torch.float32)
     size = ones.new_zeros(len(image), len(seen.call.units) + 1).scatter_add(1, image, ones)
-    weight = (image > 0) / size.gather(1, image)
-    total = torch.zeros_like(weight)
-    for rows, scores in seen.tiles(image > 0, attention_peaks):
-        mine = scores[..., -image.shape[1] :] * (image[:, rows, None] == image[:, None])  # others are not theirs
-        total += (mine * weight[:, rows, None]).sum(1)
-    return total
+    nobody = image.new_full((len(image), seen.k.shape[2] - image.shape[1]), -1)  # has cached tokens
+    return attention_columns(
+        seen.q, seen.k, scale=seen.scale, bias=seen.bias, **seen.visible.options(), rows=seen.any(image > 0),
+        weight=(image > 0) / size.gather(1, image), heads="max", group=(image, torch.cat([nobody, image], 1)),
+        normalise=None,
+    )  # fmt: skip
 
 
 def _unturned_row(seen: Seen) -> torch.Tensor:
@@ -155,13 +150,13 @@ def _unturned_row(seen: Seen) -> torch.Tensor:
 
 STATISTICS: dict[str, Callable[[Seen], torch.Tensor]] = {
     "last_row": _last_row,
-    "text_rows": lambda seen: seen.mean(seen.asking, attention_rows),
+    "text_rows": lambda seen: seen.mean(seen.asking),
     "text_heads": _text_heads,
-    "decoder_received": lambda seen: seen.mean(seen.used, attention_rows),
+    "decoder_received": lambda seen: seen.mean(seen.used),
     "flow": _flow,
     "to_text": _to_text,
     "own_peaks": _own_peaks,
-    "text_peaks": lambda seen: seen.mean(seen.asking, attention_peaks),
+    "text_peaks": lambda seen: seen.mean(seen.asking, "max"),
     "unturned_row": _unturned_row,
 }
 """By the name at :class:`visiontok.context.Attention`: (B, K, …) float of the last K keys, the layer's own at least."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..functional import attention_columns, attention_logits, attention_rows
 from ..method import Layer, Stage, Tower, resolve_layer
 from .call import Prefill
-from .probe import Tap, attention_modules
+from .probe import Tap, allowed, attention_modules
 from .readings import Host, needs_of
 from .vision import Encoded, current_record
 
@@ -93,20 +92,18 @@ class TowerReadings:
         if record is None or not self.serves():
             return
         skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
-        for a, b, valid in _segments(q, k, mask, kwargs.get("cu_seq_lens_q")):
-            seen = None if valid is None else valid[:, None]
-            for stat in stats:
-                if stat == "cls":
-                    found = attention_rows(a[:, :, :1], b, scale=scale, visible=seen)[:, 0]
-                elif stat == "cls_joined":
-                    found = attention_rows(_joined(a[:, :, :1]), _joined(b), visible=seen)[:, 0]
-                elif stat == "cls_logits":
-                    found = attention_logits(a[:, :, :1], b, scale=scale)[:, 0]
-                elif stat == "keys":
-                    found = b.transpose(1, 2).float()
-                else:
-                    found = attention_columns(a, b, scale=scale, valid=valid)
-                record.attention.setdefault((stat, layer), []).append(found[:, skip:])
+        for stat in stats:
+            if stat == "cls":
+                found = attention_rows(q[:, :, :1], k, scale=scale, visible=_exists(mask))[:, 0]
+            elif stat == "cls_joined":
+                found = attention_rows(_joined(q[:, :, :1]), _joined(k), visible=_exists(mask))[:, 0]
+            elif stat == "cls_logits":
+                found = attention_logits(q[:, :, :1], k, scale=scale)[:, 0]
+            elif stat == "keys":
+                found = k.transpose(1, 2).float()
+            else:
+                found = _received(q, k, scale, mask, kwargs.get("cu_seq_lens_q"))
+            record.attention.setdefault((stat, layer), []).append(found[:, skip:])
 
     def read(self, call: Prefill, stat: str, layer: int | float) -> torch.Tensor:
         """(U, N, …) what ``stat`` of :class:`visiontok.context.Attention` is.
@@ -210,28 +207,27 @@ def _joined(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)[:, None]
 
 
-def _segments(
-    q: torch.Tensor, k: torch.Tensor, mask: Any, lengths: Any
-) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
-    """Independent pieces (q, k, (B, n) valid keys or None) of one vision attention call."""
-    n = q.shape[2]
-    valid: torch.Tensor | None = None
-    borders = [0, n]
-    if lengths is not None:  # flash attention takes all images in one call
-        borders = lengths.tolist()
-    elif torch.is_tensor(mask) and mask.ndim == 2:  # flash attention with key padding
-        valid = mask.bool()
-    elif torch.is_tensor(mask) and mask.ndim == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        allowed = allowed[:, 0].expand(q.shape[0], n, n)
-        valid = allowed.any(1)
-        if len(allowed) == 1:  # padding is seen by nobody and separates nothing: compare neighbours without it
-            shown = torch.nonzero(valid[0]).flatten()
-            apart = ~allowed[0, shown[1:], shown[:-1]]
-            borders = [0, *shown[1:][apart].tolist(), n]
-    if valid is not None and bool(valid.all()):
-        valid = None
-    return [(q[:, :, a:b], k[:, :, a:b], None if valid is None else valid[:, a:b]) for a, b in pairwise(borders)]
+def _exists(mask: Any) -> torch.Tensor | None:
+    """(B or 1, 1, N) bool: keys that hold a patch, from whatever mask the kernel was given; None for all."""
+    if not torch.is_tensor(mask):
+        return None
+    return mask.bool()[:, None] if mask.ndim == 2 else allowed(mask).any(1, keepdim=True)
+
+
+def _received(
+    q: torch.Tensor, k: torch.Tensor, scale: float | None, mask: Any, borders: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, N): attention that each patch receives, mean over heads and the patches of its own picture."""
+    if borders is not None:  # flash attention takes all pictures in one call
+        packed = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        return attention_columns(*packed, scale=scale, cu_seqlens=borders, normalise="count")[None]
+    if torch.is_tensor(mask) and mask.ndim == 2:  # flash attention with key padding
+        return attention_columns(q, k, scale=scale, valid=mask.bool())
+    if not torch.is_tensor(mask):
+        return attention_columns(q, k, scale=scale)
+    # One picture among others sees itself, and padding, which may see, is seen by nobody.
+    seen = allowed(mask).expand(q.shape[0], -1, -1)
+    return attention_columns(q, k, scale=scale, visible=seen, weight=seen.any(1), normalise="count")
 
 
 def _vision_option(stage: Stage, layer: Layer) -> str:

@@ -58,10 +58,11 @@ class Trace:
         masses: list[torch.Tensor | None],
         frozen: Mapping[int, int] | None = None,
         cached: Mapping[int, tuple[torch.Tensor, int]] | None = None,
+        narrow: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         """The prefill is through; see :meth:`visiontok.ledger.TokenLedger.fill`."""
         if self.ledger is not None:
-            self.ledger.fill(alive, widths, masses, frozen or {}, cached or {})
+            self.ledger.fill(alive, widths, masses, frozen or {}, cached or {}, narrow or {})
         self.clock.mark("finished")
 
     def note_step(self) -> None:

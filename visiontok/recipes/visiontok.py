@@ -38,7 +38,7 @@ class Visiontok(Attended):
         departures="Towers without CLS: visiontok[received]. The best of the compositions that were tried on the "
         "validation scenes of the embedded LLaVA; on other models, compare.",
         defaults="the layer the features come from; mass attention with beta=1, merge=0.75.",
-        cost="O(N²D) once, O(N) per pick; the bias takes decoder layers from flash attention to sdpa",
+        cost="O(N²D) once, O(N) per pick; the bias widens the heads of flash attention by 8 columns",
         contract=Contract(sync_free=False),
     )
 

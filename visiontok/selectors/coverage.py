@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Coverage, Picks, greedy
+from ..kernels import Picks
+from ..kernels import coverage as cover
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -31,5 +32,5 @@ def coverage(table: Tensor, k: int | Tensor, *, weight: Tensor | None = None, va
     ok = mask(valid, t.mT)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     factor = None if weight is None else rows(weight, 1, "weight").float()
-    state = Coverage(t.float().nan_to_num(nan=0.0), factor, None, None)
-    return unrow_picks(greedy(state, counts, most, ok, ~t.amax(1).isnan()), table, 2)
+    picks = cover(t.float().nan_to_num(nan=0.0), factor, None, None, 0.0, counts, most, ok, ~t.amax(1).isnan())
+    return unrow_picks(picks, table, 2)

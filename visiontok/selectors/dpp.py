@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Determinant, Picks, cosines, greedy
+from ..kernels import Picks, cosines, determinant
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -35,4 +35,4 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     similarity, known = cosines(x)
     usable, r = known & ~r.isnan(), r.nan_to_num(nan=0.0).clamp_min(0)
     kernel = similarity.mul_(r[:, None]).mul_(r[..., None])
-    return unrow_picks(greedy(Determinant(kernel, r, most), counts, most, ok, usable), features, 2)
+    return unrow_picks(determinant(kernel, r, counts, most, ok, usable), features, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Coverage, Picks, cosines, greedy
+from ..kernels import Picks, cosines, coverage
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -47,5 +47,5 @@ def facility(
     importance, factor, extra = (None if f is None else rows(f, 1, "weights").float() for f in (weight, scale, bonus))
     known = ok & usable
     represented = known.float() if importance is None else importance.masked_fill(~known, 0.0)
-    state = Coverage(similarity, represented, factor, extra, start)
-    return unrow_picks(greedy(state, counts, most, ok, usable), features, 2)
+    picks = coverage(similarity, represented, factor, extra, start, counts, most, ok, usable)
+    return unrow_picks(picks, features, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosines, greedy
+from ..kernels import Picks, cosines, running_max
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -36,5 +36,5 @@ def maxmin(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Pi
     others = torch.where(ok, 0.0, -torch.inf)[:, None]
     start = 1 - (similarity + others).amax(-1).clamp_min(-1.0)
     one = similarity.new_ones(1)
-    picks = greedy(RunningMax(similarity, one, one, start), counts, most, ok, usable)
+    picks = running_max(similarity, one, one, start, counts, most, ok, usable)
     return unrow_picks(picks, features, 2)

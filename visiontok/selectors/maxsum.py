@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Picks, Rows, RunningSum, greedy
+from ..kernels import Picks, Rows, RunningSum, greedy, running_sum
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -30,4 +30,6 @@ def maxsum(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | No
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     table = Rows(x, most)
-    return unrow_picks(greedy(RunningSum(table, s), counts, most, ok, table.finite), features, 2)
+    if table.whole:
+        return unrow_picks(running_sum(table.matrix, s, counts, most, ok, table.finite), features, 2)
+    return unrow_picks(greedy(RunningSum(table.row, s), counts, most, ok, table.finite), features, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosines, greedy
+from ..kernels import Picks, RunningMax, cosines, greedy, running_max
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -41,5 +41,7 @@ def mmr(
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     slope = s.new_full((1,), 1 - balance)
     similarity, usable = cosines(x)
-    state = RunningMax(similarity, balance * s, slope, start=s)
-    return unrow_picks(greedy(state, counts, most, ok, usable, per_round), features, 2)
+    if per_round > 1:
+        state = RunningMax(similarity, balance * s, slope, start=s)
+        return unrow_picks(greedy(state, counts, most, ok, usable, per_round), features, 2)
+    return unrow_picks(running_max(similarity, balance * s, slope, s, counts, most, ok, usable), features, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import Picks, RunningMax, cosines, greedy
+from ..kernels import Picks, cosines, running_max
 from ..kernels.batching import budget, largest, mask, rows, unrow_picks
 
 
@@ -30,5 +30,4 @@ def product(features: Tensor, scores: Tensor, k: int | Tensor, valid: Tensor | N
     ok = mask(valid, x)
     counts, most = budget(k, ok), largest(k, ok.shape[1])
     similarity, usable = cosines(x)
-    state = RunningMax(similarity, offset=s, slope=s, start=s)
-    return unrow_picks(greedy(state, counts, most, ok, usable), features, 2)
+    return unrow_picks(running_max(similarity, s, s, s, counts, most, ok, usable), features, 2)

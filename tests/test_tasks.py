@@ -524,10 +524,11 @@ def test_digests_tell_tasks_apart_by_what_changes_results() -> None:
 def test_scenes_are_those_that_the_demo_is_measured_with(name: str, split: str) -> None:
     number = 20  # more than the exam and the task draw at a time
     drawn = dataclasses.replace(task.find(name), scenes=task.Scenes(split, number)).items()
-    asked = []
+    asked, ids = [], []
     for sheet in measure.exam(split, number):
         pixels = sheet.pixels.unflatten(0, (-1, sheet.pictures)).numpy()
-        for pictures, row in zip(pixels, sheet.questions.rows(), strict=True):
+        for pictures, row, there in zip(pixels, sheet.questions.rows(), sheet.questions.form >= 0, strict=True):
+            ids += [f"{split}-{len(asked)}-{place}" for place in there.nonzero()[:, 0].tolist()]
             asked.append([(question.text, [question.answer], question.kind, pictures) for question in row])
     assert [(item.prompt, item.target["answers"], item.groups["category"]) for item in drawn] == [
         one[:3] for row in asked for one in row
@@ -536,7 +537,7 @@ def test_scenes_are_those_that_the_demo_is_measured_with(name: str, split: str) 
     assert clusters == [f"{split}-{scene}" for scene, row in enumerate(asked) if row]
     for item, (*_, pictures) in zip(drawn, (one for row in asked for one in row), strict=True):
         assert [image.open().tobytes() for image in item.images] == [picture.tobytes() for picture in pictures]
-    assert all(item.id.startswith(f"{item.cluster}-") for item in drawn)
+    assert [item.id for item in drawn] == ids
 
 
 def test_scenes_take_no_data() -> None:

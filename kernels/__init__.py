@@ -1,6 +1,6 @@
 """Fast twins of the operators that cost real time."""
 
-# Where the top of the repository is on sys.path, transformers imports this folder, as it probes for a package `kernels`.
+# With the top of the repository on sys.path, transformers imports this folder as it probes for a package `kernels`.
 # The operators must not be registered a second time: that would pull them from under their users.
 if __name__ == "visiontok.kernels":
     from .columns import (

@@ -129,7 +129,7 @@ def run(
     blocks = split(ids, batch)
     made = protocol(
         loaded,
-        task={"name": task.name, "version": task.version, "digest": task.digest},
+        task={name: getattr(task, name) for name in ("name", "version", "digest", "metric", "dialect")},
         ids=ids,
         block=batch,
         seed=seed,

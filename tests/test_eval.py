@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from visiontok.eval import runner
+from visiontok.eval.compare import Answered, by_group, compared, plain, read, score
 from visiontok.eval.job import Sweep, eval_job
 from visiontok.eval.protocol import canonical_image, pixels, protocol, short
 from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_protocol, split
@@ -349,3 +350,67 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"questions\.block was 4 and is 2"):
         eval_job(Sweep(out=str(tmp_path), methods=("full",), limit=4, batch=2))
     assert (tmp_path / "scenes" / "full" / PROTOCOL).exists()
+
+
+# ---------------------------------------------------------------------------------------------------- compare and score
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    eval_job(Sweep(out=str(folder), methods=("full", "blind", "random"), keeps=("0.1",), limit=60, batch=20))
+    return folder / "scenes"
+
+
+def test_a_comparison_is_that_of_the_answers(runs: Path) -> None:
+    full, blind, random_ = (read(str(runs / name)) for name in ("full", "blind", "random-0.1"))
+    found = plain(full, [blind, random_], compared(full, [blind, random_]))
+    assert [one["method"] for one in found] == ["blind", "random 0.1"]
+    assert [one["tokens"] for one in found] == [0, 14]
+    for one, other in zip(found, (blind, random_), strict=True):
+        gain = [a["score"] - b["score"] for a, b in zip(other.rows, full.rows, strict=True)]
+        assert one["difference"]["value"] == pytest.approx(sum(gain) / 60)
+        assert (one["flips"]["gained"], one["flips"]["lost"]) == (gain.count(1), gain.count(-1))
+        assert one["p_holm"] >= one["difference"]["p"]
+        assert one["not_worse"] is False
+    groups = by_group(full, blind, "category")
+    assert sum(one.questions for one in groups.values()) == 60
+    with pytest.raises(ConfigError, match="no such group; they have category"):
+        by_group(full, blind, "mood")
+
+
+def test_runs_that_came_about_differently_are_not_compared_unless_told(runs: Path, tmp_path: Path) -> None:
+    full = read(str(runs / "full"))
+    for path in leaves(full.protocol):
+        changed = json.loads(json.dumps(full.protocol))
+        inner = changed
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = "something else"
+        other = Answered(full.folder, "other", changed, full.rows)
+        if path[0] == "seed":  # of a method's draws
+            compared(full, [other])
+            continue
+        with pytest.raises(ConfigError, match=rf"{'.'.join(path)} was .* or give --anyhow"):
+            compared(full, [other])
+    assert compared(full, [other], anyhow=True)[0].difference.value == 0
+    with pytest.raises(ConfigError, match="has other questions"):
+        compared(full, [Answered(full.folder, "other", full.protocol, full.rows[:-1])], anyhow=True)
+
+
+def test_marks_in_another_dialect_need_no_model(runs: Path) -> None:
+    first = json.loads((runs / "full" / "results.json").read_text())
+    assert score(str(runs / "full"), None, None)["scores"] == first["scores"]
+    assert score(str(runs / "full"), None, "vlmevalkit")["dialect"] == "vlmevalkit"
+    with pytest.raises(ConfigError, match="dialect='none' does not exist"):
+        score(str(runs / "full"), None, "none")
+
+
+def test_what_is_no_finished_run_is_said(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run is here"):
+        read(str(tmp_path))
+    for file in (runs / "full").iterdir():
+        if file.name != "results.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ConfigError, match="not finished"):
+        read(str(tmp_path))

@@ -15,8 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,40 +111,52 @@ def problems(build: Build, architecture: int, compiled: Compiled) -> list[str]:
     return found
 
 
+def _look(wanted: tuple[str, int]) -> tuple[Compiled, list[str]]:
+    """Compile a configuration, by name, and look at it; runs in a process of its own."""
+    name, architecture = wanted
+    build = next(build for build in shipped() if build.name == name)
+    compiled = compile_for(build, architecture)
+    return compiled, problems(build, architecture, compiled)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print a line for each, and return 1 if there was a problem."""
     parser = argparse.ArgumentParser(prog="python -m visiontok.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations whose name holds TEXT")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=ARCHITECTURES, help="only for these; all by default"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} anew")
     given = parser.parse_args(argv)
     if interpreted():
         parser.error("TRITON_INTERPRET is set, so nothing is compiled: unset it")
-    if given.write and given.only:
-        parser.error("--write keeps all configurations: leave --only out")
+    if given.write and (given.only or given.arch):
+        parser.error("--write keeps all configurations: leave --only and --arch out")
 
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "kernels": {}}
     comparable = table["triton"] == triton.__version__ and not given.write
     rows: dict[str, dict[str, dict[str, int]]] = {}
     failed = 0
-    for build in shipped():
-        if given.only not in build.name:
-            continue
-        for architecture in ARCHITECTURES[: 3 if build.everywhere else 2]:
-            start, name = time.perf_counter(), f"sm_{architecture}"
-            compiled = compile_for(build, architecture)
-            row = rows.setdefault(build.name, {})[name] = compiled.row()
-            found = problems(build, architecture, compiled)
-            before = table["kernels"].get(build.name, {}).get(name)
+    wanted = [
+        (build.name, architecture)
+        for build in shipped()
+        if given.only in build.name
+        for architecture in (given.arch or ARCHITECTURES[: 3 if build.everywhere else 2])
+    ]
+    with ProcessPoolExecutor() as pool:
+        for (kernel, architecture), (compiled, found) in zip(wanted, pool.map(_look, wanted), strict=True):
+            name = f"sm_{architecture}"
+            row = rows.setdefault(kernel, {})[name] = compiled.row()
+            before = table["kernels"].get(kernel, {}).get(name)
             if comparable and row != before:
                 found.append(f"{TABLE.name} says {before}: run with --write and look at the difference")
             failed += len(found)
-            seconds = time.perf_counter() - start
-            print(f"{build.name:40} {name:6} {compiled.registers:4} registers {compiled.shared:7} B  {seconds:5.1f} s")
+            print(f"{kernel:40} {name:6} {compiled.registers:4} registers {compiled.shared:7} B", flush=True)
             for problem in found:
                 print(f"  {problem}")
     if given.write:
         TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
-    elif comparable and not given.only and (gone := table["kernels"].keys() - rows.keys()):
+    elif comparable and not given.only and not given.arch and (gone := table["kernels"].keys() - rows.keys()):
         failed += 1
         print(f"{TABLE.name} has kernels that are shipped no longer: {', '.join(sorted(gone))}; run with --write")
     print(f"{sum(map(len, rows.values()))} compiled with Triton {triton.__version__}, {failed} problems")

@@ -118,7 +118,7 @@ class Records:
             if rank is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = own.open("ab")
-                self._lock(own)
+                self._lock(self._file, own)
                 self._file.truncate(self._read(own))  # a block that was cut off is answered again
             for file in sorted(folder.glob("answers-*.jsonl")):
                 if self._file is None or file != own:
@@ -134,11 +134,12 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _lock(self, file: Path) -> None:
+    @staticmethod
+    def _lock(opened: BinaryIO, file: Path) -> None:
         if fcntl is None:
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"{file}: another run is writing here; wait for it, or give another folder") from error
 

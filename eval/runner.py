@@ -173,10 +173,10 @@ def answer(
     try:
         answers = _generate(loaded, list(asked.values()), compression, longest)
     except ConfigError:
-        refused = {name: error for name, one in asked.items() if (error := _refusal(loaded, one))}
+        refused = {name: why for name, one in asked.items() if (why := _refusal(loaded, one))}
         if not refused:  # it was no question's fault
             raise
-        found |= {name: Answer(error=error) for name, error in refused.items()}
+        found |= {name: Answer(error=why) for name, why in refused.items()}
         asked = {name: one for name, one in asked.items() if name not in refused}
         answers = _generate(loaded, list(asked.values()), compression, longest)
     found |= dict(zip(asked, answers, strict=True))

@@ -22,6 +22,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from visiontok.statistics import accuracy, difference, kendall
+
 from . import clips
 from .architectures import ARCHITECTURES
 from .curves import STOCK, Cell, from_hex, read, weights_digest
@@ -33,7 +35,6 @@ from .markdown import table as _table
 from .measure import exam
 from .questions import KINDS, Question
 from .scenes import COLOR_NAMES, SHAPES, SIDE, seeds
-from .statistics import accuracy, difference, kendall
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from visiontok import recipes
+from visiontok.statistics import accuracy
 
 from .card import WEIGHTS, Curves
 from .curves import STOCK, read, weights_digest
 from .decoder import PROMPT, calibrated, inside, key_of
 from .markdown import estimate, gain, percent, prose, table
-from .statistics import accuracy
 
 REFERENCE = "visiontok"
 _OUT_OF_REACH = "–"

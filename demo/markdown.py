@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .statistics import Estimate, difference
+from visiontok.statistics import Estimate, difference
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

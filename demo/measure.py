@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import statistics
+from visiontok import statistics
+
 from .architectures import ARCHITECTURES
 from .model import Architecture, load
 from .packing import answer_logits, answered, pack
-from .questions import FORM_NAMES, KIND_OF_FORM, KINDS, Questions, ask, ask_pairs, converse
+from .questions import FORM_NAMES, KIND_OF_FORM, KINDS, Questions, ask_as, converse
 from .raster import paint
 from .scenes import NORMAL, STYLES, lay_out, seeds
 
@@ -51,9 +52,7 @@ def exam(split: str, scenes: int, device: torch.device | str = "cpu") -> Iterato
     """The questions of a split.
 
     Args:
-        split: "heldout" and "validation" ask about ordinary scenes, "composition" about combinations that training
-            never shows, "detail" for the smallest glyphs, "pairs" about two pictures, "turns" several questions in one
-            conversation.
+        split: as `ask_as` knows them; "turns" asks several questions in one conversation.
         scenes: how many, from the first.
         device: where the chunks shall lie.
 
@@ -62,12 +61,7 @@ def exam(split: str, scenes: int, device: torch.device | str = "cpu") -> Iterato
     """
     for start in range(0, scenes, _CHUNK):
         layout = lay_out(seeds(split, range(start, min(start + _CHUNK, scenes)), device), STYLES.get(split, NORMAL))
-        if split == "pairs":
-            questions = ask_pairs(layout)
-        elif split == "detail":
-            questions = ask(layout, {"read": 3, "sign": 1})
-        else:
-            questions = ask(layout, novel=split == "composition")
+        questions = ask_as(split, layout)
         talk = torch.arange(questions.form.shape[1], device=device).expand(questions.form.shape)
         if split == "turns":
             questions, talk = converse(questions, layout.seeds, _TURNS)

@@ -406,3 +406,21 @@ def ask_pairs(layout: Layout, count: int = 6) -> Questions:
     form = torch.where(backdrop[:, :1] != backdrop[:, 1:], _FORM["pair background"], -1)
     which_background = padded(form, backdrop.gather(1, side)[..., None].expand(-1, -1, 4), words[side])
     return joined([which_has, which_more, which_background])
+
+
+def ask_as(split: str, layout: Layout) -> Questions:
+    """Draw the questions that a split is measured with.
+
+    Args:
+        split: "heldout", "validation" and "turns" ask about ordinary scenes, "composition" about combinations that
+            training never shows, "detail" for the smallest glyphs, "pairs" about two pictures.
+        layout: scenes of the split.
+
+    Returns:
+        Questions about each scene, or each pair of "pairs".
+    """
+    if split == "pairs":
+        return ask_pairs(layout)
+    if split == "detail":
+        return ask(layout, {"read": 3, "sign": 1})
+    return ask(layout, novel=split == "composition")

@@ -31,7 +31,6 @@ from visiontok.calibration.probe import Probe
 from visiontok.calibration.samples import QUESTION, Sample, digest, read
 from visiontok.calibration.similarity import InterLayerSimilarity
 from visiontok.calibration.withdraw import ExitKL
-from visiontok.calibration.work import fingerprint
 from visiontok.conformance import zoo
 from visiontok.conformance.oracle import DenseMasked
 from visiontok.conventions import published_flops
@@ -39,6 +38,7 @@ from visiontok.cost import Load, Widths
 from visiontok.engine.policy import StagePolicy
 from visiontok.errors import ConfigError
 from visiontok.recipes.todre_exit import ToDREExit
+from visiontok.weights import fingerprint
 
 DEPTH = 6
 

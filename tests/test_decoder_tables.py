@@ -15,9 +15,9 @@ from visiontok.demo.decoder import Entry
 import visiontok
 from visiontok import Recipe
 from visiontok.api import Callback
-from visiontok.calibration.work import fingerprint
 from visiontok.errors import ConfigError
 from visiontok.method import Stage
+from visiontok.weights import fingerprint
 
 SMALL = ["--questions", "10", "--turns", "7", "--shares", "0.5", "0.25", "--turn-shares", "0.5"]
 SMALL += ["--mass", "off", "--methods", "divprune", "fastv", "aim", "vtw", "snapkv"]

@@ -44,13 +44,16 @@ LAYERS = {
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
     "visiontok.rollout": "api",
+    "visiontok.named": "named",
     "visiontok.run": "run",
     "visiontok.cli": "cli",
     "visiontok.doctor": "doctor",
     "visiontok.conformance": "conformance",
     "visiontok.calibration": "calibration",
     "visiontok.calibration.job": "run",
+    "visiontok.statistics": "statistics",
     "visiontok.eval": "eval",
+    "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
 }
 
@@ -83,14 +86,17 @@ MAY_IMPORT = {
     "weights": {"errors"},
     "overlay": {"errors", "engine"},
     "api": API,
-    "run": API | {"package", "overlay", "options", "run", "demo", "calibration"},
+    "named": API | {"options", "demo"},
+    "run": API | {"package", "overlay", "options", "named", "run", "demo", "calibration"},
     "conformance": API | {"package", "conformance"},
-    "calibration": API | {"conventions", "calibration"},
+    "calibration": API | {"conventions", "weights", "calibration"},
     "cli": API
-    | {"package", "cli", "run", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
+    | {"package", "cli", "run", "eval", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
-    "eval": API | {"package", "eval", "demo"},
-    "demo": API | {"package", "options", "calibration", "demo"},
+    "scoring": {"errors", "scoring"},
+    "statistics": {"errors", "statistics"},
+    "eval": API | {"package", "named", "scoring", "statistics", "weights", "eval", "demo"},
+    "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -109,6 +115,8 @@ MAY_USE = {
     "clip": {"torch", "open_clip", "transformers"},
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
+    "statistics": {"numpy"},
+    "scoring": {"pycocoevalcap"},
 }
 
 
@@ -165,7 +173,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "run", "cli", "eval", "demo"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from visiontok.api import Compression
 from visiontok.conformance.schedules import cut, inject, leave, prompt
 from visiontok.conformance.zoo import TEXT, prepare
 from visiontok.errors import ConfigError, UnsupportedError
-from visiontok.run import Loaded
+from visiontok.named import Loaded
 
 pytestmark = pytest.mark.engine
 IMAGE, STEPS, DEPTH, CROSS, TILES, PATCHES = 100, 4, 4, (1, 3), 4, 17

@@ -77,8 +77,8 @@ def test_wheel_holds_every_file(prefix: Path) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "visiontok").rglob("*.py")}
     for name in FOLDERS:
         expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / name).rglob("*.py")}
-    for data in ("weights", "examples"):
-        files = (path for path in (ROOT / "demo" / data).rglob("*") if path.is_file())
+    for data in ("demo/weights", "demo/examples", "eval/tasks"):
+        files = (path for path in (ROOT / data).rglob("*") if path.is_file())
         expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in files}
     expected |= {"visiontok/py.typed"}
     assert expected - installed == set()

@@ -117,7 +117,7 @@ def test_the_stock_side_is_the_stock_model() -> None:
     model, processor = visiontok.demo.load()
     picture, questions = visiontok.demo.scene(0)
     result = run.run_job(max_new_tokens=4, repeats=2)
-    inputs = run.Loaded("tiny", model, processor, torch.device("cpu")).inputs(picture, result.question)
+    inputs = run.Loaded("tiny", model, processor, torch.device("cpu")).inputs(([picture], result.question))
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert result.stock.answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert result.stock.generated == len(ids)

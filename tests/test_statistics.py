@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 import pytest
-from visiontok.demo.statistics import accuracy, difference, kendall
+
+from visiontok.statistics import accuracy, difference, kendall
 
 
 def test_an_interval_comes_from_drawing_whole_clusters():

@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
+"""The command line: `visiontok run`, `eval`, `compare`, `score`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -101,6 +101,96 @@ def run(
         _print_json(result.to_dict())
     else:
         result.render(_console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA, the default), `tiny-qwen`."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task, by name or YAML file; may be repeated. Default: scenes.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method or recipe file, `full` (stock) or `blind` (no picture); may be repeated. Default: full, "
+            "random, resize, visiontok."
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Budget, as for `run`; may be repeated. Default: 0.25.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PATH", help="Questions of a task; may be repeated. Default: the hub."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Questions answered together. Default: 16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws of methods. Default: 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. Default: auto.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Answers and results. Default: evaluation.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML with these options; those given here count.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model the questions of benchmarks, once per method and budget; goes on where it was interrupted."""
+    from visiontok.eval.job import Sweep, eval_job
+
+    given = {
+        "model": model, "tasks": task, "methods": method, "keeps": keep, "limit": limit, "batch": batch, "seed": seed,
+        "device": device, "out": out, "data": _parse_options(data) if data else None,
+    }  # fmt: skip
+    sweep = Sweep.of((Sweep.read(config) if config else {}) | {k: v for k, v in given.items() if v is not None})
+    found = eval_job(sweep)
+    if as_json:
+        _print_json(found)
+    else:
+        from visiontok.eval.table import print_results
+
+        print_results(found, _console())
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run to compare with.")],
+    others: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of other runs of the same task.")],
+    by: Annotated[str | None, typer.Option(metavar="GROUP", help="One run, within each group of questions.")] = None,
+    anyhow: Annotated[bool, typer.Option("--anyhow", help="Also runs that came about in different ways.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare runs of `eval` question by question: differences, their intervals, and what chance explains."""
+    from visiontok.eval.compare import by_group, compared, plain, print_comparisons, read
+
+    first, rest = read(reference), [read(folder) for folder in others]
+    found = plain(first, rest, compared(first, rest, anyhow=anyhow))
+    groups: dict[str, Any] = {}
+    if by is not None:
+        if len(rest) != 1:
+            raise ConfigError(f"--by {by!r}: compares one run with another; give two folders")
+        groups = {name: dataclasses.asdict(one) for name, one in by_group(first, rest[0], by).items()}
+    if as_json:
+        _print_json({"comparisons": found, "groups": groups})
+        return
+    print_comparisons(found, _console())
+    for name, one in groups.items():
+        change = one["difference"]
+        low, high = 100 * change["low"], 100 * change["high"]
+        print(f"{name}: {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}], {one['questions']} questions")
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run of `eval`.")],
+    metric: Annotated[str | None, typer.Option(help="Default: that of the task.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="official, llava, lmms-eval or vlmevalkit.")] = None,
+) -> None:
+    """Mark the answers of a run anew, in another dialect for one; needs no model."""
+    from visiontok.eval.compare import score
+
+    _print_json(score(run, metric, dialect))
 
 
 @app.command()

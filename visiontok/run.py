@@ -7,33 +7,27 @@ behind the tower could reach.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub.utils
 import torch
 import transformers
 
-from visiontok.adapters.base import find as find_adapter
-from visiontok.api import Compression, as_recipe, base_model, compress
-from visiontok.budget import Budget
+from visiontok.api import Compression, compress
 from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
-from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.errors import ConfigError
 from visiontok.images import load_image
 from visiontok.method import Mass
-from visiontok.options import typed_options
+from visiontok.named import TINY, Loaded, find_device, load_model, named_recipe, quiet
 from visiontok.overlay import overlay as draw_overlay
-from visiontok.recipes import find as find_method
-from visiontok.recipes import names as method_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,9 +35,6 @@ if TYPE_CHECKING:
 
     from visiontok.recipe import Recipe
     from visiontok.report import Report
-
-TINY = {"tiny": "llava", "tiny-qwen": "qwen3_vl"}  # what the embedded models are called here, and in visiontok.demo
-DEFAULT_KEEP = Budget.ratio(0.25)
 
 
 @dataclass(frozen=True)
@@ -305,7 +296,7 @@ def run_job(
         ConfigError: for any argument that is wrong; names it, its value and the remedy.
         UnsupportedError: if the model cannot do what the method needs.
     """
-    recipe = _recipe(method, keep, options or {}, seed)
+    recipe = named_recipe(method, keep, options or {}, seed)
     if mass:
         recipe = recipe.with_mass(Mass())
     if repeats < 1:
@@ -330,26 +321,6 @@ def run_job(
 # ---------------------------------------------------------------------------------------------- checks before the model
 
 
-def _recipe(method: str, keep: str | float | int | None, options: Mapping[str, str], seed: int) -> Recipe:
-    if method in method_names():
-        recipe = as_recipe(method, **typed_options(find_method(method), options))
-    else:
-        recipe = as_recipe(method)
-        for name, text in options.items():
-            raise ConfigError(f"--option {name}={text}: options go with a method's name; set it in {method} itself")
-    if keep is not None:
-        recipe = recipe.with_keep(Budget.parse(keep))
-    elif _lacks_budget(recipe):
-        recipe = recipe.with_keep(DEFAULT_KEEP)
-    return replace(recipe, seed=seed) if seed else recipe
-
-
-def _lacks_budget(recipe: Recipe) -> bool:
-    """Whether the recipe takes a budget and none is set anywhere in it."""
-    takes = any(stage.method is not None and stage.method.card.budget for stage in recipe.stages)
-    return takes and recipe.average is None and all(stage.keep is None for stage in recipe.stages)
-
-
 def _check_png(path: str) -> None:
     target = Path(path).expanduser()
     if target.suffix.lower() != ".png":
@@ -360,25 +331,6 @@ def _check_png(path: str) -> None:
         raise ConfigError(f"--overlay {path!r}: this is a folder; give the name of a file")
     if not os.access(target if target.exists() else target.parent, os.W_OK):
         raise ConfigError(f"--overlay {path!r}: not writable; choose another place")
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r}: unknown; use auto, cpu, cuda, cuda:1, mps or xpu") from error
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ConfigError(f"--device {name!r}: cannot run models; use auto, cpu, cuda, cuda:1, mps or xpu")
-    module = torch.get_device_module(device)
-    if not module.is_available():
-        raise ConfigError(
-            f"--device {name!r}: not available on this machine (`visiontok doctor` tells what is); use --device auto"
-        )
-    if device.index is not None and device.index >= module.device_count():
-        raise ConfigError(f"--device {name!r}: this machine has {module.device_count()} of these; count from 0")
-    return device
 
 
 @dataclass(frozen=True)
@@ -412,118 +364,6 @@ def _scene_or_file(image: str | None, ask: str | None, seed: int) -> _Subject:
     answers = {question.text: question.answer for question in questions}
     asked = tuple(answers.items()) if ask is None else ((ask, answers.get(ask)),)
     return _Subject(picture, f"scene {seed} of the embedded model (visiontok.demo.scene)", asked)
-
-
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model, its processor and where they run."""
-
-    name: str
-    model: Any
-    processor: Any
-    device: torch.device
-
-    @functools.cached_property
-    def base(self) -> Any:
-        base: Any = base_model(self.model)
-        if not hasattr(type(base), "get_image_features"):
-            raise UnsupportedError(
-                f"{self.name}: a model of type {base.config.model_type} encodes pictures inside its forward, where "
-                "this comparison cannot time it; use visiontok.compress() in Python, whose report has the times"
-            )
-        return base
-
-    @functools.cached_property
-    def text(self) -> Any:
-        """The language model."""
-        return getattr(self.base, find_adapter(self.base).text)
-
-    def inputs(self, picture: Image, question: str) -> Any:
-        """What ``generate()`` takes."""
-        try:
-            return self._processed(picture, question).to(self.device, dtype=self.model.dtype)
-        except ValueError as error:
-            raise ConfigError(f"the processor of {self.name} refuses this picture or question: {error}") from error
-
-    def _processed(self, picture: Image, question: str) -> Any:
-        processor = self.processor
-        if getattr(processor, "chat_template", None) is None:  # a base model: the bare prompt
-            prompt = f"{getattr(processor, 'image_token', '')}{question}"
-            return processor(images=[picture], text=[prompt], return_tensors="pt")
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-
-def load_model(name: str, device: torch.device) -> Loaded:
-    if name in TINY:
-        from visiontok.demo import load
-
-        try:
-            embedded: tuple[Any, Any] = load(TINY[name])
-        except FileNotFoundError as error:
-            raise ConfigError(f"--model {name}: the embedded model is not installed: {error}") from error
-        return Loaded(name, embedded[0].to(device), embedded[1], device)
-    path = Path(name).expanduser()
-    source = str(path) if path.exists() else name
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
-        raise ConfigError(
-            f"--model {name!r}: there is no such folder; give an existing one, a Hub id, or one of {', '.join(TINY)}"
-        )
-    try:
-        # Not None, which would ask at the terminal: code from a model repository is never run.
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ConfigError(
-                f"--model {name!r}: a {config.model_type} is no vision-language model; choose one that "
-                "AutoModelForImageTextToText loads"
-            )
-        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.float32 if device.type == "cpu" else "auto", trust_remote_code=False
-        )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "cannot be loaded from this folder" if path.exists() else "no folder here, nor loadable by this id"
-        raise ConfigError(
-            f"--model {name!r}: {where} ({reason}); check the name and the network, or download the model and give "
-            "its folder"
-        ) from error
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ConfigError(f"--model {name!r}: has no processor for pictures and text; add its processor files")
-    return Loaded(name, model.to(device).eval(), processor, device)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep standard error for this command's own messages: no advice, and no bar for every loading."""
-    loggers = (transformers.utils.logging, huggingface_hub.utils.logging)
-    levels, bar = [logging.get_verbosity() for logging in loggers], loggers[0].is_progress_bar_enabled()
-    for logging in loggers:
-        logging.set_verbosity_error()
-    loggers[0].disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging, level in zip(loggers, levels, strict=True):
-            logging.set_verbosity(level)
-        if bar:
-            loggers[0].enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -590,7 +430,7 @@ def _run(loaded: Loaded, picture: Image, question: str, longest: int, compressio
     watch = _Stopwatch(loaded)
     loaded.synchronize()
     start = time.perf_counter()
-    inputs = loaded.inputs(picture, question)
+    inputs = loaded.inputs(([picture], question))
     loaded.synchronize()
     ready = time.perf_counter()
     with watch:
@@ -645,7 +485,7 @@ def _compare(
 ) -> Result:
     picture = subject.picture
     question, expected = _choose(loaded, subject)
-    inputs = loaded.inputs(picture, question)
+    inputs = loaded.inputs(([picture], question))
     # A warm-up of each, short; what can go wrong with the recipe or the drawing goes wrong here, before the long part.
     _run(loaded, picture, question, 2, None)
     with compress(loaded.model, recipe) as compression:

@@ -1,14 +1,16 @@
-"""Weights of trained scorers and routers, from safetensors files only: nothing in them is ever executed."""
+"""Weights: those of trained scorers and routers, from safetensors files only (nothing in them is ever executed), and
+what tells one model's from another's."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 
@@ -132,3 +134,14 @@ def _check_names(said: str, parts: dict[str, Tensor], what: str, wanted: tuple[s
 
 def _unwrapped(name: str, wrapper: str) -> str:
     return name.replace(wrapper, "")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits of every parameter's name, shape, and up to 64 of its values."""
+    found = hashlib.sha256()
+    for name, value in model.named_parameters():
+        flat = value.detach().flatten()
+        some = flat[:: max(len(flat) // 64, 1)][:64]
+        found.update(repr((name, tuple(value.shape))).encode())
+        found.update(some.to("cpu", torch.float64).numpy().tobytes())
+    return found.hexdigest()[:16]

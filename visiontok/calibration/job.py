@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 from ..errors import ConfigError
+from ..named import Loaded, find_device, load_model, quiet
 from ..options import read_value
-from ..run import Loaded, find_device, load_model, quiet
 from . import CALIBRATORS
 from .artefact import Artefact
 from .base import Calibrator
@@ -85,7 +85,7 @@ def scenes(number: int) -> list[Sample]:
 
 
 def _inputs(loaded: Loaded, sample: Sample) -> Mapping[str, object]:
-    inputs: Mapping[str, object] = loaded.inputs(sample.picture, sample.question)
+    inputs: Mapping[str, object] = loaded.inputs(([sample.picture], sample.question))
     return inputs
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..api import base_model
 from ..errors import ConfigError
+from ..weights import fingerprint
 from .artefact import Artefact
 from .base import Calibrator, Reading, Row
 from .probe import Probe
@@ -116,14 +115,3 @@ class _Partial:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """16 hex digits of every parameter's name, shape, and up to 64 of its values."""
-    found = hashlib.sha256()
-    for name, value in model.named_parameters():
-        flat = value.detach().flatten()
-        some = flat[:: max(len(flat) // 64, 1)][:64]
-        found.update(repr((name, tuple(value.shape))).encode())
-        found.update(some.to("cpu", torch.float64).numpy().tobytes())
-    return found.hexdigest()[:16]

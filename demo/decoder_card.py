@@ -66,6 +66,11 @@ class Stages(Curves):
             return f"{method.split()[0]}, calibrated"
         return method if " " in method else self.label(model, method)
 
+    def listed(self, model: str) -> list[str]:
+        """The methods of a model's tables: what other models were calibrated to is none of them."""
+        others = {method for name, found in self.artefacts.items() if name != model for method in found}
+        return [method for method in self.methods if method not in others - set(self.artefacts.get(model, ()))]
+
     def line(self, model: str, method: str, keep: float | None) -> Mapping[str, Any] | None:
         """The line of a cell without mass attention; of a random method the first."""
         wanted = (model, method, keep, False)
@@ -149,7 +154,7 @@ def _acts(method: str) -> str:
 def _side_by_side(measured: Stages, model: str) -> list[str]:
     stock = measured.hits(model, STOCK, None)
     rows = []
-    for method in measured.methods:
+    for method in measured.listed(model):
         row = [measured.name(model, method), _acts(method)]
         for share in measured.keeps:
             hits, chance = measured.at(model, method, share), measured.hits(model, "random", share)
@@ -176,7 +181,7 @@ def _realised(measured: Stages, model: str, method: str, share: float) -> str:
 def _inside_against(measured: Stages, model: str) -> list[str]:
     """What choosing inside the language model adds to the default recipe, which chooses before it."""
     rows = []
-    for method in filter(inside, measured.methods):
+    for method in filter(inside, measured.listed(model)):
         pairs = ((measured.at(model, method, s), measured.hits(model, REFERENCE, s)) for s in measured.keeps)
         rows.append([measured.name(model, method), *(gain(*pair, measured.scene) for pair in pairs)])
     return _table(f"The difference to {REFERENCE}, which chooses before (points):", measured, rows)
@@ -184,7 +189,7 @@ def _inside_against(measured: Stages, model: str) -> list[str]:
 
 def _mass(measured: Stages, model: str) -> list[str]:
     rows = []
-    for method in measured.methods:
+    for method in measured.listed(model):
         pairs = ((measured.at(model, method, s, True), measured.at(model, method, s)) for s in measured.keeps)
         rows.append([measured.name(model, method), *(gain(*pair, measured.scene) for pair in pairs)])
     return _table("What `mass=True` adds (points):", measured, rows)
@@ -200,7 +205,7 @@ def _per_kind(measured: Stages, model: str) -> list[str]:
     """Kinds of questions at the largest budget, which most methods reach."""
     share = measured.keeps[0]
     rows = []
-    for method in measured.methods:
+    for method in measured.listed(model):
         hits = measured.at(model, method, share)
         if hits is not None:
             each = (percent(hits[:, measured.asks(kind)].mean()) for kind in measured.kinds)
@@ -211,7 +216,7 @@ def _per_kind(measured: Stages, model: str) -> list[str]:
 def _costs(measured: Stages, model: str) -> list[str]:
     """FLOPs of the prefill and bytes of the cache, which an average does not fix."""
     rows = []
-    for method in measured.methods:
+    for method in measured.listed(model):
         row = [measured.name(model, method)]
         for share in measured.keeps:
             line = measured.line(model, method, share if measured.column(model, method) != share else None)
@@ -234,7 +239,7 @@ def _turns(fresh: Stages, cached: Stages) -> list[str]:
     ]
     for model in cached.models:
         rows = []
-        for method in fresh.methods:
+        for method in fresh.listed(model):
             row = [fresh.name(model, method), _acts(method)]
             for share in fresh.keeps:
                 reused, anew = cached.at(model, method, share), fresh.at(model, method, share)

@@ -473,9 +473,8 @@ def test_attention_rows_equal_the_dense_softmax() -> None:
     )
     assert F.attention_rows(q[:, :, :1], k, visible=torch.zeros(2, 1, 10, dtype=torch.bool)).eq(0).all()
     each = dense_attention(q, k, True, None)[:, :, [4, 9]]
-    shared = torch.stack([each[:, 2 * g] + each[:, 2 * g + 1] for g in range(3)], 1)
     torch.testing.assert_close(
-        F.attention_groups(q[:, :, [4, 9]], k, visible=visible).double(), shared, rtol=1e-5, atol=1e-7
+        F.attention_heads(q[:, :, [4, 9]], k, visible=visible).double(), each, rtol=1e-5, atol=1e-7
     )
 
 

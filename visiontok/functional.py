@@ -18,10 +18,8 @@ from .mergers.peaks import density_peaks
 from .scorers.attention import (
     attention_columns,
     attention_flow,
-    attention_groups,
     attention_heads,
     attention_logits,
-    attention_peaks,
     attention_rows,
     attention_share,
 )
@@ -69,10 +67,8 @@ __all__ = [
     "apportion",
     "attention_columns",
     "attention_flow",
-    "attention_groups",
     "attention_heads",
     "attention_logits",
-    "attention_peaks",
     "attention_rows",
     "attention_share",
     "bipartite",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,18 +80,14 @@ def attention_columns(
         raise ConfigError(f"group with heads={heads!r}: rows are told apart for heads='max' only")
     qs, ks = rows_of(q, 3, "q"), rows_of(k, 3, "k")
     (b, number, m, _), n = qs.shape, ks.shape[2]
-    ok = None if valid is None else rows_of(valid, 1, "valid").bool()
+    ok = None if valid is None else rows_of(valid, 1, "valid")
     if weight is None:
-        weight = ok if ok is not None and m == n else qs.new_ones(1, m, dtype=torch.float32)
+        weight = ok.bool() if ok is not None and m == n else qs.new_ones(1, m, dtype=torch.float32)
     else:
         weight = rows_of(weight, 1, "weight") if weight.dim() < 3 else weight
     weight = weight.float() if weight.dim() == 3 else weight.float()[:, None]  # (B or 1, H or 1, M)
     at = torch.arange(m, device=q.device)[rows] if isinstance(rows, slice) else rows
-    seen = kernels.sight(
-        qs, ks, scale=scale, causal=causal, window=window, valid=ok, borders=cu_seqlens, rows=at,
-        visible=None if visible is None else rows_of(visible, 2, "visible"),
-        bias=None if bias is None else rows_of(bias, 1, "bias"),
-    )  # fmt: skip
+    seen = _sight(qs, ks, valid, visible, bias, scale=scale, causal=causal, window=window, borders=cu_seqlens, rows=at)
     known = None if lse is None else rows_of(lse, 2, "lse")
     numbers = None if group is None else [rows_of(x, 1, "group").expand(b, -1) for x in group]
     if at is not None:
@@ -143,12 +139,7 @@ def attention_share(
         (R,) or (B, R) float32; 0 where a row sees nothing.
     """
     qs, ks = rows_of(q, 3, "q"), rows_of(k, 3, "k")
-    seen = kernels.sight(
-        qs, ks, scale=scale, causal=causal, window=window, rows=rows,
-        valid=None if valid is None else rows_of(valid, 1, "valid").bool(),
-        visible=None if visible is None else rows_of(visible, 2, "visible"),
-        bias=None if bias is None else rows_of(bias, 1, "bias"),
-    )  # fmt: skip
+    seen = _sight(qs, ks, valid, visible, bias, scale=scale, causal=causal, window=window, rows=rows)
     asked = qs if rows is None else qs[:, :, rows]
     return unrow(kernels.attention_share(asked, ks, rows_of(part, 1, "part"), seen).mean(1), q, 3)
 
@@ -189,29 +180,18 @@ def attention_heads(
     return unrow(_weights(q, k, scale, visible, bias).flatten(1, 2), q, 3)
 
 
-def attention_groups(
-    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """As :func:`attention_rows`, the sum over the heads that share each key head.
-
-    Returns:
-        (G, R, N) or (B, G, R, N) float32.
-
-    Reference:
-        H2O, arXiv 2306.14048, and SnapKV, arXiv 2404.14469, which choose for each key-value head.
-    """
-    return unrow(_weights(q, k, scale, visible, bias).sum(2), q, 3)
-
-
-def attention_peaks(
-    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """As :func:`attention_rows`, the largest over heads instead of the mean.
-
-    Reference:
-        FitPrune, arXiv 2409.10197.
-    """
-    return unrow(_weights(q, k, scale, visible, bias).amax((1, 2)), q, 3)
+def _sight(
+    q: Tensor, k: Tensor, valid: Tensor | None, visible: Tensor | None, bias: Tensor | None, **others: Any
+) -> kernels.Sight:
+    """What query rows see; of one row or of a batch, as the caller has it."""
+    return kernels.sight(
+        q,
+        k,
+        valid=None if valid is None else rows_of(valid, 1, "valid").bool(),
+        visible=None if visible is None else rows_of(visible, 2, "visible"),
+        bias=None if bias is None else rows_of(bias, 1, "bias"),
+        **others,
+    )
 
 
 def _weights(q: Tensor, k: Tensor, scale: float | None, visible: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -261,11 +241,7 @@ def attention_flow(
     qs, ks = rows_of(q, 3, "q"), rows_of(k, 3, "k")
     ok = q.new_ones(1, qs.shape[2], dtype=torch.bool) if start is None else rows_of(start, 1, "start").bool()
     sharp = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
-    seen = kernels.sight(
-        qs, ks, scale=sharp, causal=causal, window=window,
-        valid=None if valid is None else rows_of(valid, 1, "valid").bool(),
-        visible=None if visible is None else rows_of(visible, 2, "visible"),
-    )  # fmt: skip
+    seen = _sight(qs, ks, valid, visible, None, scale=sharp, causal=causal, window=window)
     lse = kernels.lse_for_many(qs, ks, seen)
     walk = (ok / ok.sum(-1, keepdim=True).clamp_min(1))[:, None].expand(len(qs), qs.shape[1], -1)  # (B, H, N)
     for _ in range(rounds):

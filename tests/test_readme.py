@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import visiontok
-from visiontok import Recipe, catalogue
+from visiontok import catalogue
 from visiontok.conformance.zoo import batch, build
 from visiontok.errors import ConfigError
 
@@ -26,26 +25,6 @@ def block(start):
 def names():
     model = build("llava")
     return {"visiontok": visiontok, "model": model, "inputs": batch("llava", model)}
-
-
-def test_a_method_of_ones_own(names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = block("def centre")
-    (tmp_path / "mine.py").write_text("import visiontok\n" + source.split("\n\n")[0])
-    ran = source.replace("    ...", "    model(**inputs)")
-    with torch.no_grad():
-        exec(ran.replace("keep=32", "keep=4"), names)  # the README's own words
-    with visiontok.compress(names["model"], names["centre"], keep=4) as compression, torch.no_grad():
-        names["model"](**names["inputs"])
-    kept = compression.ledger.grid()[compression.ledger.alive(0) & compression.ledger.visual]
-    assert set(map(tuple, kept[:, 2:].tolist())) == {(1, 1), (1, 2), (2, 1), (2, 2)}
-
-
-def test_a_saved_and_combined_recipe(names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with torch.no_grad():
-        exec(block("from visiontok import Recipe").replace("    ...", "    model(**inputs)"), names)
-    assert Recipe.load("mine.yaml").label == "divprune+fastv"
 
 
 def test_the_block_on_top(names):

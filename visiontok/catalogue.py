@@ -1,8 +1,10 @@
-"""The table of methods in Markdown, generated from their cards: `visiontok methods --markdown README.md`."""
+"""The methods in Markdown, generated from their cards: a table (`visiontok methods --markdown README.md`), and a page for
+each in the documentation."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from . import recipes
@@ -44,6 +46,33 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def page(card: Card) -> str:
+    """A method's own page."""
+    title, paper = card.title[:1].upper() + card.title[1:], _linked(card.paper)
+    source = recipes.find(card.name).__module__.replace(".", "/")
+    facts = {
+        "Paper": "none" if paper == "-" else f"{paper}, {card.venue}",
+        "Acts at": ", ".join(stages(card.name)),
+        "Reads": card.needs,
+        "Reported as": ", ".join(f"`{name}`" for name in labels(card.name)),
+        "Defaults": card.defaults,
+        "Cost": card.cost,
+        "Published code": card.official,
+        "Its bugs": card.bugs,
+        "Departures": card.departures,
+        "Trained weights": card.trained,
+        "Source": f"`{source}.py`",
+    }
+    lines = [f"# {card.name}", "", f"{title}.", "", f"    {card.formula}", ""]
+    lines += [f"**{name}.** {text}\n" for name, text in facts.items() if text != "-"]
+    lines += ["## Serving contract", "", "| promise | |", "| --- | :-: |"]
+    promises = {name: value for name, value in asdict(card.contract).items() if name != "whole_groups"}
+    lines += [f"| `{name}` | {'yes' if value else 'no'} |" for name, value in promises.items()]
+    budget = ", keep=0.25" if card.budget else ""
+    lines += ["", "```python", f'visiontok.compress(model, "{card.name}"{budget})', "```", ""]
+    return "\n".join(lines)
+
+
 def write(path: Path) -> None:
     """Put the table between the two markers of a file.
 
@@ -57,11 +86,15 @@ def write(path: Path) -> None:
     path.write_text(f"{parts[1]}{table()}\n{parts[2]}", encoding="utf-8")
 
 
+def _linked(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper)
+
+
 def _row(card: Card) -> tuple[str, ...]:
     first, *others = labels(card.name)
     names = [first, *(label.removeprefix(card.name) for label in others)]
     idea = card.title if card.trained == "none" else f"{card.title}. *Published with trained weights:* {card.trained}"
-    paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", card.paper)
+    paper = _linked(card.paper)
     source = paper if card.venue in ("-", "baseline") else f"{paper}, {card.venue}"
     promises = card.contract
     ticks = (promises.count_from_grid, promises.per_image, promises.question_independent, promises.sync_free)

@@ -283,6 +283,11 @@ def raster(frames: int, height: int, width: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).view(-1, 3)
 
 
+def family(model_type: str) -> str | None:
+    """Which of the adapters here serves a model type; None if none of its own."""
+    return _FAMILIES.get(model_type)
+
+
 def is_supported(model_type: str) -> bool:
     """Whether a family has an adapter of its own, here or in another installed package."""
     return model_type in _FAMILIES or model_type in _third_party()

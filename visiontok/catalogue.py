@@ -1,5 +1,5 @@
-"""The methods in Markdown, generated from their cards: a table (`visiontok methods --markdown README.md`), and a page for
-each in the documentation."""
+"""The methods in Markdown, generated from their cards: a table (`visiontok methods --markdown README.md`), and a page
+for each in the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: `visiontok run`, `eval`, `compare`, `score`, `methods`, `cost`, `calibrate`, `check`, `doctor`.
+"""The command line: `visiontok --help` lists its commands.
 
 Everything heavy is imported inside the commands, so that `visiontok --help` is instant.
 """
@@ -221,6 +221,30 @@ def methods(
         _print_json([_plain(card) for card in cards])
     else:
         _print_table(cards, _console())
+
+
+@app.command()
+def recommend(
+    workload: Annotated[str, typer.Option(help="document, photo, multi-image or chat.")],
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, an embedded model, or a model type such as qwen2_5_vl.")
+    ] = "tiny",
+    goal: Annotated[
+        str, typer.Option(help="ttft (time to the first token), memory (cache) or loss (of accuracy).")
+    ] = "ttft",
+    margin: Annotated[float, typer.Option(help="Points of accuracy that may be lost.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Which method and budget, by what was measured, with the evidence; or that nothing here is safe."""
+    from visiontok.demo.recommend import recommend as find
+    from visiontok.demo.recommend import render
+    from visiontok.named import model_type
+
+    advice = find(model_type(model), workload, goal, margin)
+    if as_json:
+        _print_json(advice.to_dict())
+    else:
+        render(advice, _console())
 
 
 @app.command()

@@ -126,6 +126,27 @@ class Loaded:
             torch.accelerator.synchronize(self.device)
 
 
+def model_type(name: str) -> str:
+    """The type of a model: of an embedded one, of a config in a folder or on the hub, or the name itself if it is one.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    if name in TINY:
+        return TINY[name]
+    if name in transformers.CONFIG_MAPPING:
+        return name
+    try:
+        found: str = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--model {name!r}: no model type, folder or hub id that can be read ({reason}); give a model type, "
+            "such as qwen2_5_vl, or a folder with a config.json"
+        ) from error
+    return found
+
+
 def load_model(name: str, device: torch.device) -> Loaded:
     if name in TINY:
         from visiontok.demo import load

@@ -1,8 +1,8 @@
 """``visiontok verify``: is a receipt what a run left behind, and does the model say again what it is said to have said?
 
-Three questions, from the cheapest on: do the receipt, its table and its answers fit together; are model, processor and
-data what the receipt says; and does a random sample of the questions, asked anew in the blocks that they were asked in,
-get the same answers, byte by byte.
+Three questions, from the cheapest on, each asked only where the last has found no fault: do the receipt, its table and
+its answers fit together; are model, processor and data what the receipt says; and does a random sample of the questions,
+asked anew in the blocks that they were asked in, get the same answers, byte by byte.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def verify(
     answered, more = _answers(place.parent, facts, table)
     checks += more
     report: dict[str, Any] = {"receipt": str(place), "elsewhere": [], "asked": 0, "differ": [], "forged_at_most": None}
-    if answered:
+    if answered and all(check["ok"] for check in checks):
         seed = secrets.randbits(32) if seed is None else seed
         report["seed"] = seed
         request = dataclasses.replace(
@@ -123,11 +123,8 @@ def _on_paper(receipt: Mapping[str, Any], table: Published, source: str) -> list
     facts = receipt["facts"]
     here = {"name": table.name, "digest": table.digest}
     there = {name: facts["table"][name] for name in here}
-    which = (
-        "is the one here"
-        if source in names()
-        else f"is {source}, no built-in table: trust its numbers as you do the file"
-    )
+    own = f"is {source}, no built-in table: its numbers are as good as that file"
+    which = "is the one here" if source in names() else own
     derived = json.loads(json.dumps(receipts.findings(table, facts)))
     return [
         _check("hash", [] if receipts.intact(receipt) else ["the receipt was changed after it was written"], "intact"),
@@ -185,9 +182,8 @@ def _setting(setting: Setting, facts: Mapping[str, Any]) -> tuple[list[dict[str,
     elsewhere: dict[str, None] = {}
     there, here = list(facts["differences"]), list(setting.differences)
     if there != here:
-        wrong["protocol"].append(
-            f"departs from the table in {here or 'nothing'}, and was said to in {there or 'nothing'}"
-        )
+        said, is_so = ("; ".join(found) or "nothing" for found in (there, here))
+        wrong["protocol"].append(f"said to depart from the table in {said}, and does in {is_so}")
     for cell in facts["cells"]:
         name, made = cell["column"], cell["protocol"]
         if name not in setting.items:

@@ -58,8 +58,16 @@ def adapted(protocol: Protocol, loaded: Loaded) -> Loaded:
     """The same model with a processor that has the protocol's chat template, image processor and pixel limits.
 
     Raises:
-        ConfigError: if this release of transformers has no such image processor, or it refuses the settings.
+        ConfigError: if the model's tower takes pictures of one size, and the protocol's are of another; or if this
+            release of transformers has no such image processor.
     """
+    side = getattr(getattr(loaded.model.config, "vision_config", None), "image_size", None)
+    cropped = protocol.image_processor.get("crop_size", {}).get("width")
+    if isinstance(side, int) and cropped not in (None, side):
+        raise ConfigError(
+            f"{loaded.name}: its tower takes pictures of {side} pixels, the table's have {cropped}; --adapt suits "
+            "models of the table's kind only"
+        )
     processor = copy.copy(loaded.processor)
     if protocol.chat_template is not None:
         processor.chat_template = protocol.chat_template

@@ -60,7 +60,8 @@ def findings(table: Published, facts: Mapping[str, Any]) -> Data:
     """What follows from the facts.
 
     ``reproduction`` is false, and there is no verdict, where the run was another one than the table's: other model,
-    fewer questions, other protocol; ``departures`` says in what. ``verdict`` is that of what was run; ``complete`` says
+    fewer questions, other protocol; ``departures`` says in what, and no number
+    is called within tolerance. ``verdict`` is that of what was run; ``complete`` says
     whether this is all of the table that can be run.
     """
     cells = [_cell(table, cell) for cell in facts["cells"]]
@@ -77,11 +78,15 @@ def findings(table: Published, facts: Mapping[str, Any]) -> Data:
     judged = [one["within"] for one in (*cells, *means) if one["within"] is not None]
     judged += [cell["tokens_agree"] for cell in cells if cell["tokens_agree"] is not None]
     reproduction = bool(cells) and not away
+    off = baseline(table, cells)
+    if not reproduction:
+        for one in (*cells, *means):
+            one["within"] = None
     return {
         "reproduction": reproduction,
         "departures": away,
         "verdict": ("within tolerance" if all(judged) else "outside of tolerance") if reproduction and judged else None,
-        "baseline": baseline(table, cells),
+        "baseline": off,
         "complete": bool(cells) and all(one["why"] != "not run" for one in missing),
         "cells": cells,
         "means": means,

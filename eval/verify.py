@@ -1,8 +1,8 @@
 """``visiontok verify``: is a receipt what a run left behind, and does the model say again what it is said to have said?
 
 Three questions, from the cheapest on, each asked only where the last has found no fault: do the receipt, its table and
-its answers fit together; are model, processor and data what the receipt says; and does a random sample of the questions,
-asked anew in the blocks that they were asked in, get the same answers, byte by byte.
+its answers fit together; are model, processor and data what the receipt says; and does a random sample of the
+questions, asked anew in the blocks that they were asked in, get the same answers, byte by byte.
 """
 
 from __future__ import annotations

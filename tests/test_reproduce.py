@@ -321,6 +321,7 @@ def test_a_trial_is_no_reproduction_whatever_it_says(tmp_path: Path) -> None:
     found = reproduce.reproduce(request(tmp_path, limit=8, rows=("divprune-36",)), QUIET)["findings"]
     assert (found["reproduction"], found["verdict"], found["complete"]) == (False, None, False)
     assert "only the first 8 questions were asked" in found["departures"]
+    assert {one["within"] for one in (*found["cells"], *found["means"])} == {None}
     reseal(tmp_path, lambda facts: facts["request"].update(limit=None))
     sealed = json.loads((tmp_path / "receipt.json").read_text())["findings"]
     assert sealed["departures"] == ["scenes has 48 questions, and 8 were asked"]
@@ -400,6 +401,13 @@ def test_planted_wrong_pixels_are_refused(tmp_path: Path, tiny: Loaded, monkeypa
         processor = type(tiny.processor.image_processor).from_dict(settings | change)
         loaded = dataclasses.replace(tiny, processor=_with(tiny.processor, image_processor=processor))
         assert message in refused(tmp_path, loaded, monkeypatch)
+
+
+def test_pixels_that_the_tower_cannot_take_are_not_set(tiny: Loaded) -> None:
+    protocol = find("eadp-llava-1.5-7b").protocol
+    assert protocol is not None
+    with pytest.raises(ConfigError, match="its tower takes pictures of 144 pixels, the table's have 336"):
+        adapted(protocol, tiny)
 
 
 def test_planted_wrong_pixel_limits_are_refused_and_can_be_set(qwen: Loaded) -> None:

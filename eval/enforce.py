@@ -125,7 +125,7 @@ def _type(image_processor: Any) -> str:
 
 def _limit(image_processor: Any, name: str, edge: str) -> int | None:
     limit: int | None = getattr(image_processor, name, None)
-    size = getattr(image_processor, "size", None)
+    size: Any = getattr(image_processor, "size", None)
     return size.get(edge) if limit is None and hasattr(size, "get") else limit
 
 

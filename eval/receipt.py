@@ -59,10 +59,9 @@ def intact(receipt: Mapping[str, Any]) -> bool:
 def findings(table: Published, facts: Mapping[str, Any]) -> Data:
     """What follows from the facts.
 
-    ``reproduction`` is false, and there is no verdict, where the run was another one than the table's: other model,
-    fewer questions, other protocol; ``departures`` says in what, and no number
-    is called within tolerance. ``verdict`` is that of what was run; ``complete`` says
-    whether this is all of the table that can be run.
+    ``reproduction`` is false where the run was another one than the table's (other model, fewer questions, other
+    protocol); ``departures`` says in what, and there is no verdict, nor is any number called within tolerance.
+    ``verdict`` is that of what was run; ``complete`` says whether this is all of the table that can be run.
     """
     cells = [_cell(table, cell) for cell in facts["cells"]]
     means = _means(table, cells)

@@ -127,7 +127,7 @@ def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any
         device = f"cuda:{local}" if torch.cuda.is_available() else "auto"
     place = find_device(device)
     found: list[dict[str, Any]] = []
-    with quiet(), _progress(console) as progress:
+    with quiet(), progress_bar(console) as progress:
         loaded = load_model(sweep.model, place)
         for task in tasks:
             items = task.items(sweep.data.get(task.name), loaded.model.config.model_type, sweep.limit)
@@ -156,6 +156,7 @@ def _file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None = None) -> Progress:
+    """On standard error unless a console is given."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console or Console(file=sys.stderr))

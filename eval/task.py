@@ -252,17 +252,30 @@ class Task:
             raise ConfigError(
                 f"{row.where}: the question ({self.fields['question']!r}) is empty; remove or correct the row"
             )
-        gaps = {"question": self.clean(raw)}
-        gaps["options"] = "\n".join(f"{_letter(number)}. {text}" for number, text in enumerate(choices))
-        for name in ("hint", "ocr"):
-            gaps[name] = self._optional(row, name)
-        if not isinstance(template, str):
-            template = template["choice" if choices else "open"]
-        prompt = _GAP.sub(lambda match: gaps[match[1]], template)  # in one go: a question may have braces
+        prompt = self._prompt(template, raw, choices, {name: self._optional(row, name) for name in ("hint", "ocr")})
         images = self._images(row, "\n".join((raw, *choices)))
         groups = {name: str(self._value(row, f"group {name!r}", entry)) for name, entry in self.groups.items()}
         cluster = str(self._value(row, "cluster", self.fields["cluster"])) if "cluster" in self.fields else id_
         return Item(id_, images, prompt, self._target(row, choices, images), cluster, groups)
+
+    def _prompt(
+        self, template: str | Mapping[str, str], question: str, choices: Sequence[str], more: Mapping[str, str]
+    ) -> str:
+        gaps = {"question": self.clean(question), **more}
+        gaps["options"] = "\n".join(f"{_letter(number)}. {text}" for number, text in enumerate(choices))
+        if not isinstance(template, str):
+            template = template["choice" if choices else "open"]
+        return _GAP.sub(lambda match: gaps[match[1]], template)  # in one go: a question may have braces
+
+    def sample_prompt(self, family: str = "default") -> str:
+        """How one made-up question is put, with everything that a question of this task may have.
+
+        Args:
+            family: as in :meth:`items`.
+        """
+        choices = ("a cat", "a dog") if {"options", "option_columns"} & self.fields.keys() else ()
+        more = {name: text.replace("{}", f"some {name}") for name, text in self.wrap.items()}
+        return self._prompt(self.prompts.get(family, self.prompts["default"]), "What is this?", choices, more)
 
     def _optional(self, row: Row, name: str) -> str:
         """Hint or OCR tokens as they enter the prompt; empty where the question has none."""

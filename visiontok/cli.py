@@ -194,6 +194,84 @@ def score(
 
 
 @app.command()
+def reproduce(
+    table: Annotated[
+        str | None, typer.Argument(metavar="TABLE", help="Name or YAML file. Without it the tables are listed.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another model than the table's, or its folder.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only this row; may be repeated. The stock model is always asked.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PATH", help="Questions of a task; may be repeated. Default: the hub."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many questions of each task: a trial, no reproduction.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Questions answered together. Default: as the table says.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Answers and receipt. Default: reproduction/TABLE.")
+    ] = None,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Give the processor the table's chat template and picture sizes.")
+    ] = False,
+    anyhow: Annotated[
+        bool, typer.Option("--anyhow", help="Go on with another protocol, or a baseline that is off.")
+    ] = False,
+    flops: Annotated[bool, typer.Option("--flops", help="Only what needs no model: published FLOPs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a published table again, its baseline first, and leave a receipt; exit code 1 if it does not come out."""
+    from visiontok.eval import reproduce
+
+    if table is None:
+        if as_json:
+            _print_json(reproduce.tables())
+        else:
+            reproduce.print_tables(_console())
+        return
+    request = reproduce.Request(
+        table=table, model=model, rows=tuple(row or ()), tasks=tuple(task or ()),
+        data=_parse_options(data or []), limit=limit, batch=batch, device=device, out=out, adapt=adapt, anyhow=anyhow,
+        flops=flops,
+    )  # fmt: skip
+    found = reproduce.reproduce(request, _console(quiet=as_json))
+    if as_json:
+        _print_json(found)
+    if found["findings"]["verdict"] == "outside of tolerance":
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    receipt: Annotated[str, typer.Argument(metavar="RECEIPT", help="receipt.json, with the answers beside it.")],
+    sample: Annotated[int, typer.Option(min=1, help="Questions that are asked again.")] = 50,
+    seed: Annotated[int | None, typer.Option(help="Of the sample. Default: one that nobody could have known.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is here. Default: as in the receipt.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PATH", help="Where the questions of a task are here; may be repeated."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check a receipt of `reproduce` and ask a random sample of its questions again; exit code 1 if any differ."""
+    from visiontok.eval.verify import verify
+
+    given = _parse_options(data) if data else None
+    found = verify(
+        receipt, sample=sample, seed=seed, model=model, data=given, device=device, console=_console(quiet=as_json)
+    )
+    if as_json:
+        _print_json(found)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Print this method's card.")] = None,
     as_json: Json = False,
@@ -415,11 +493,11 @@ def _parse_options(pairs: list[str]) -> dict[str, str]:
     return options
 
 
-def _console() -> Console:
+def _console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     # Away from a terminal rich assumes 80 columns and wraps, which breaks what a script would read.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160, quiet=quiet)
 
 
 def _print_json(data: Any) -> None:

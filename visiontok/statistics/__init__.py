@@ -27,6 +27,7 @@ from .pairs import (
     noninferiority,
 )
 from .rankings import holm, kendall
+from .shares import share_at_most
 
 __all__ = [
     "Comparison",
@@ -50,5 +51,6 @@ __all__ = [
     "minimum_detectable",
     "noninferiority",
     "relative_score",
+    "share_at_most",
     "standard_error",
 ]

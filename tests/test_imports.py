@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
-    "eval": API | {"package", "named", "scoring", "statistics", "weights", "eval", "demo"},
+    "eval": API | {"package", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
@@ -116,7 +116,7 @@ MAY_USE = {
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
     "statistics": {"numpy"},
-    "scoring": {"pycocoevalcap"},
+    "scoring": {"numpy", "pycocoevalcap"},
 }
 
 

@@ -192,18 +192,18 @@ def read(folder: str | Path) -> Answered:
 
 
 def read_sweep(folder: str | Path) -> dict[str, list[Answered]]:
-    """Task → its finished runs, in alphabetical order, from a folder that ``visiontok eval`` left.
+    """Task → its runs, in alphabetical order, from a folder that ``visiontok eval`` left.
 
     Raises:
-        ConfigError: if no finished run is there.
+        ConfigError: if no run is there, or one is not finished.
     """
     place = Path(folder).expanduser()
     found: dict[str, list[Answered]] = {}
-    for file in sorted(place.glob(f"*/*/{RESULTS}")):
+    for file in sorted(place.glob(f"*/*/{PROTOCOL}")):
         found.setdefault(file.parent.parent.name, []).append(read(file.parent))
     if not found:
         raise ConfigError(
-            f"{str(folder)!r}: no finished run is in it; give the folder that `visiontok eval --out` wrote, with a "
+            f"{str(folder)!r}: no run is in it; give the folder that `visiontok eval --out` wrote, with a "
             "folder for each task"
         )
     return found
@@ -286,7 +286,7 @@ def lines(pairs: Sequence[tuple[str, Answered, Answered]], margin: float = 0.01)
                 [row["answer"] for row in reference.rows],
                 reference.cluster,
             ),
-            length=difference(*(_lengths(run) for run in (other, reference)), reference.cluster, interval="bca"),
+            length=difference(_lengths(other), _lengths(reference), reference.cluster, interval="bca"),
         )
         for (part, reference, other), one, p in zip(pairs, found, adjusted, strict=True)
     ]

@@ -488,6 +488,10 @@ def test_what_is_no_finished_run_is_said(runs: Path, tmp_path: Path) -> None:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ConfigError, match="not finished"):
         read(str(tmp_path))
+    (tmp_path / "sweep" / "scenes").mkdir(parents=True)
+    (tmp_path / "sweep" / "scenes" / "full").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="not finished"):
+        compare_job(str(tmp_path / "sweep"), [])
     (tmp_path / "results.json").write_bytes((runs / "full" / "results.json").read_bytes())
     assert read(tmp_path).rows == read(runs / "full").rows
     answers = tmp_path / "answers-0-of-1.jsonl"

@@ -198,7 +198,7 @@ def test_measurements_of_something_else_are_refused(
 
 def test_what_a_report_cannot_be_made_of_is_said(tmp_path: Path, sweep: Path) -> None:
     for arguments, message in (
-        ({"folder": str(tmp_path)}, "no finished run is in it"),
+        ({"folder": str(tmp_path)}, "no run is in it"),
         ({"folder": str(sweep), "number_of_examples": -1}, "--examples -1"),
         ({"folder": str(sweep), "against": "fulll"}, "has no run 'fulll'; it has 'blind', 'full'"),
         ({"folder": str(sweep), "bench": "none.json"}, "cannot be read"),

@@ -344,6 +344,8 @@ def across(pairs: Mapping[str, Sequence[tuple[Answered, Answered]]]) -> list[Acr
     for task, of_task in pairs.items():
         for reference, _ in of_task[:1]:
             kinds.setdefault(reference.result["kind"], []).append(task)
+    if len(kinds) == 2:  # all tasks are of one kind, which would be said twice
+        del kinds[ALL]
     methods = list(dict.fromkeys(other.name for of_task in pairs.values() for _, other in of_task))
     found: list[Across] = []
     for kind, tasks in kinds.items():

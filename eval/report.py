@@ -211,7 +211,7 @@ def _overall(studies: Sequence[Study], kinds: Sequence[Across], efficiency: Effi
     relative = {
         one.method: Estimate(*(100 * end for end in (one.relative.value, one.relative.low, one.relative.high)))
         for one in kinds
-        if one.kind == ALL and one.relative is not None
+        if len(one.tasks) == len(studies) and one.relative is not None
     }
     first = studies[0]
     scores = {first.reference.name: Estimate(100.0, 100.0, 100.0)} | relative

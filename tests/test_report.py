@@ -264,7 +264,7 @@ def test_comparisons_are_exported_unrounded(sweep: Path) -> None:
         for name, value in flat(line).items():
             assert row[name] == ("" if value is None else str(value)), name
     kinds = {row["part"] for row in rows[len(found.whole) :]}
-    assert kinds == {"all", "perception"}
+    assert kinds == {"perception"}
     data = json.loads(written(found, "json"))
     assert data["whole"][0]["comparison"]["difference"]["p"] == found.whole[0].comparison.difference.p
     for form, start in (("latex", "% needs"), ("markdown", "**scenes"), ("text", "scenes: against full")):

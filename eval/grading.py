@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .scoring import Mark, Target, metric
+from .scoring import Mark, Tally, Target, metric
 
 
 def target(question: str, right: Mapping[str, Any], groups: Mapping[str, str]) -> Target:
@@ -30,5 +30,15 @@ def mark(
 
 def summary(name: str, dialect: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the answers of a task come to; one that could not be asked counts as wrong, with nothing read in it."""
+    return metric(name, dialect).aggregate(*_marked(rows))
+
+
+def tally(name: str, dialect: str, rows: Sequence[Mapping[str, Any]]) -> Tally | None:
+    """The headline of a task as a function of sums; None where it is the mean score."""
+    tallier = metric(name, dialect).tally
+    return None if tallier is None else tallier(*_marked(rows))
+
+
+def _marked(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mark], list[Target]]:
     marks = [Mark(row["score"], None if row["error"] else row["parsed"]) for row in rows]
-    return metric(name, dialect).aggregate(marks, [target(row["id"], row["target"], row["groups"]) for row in rows])
+    return marks, [target(row["id"], row["target"], row["groups"]) for row in rows]

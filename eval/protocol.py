@@ -56,7 +56,7 @@ def protocol(
             "chat_template": _hash(str(getattr(processor, "chat_template", None))),
         },
         "task": dict(task),
-        "questions": {"number": len(ids), "ids": _hash("\n".join(ids)), "block": block},
+        "questions": {"number": len(ids), "ids": of_ids(ids), "block": block},
         "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
         "seed": seed,
         "versions": {
@@ -66,6 +66,11 @@ def protocol(
             "pillow": PIL.__version__,
         },
     }
+
+
+def of_ids(ids: Sequence[str]) -> str:
+    """16 hex digits of questions in their order."""
+    return _hash("\n".join(ids))
 
 
 def short(protocol: Mapping[str, Any]) -> str:

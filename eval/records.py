@@ -127,6 +127,24 @@ class Records:
             self.__exit__()
             raise
 
+    @classmethod
+    def found(cls, folder: Path) -> Records:
+        """Those of a run of which only the answers say what was asked.
+
+        Raises:
+            ConfigError: if there are none, or a file in the folder is corrupt.
+        """
+        ids: dict[int, list[str]] = {}
+        for file in sorted(folder.glob("answers-*.jsonl")):
+            for at, line in enumerate(file.read_bytes().split(b"\n")[:-1]):
+                row = cls._row(file, at, line)
+                if not {"block", "id"} <= row.keys():
+                    raise ConfigError(f"{file}: line {at + 1} says not what it answers; delete the file from there on")
+                ids.setdefault(row["block"], []).append(row["id"])
+        if not ids:
+            raise ConfigError(f"{folder}: there are no answers; run it first")
+        return cls(folder, [tuple(ids[number]) for number in sorted(ids)])
+
     def __enter__(self) -> Records:
         return self
 

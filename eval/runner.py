@@ -62,6 +62,17 @@ class Cell:
             return cls(method, None, None)
         return cls(method, keep, named_recipe(method, keep, options, seed))
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a folder of answers says of it: all that is needed to attach it again."""
+        recipe = self.recipe
+        return {
+            "method": str(self),
+            "keep": self.keep,
+            "recipe": None if recipe is None else recipe.hash(),
+            "attached": None if recipe is None else recipe.to_dict(),
+        }
+
     def __str__(self) -> str:
         name = Path(self.method).stem if self.method.endswith((".json", ".yaml", ".yml", ".py")) else self.method
         return name if self.keep is None else f"{name} {self.keep}"
@@ -136,7 +147,7 @@ def run(
         max_new_tokens=task.max_new_tokens,
     )
     recipe = None if cell.recipe is None else cell.recipe.hash()
-    keep_protocol(folder, {"protocol": made, "method": str(cell), "recipe": recipe})
+    keep_protocol(folder, {"protocol": made, **cell.described})
     by_id = {item.id: item for item in items}
     stamp = {"protocol": short(made), "recipe": recipe}
     with Records(folder, blocks, rank, world) as records:
@@ -275,11 +286,15 @@ def results(rows: Sequence[Row], task: Task) -> dict[str, Any]:
     """What the answers come to: nothing in it depends on when, where and in how many pieces they were made."""
     kept = [statistics.fmean(row["kept"]) for row in rows if row["kept"]]
     visual = [row["visual_tokens"] for row in rows if row["visual_tokens"] is not None]
+    found = metric(task.metric, task.dialect)
     return {
+        "title": task.title,
+        "kind": task.kind,
         "questions": len(rows),
         "errors": sum(row["error"] is not None for row in rows),
         "scores": summary(task.metric, task.dialect, rows),
-        "headline": metric(task.metric, task.dialect).headline,
+        "headline": found.headline,
+        "points": found.points,
         "visual_tokens": statistics.fmean(visual) if visual else None,
         "layer_average": statistics.fmean(kept) if kept else None,
         "answer_tokens": statistics.fmean(row["answer_tokens"] for row in rows),

@@ -22,7 +22,7 @@ def print_results(results: Sequence[Mapping[str, Any]], console: Console) -> Non
             score, tokens = _headline(result), result["layer_average"] or result["visual_tokens"]
             table.add_row(
                 result["cell"],
-                f"{100 * score:.1f}",
+                f"{result['points'] * score:.1f}",
                 "-" if not full else f"{100 * score / full:.1f} %",
                 "-" if tokens is None else f"{tokens:.1f}",
                 f"{result['answer_tokens']:.1f}",

@@ -29,6 +29,8 @@ from .scenes import Scenes
 from .tables import Hub, Row
 
 FOLDER = Path(__file__).parent / "tasks"
+KINDS = ("ocr", "perception", "reasoning", "other")
+"""What a benchmark mostly asks for; comparisons over several tasks can be made within each."""
 TARGETS = ("text", "texts", "choice", "box")
 _FIELDS = ("id", "cluster", "image", "question", "hint", "ocr", "options", "option_columns", "answer", "size")
 _GAPS = ("question", "hint", "ocr", "options")  # of a prompt
@@ -91,6 +93,7 @@ class Task:
         where: column → value; other rows are no questions of the task. Rows without the column are.
         each: a column with a list; its row is a question for each entry, with "-0", "-1", … behind its id.
         translate: answer in the data → answer to compare with.
+        kind: one of KINDS: "ocr", text in the picture; "perception", what is where; "reasoning", what follows from it.
         url: where the benchmark is described.
         licence: of the data.
         note: what a reader of results must know.
@@ -113,6 +116,7 @@ class Task:
     where: Mapping[str, str] = field(default_factory=dict)
     each: str | None = None
     translate: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "other"
     url: str = ""
     licence: str = ""
     note: str = ""
@@ -121,7 +125,7 @@ class Task:
     def digest(self) -> str:
         """Hash of all that changes a result."""
         content = dataclasses.asdict(self)
-        for name in ("title", "url", "licence", "note"):
+        for name in ("title", "kind", "url", "licence", "note"):
             del content[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -144,7 +148,8 @@ class Task:
         if self.scenes is not None:
             if source is not None:
                 raise ConfigError(f"data={source!r}: task {self.name!r} draws its questions; leave the data away")
-            assert isinstance(template, str)
+            if not isinstance(template, str):
+                raise ConfigError(f"task {self.name!r}: scenes have no options; give one prompt, not choice and open")
             return self.scenes.items(template, limit)
         if source is not None:
             rows = tables.read(source, self._columns, self._pictures)
@@ -450,6 +455,8 @@ def _parse(where: str, keys: dict[str, Any]) -> Task:
     for key in ("wrap", "where", "translate"):
         if not all(isinstance(text, str) for pair in keys.get(key, {}).items() for text in pair):
             raise wrong(key, "must map texts to texts; quote numbers")
+    if keys.get("kind", "other") not in KINDS:
+        raise wrong("kind", f"must be one of {', '.join(KINDS)}")
     if keys.get("target", "text") not in TARGETS:
         raise wrong("target", f"must be one of {', '.join(TARGETS)}")
     if ("hub" in keys or "fields" in keys) == ("scenes" in keys):

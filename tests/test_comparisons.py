@@ -19,7 +19,6 @@ from visiontok.statistics import (
     bootstrap,
     clusters,
     compare,
-    compare_groups,
     difference,
     difficulty,
     flips,
@@ -510,20 +509,12 @@ def test_what_can_be_detected_knows_of_clusters():
     assert compare(apart, draws=99).detectable == minimum_detectable(40, 1.0)
 
 
-def test_groups_are_compared_apart():
+def test_questions_that_a_resized_picture_answers_are_easy():
     paired = some(10, values=(0, 1))
     split = difficulty(paired.reference)
     assert set(split[paired.reference == 1]) == {"easy"}
     assert set(split[paired.reference == 0]) == {"difficult"}
     assert list(difficulty(np.array([0.3, 0.6]))) == ["difficult", "easy"]
-    found = compare_groups(paired, split, draws=99)
-    assert list(found) == ["difficult", "easy"]
-    easy = split == "easy"
-    assert found["easy"] == compare(Paired(*(each[easy] for each in paired)), draws=99)
-    assert found["easy"].reference.value == 1.0
-    assert sum(each.questions for each in found.values()) == 60
-    with pytest.raises(ConfigError, match="group"):
-        compare_groups(paired, split[1:])
 
 
 def test_answers_have_lengths():

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from visiontok.eval import runner
-from visiontok.eval.compare import Answered, by_group, compared, plain, read, score
+from visiontok.eval.compare import ALL, Answered, check_alike, compare_job, grouped, lines, read, score
+from visiontok.eval.compare import split as split_by
 from visiontok.eval.job import Sweep, eval_job
 from visiontok.eval.protocol import canonical_image, pixels, protocol, short
 from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_protocol, split
@@ -363,39 +366,110 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_is_that_of_the_answers(runs: Path) -> None:
-    full, blind, random_ = (read(str(runs / name)) for name in ("full", "blind", "random-0.1"))
-    found = plain(full, [blind, random_], compared(full, [blind, random_]))
-    assert [one["method"] for one in found] == ["blind", "random 0.1"]
-    assert [one["tokens"] for one in found] == [0, 14]
-    for one, other in zip(found, (blind, random_), strict=True):
+    full, blind, random_ = (read(runs / name) for name in ("full", "blind", "random-0.1"))
+    found = compare_job(str(full.folder), [str(blind.folder), str(random_.folder)], by="category")
+    assert [one.method for one in found.whole] == ["blind", "random 0.1"]
+    assert [one.tokens for one in found.whole] == [0, 14]
+    for one, other in zip(found.whole, (blind, random_), strict=True):
         gain = [a["score"] - b["score"] for a, b in zip(other.rows, full.rows, strict=True)]
-        assert one["difference"]["value"] == pytest.approx(sum(gain) / 60)
-        assert (one["flips"]["gained"], one["flips"]["lost"]) == (gain.count(1), gain.count(-1))
-        assert one["p_holm"] >= one["difference"]["p"]
-        assert one["not_worse"] is False
-    groups = by_group(full, blind, "category")
-    assert sum(one.questions for one in groups.values()) == 60
+        assert one.comparison.difference.value == pytest.approx(sum(gain) / 60)
+        test = stats.binomtest(gain.count(1), gain.count(1) + gain.count(-1))
+        assert one.comparison.mcnemar is not None
+        assert (one.comparison.mcnemar.gained, one.comparison.mcnemar.lost) == (gain.count(1), gain.count(-1))
+        assert one.comparison.mcnemar.p == pytest.approx(test.pvalue)
+        assert one.comparison.relative is not None
+        share = sum(row["score"] for row in other.rows) / sum(row["score"] for row in full.rows)
+        assert one.comparison.relative.value == pytest.approx(share)
+        longer = [a["answer_tokens"] - b["answer_tokens"] for a, b in zip(other.rows, full.rows, strict=True)]
+        assert one.length.value == pytest.approx(sum(longer) / 60)
+        assert one.length.low <= one.length.value <= one.length.high
+        assert (one.flips.gained, one.flips.lost) == (gain.count(1), gain.count(-1))
+        assert (one.p_holm >= one.comparison.difference.p, one.family) == (True, 2)
+        assert one.comparison.noninferiority.shown is False
+        mine = [part for part in found.parts if part.method == one.method]
+        assert sum(part.comparison.questions for part in mine) == 60
     with pytest.raises(ConfigError, match="no such group; they have category"):
-        by_group(full, blind, "mood")
+        grouped(full, [blind], "mood")
+
+
+def test_a_margin_is_what_may_be_lost(runs: Path) -> None:
+    full, random_ = str(runs / "full"), str(runs / "random-0.1")
+    bounds = [compare_job(full, [random_], margin=margin).whole[0].comparison for margin in (1, 99)]
+    assert [one.noninferiority.shown for one in bounds] == [False, True]
+    with pytest.raises(ConfigError, match="--margin 0"):
+        compare_job(full, [random_], margin=0)
+
+
+def test_a_split_parts_the_questions_by_what_the_judge_gets_right(runs: Path) -> None:
+    full, blind, random_ = (read(runs / name) for name in ("full", "blind", "random-0.1"))
+    parts = split_by(full, [blind, random_], random_)
+    assert [(part, one.name) for part, _, one in parts] == [("difficult", "blind"), ("easy", "blind")]
+    for part, first, other in parts:
+        assert [row["id"] for row in first.rows] == [row["id"] for row in other.rows]
+        expected = [row["id"] for row in random_.rows if (row["score"] == 1) == (part == "easy")]
+        assert [row["id"] for row in other.rows] == expected
+    (easy,) = [line for line in lines(parts) if line.part == "easy"]
+    assert easy.comparison.questions == sum(random_.scores)
+    sweep = compare_job(str(runs.parent), [], split_by="random 0.1")
+    assert [(line.part, line.method, line.comparison.questions) for line in sweep.parts] == [
+        (part, other.name, len(other.rows)) for part, _, other in parts
+    ]
+    with pytest.raises(ConfigError, match="no run has this name"):
+        compare_job(str(runs.parent), [], split_by="resize")
+
+
+def test_questions_that_count_as_one_are_easy_as_one(runs: Path) -> None:
+    full = read(runs / "full")
+    made = json.loads(json.dumps(full.made))
+    made["protocol"]["task"] |= {"metric": "mme", "dialect": "official"}
+    rows = [
+        {**row, "score": float(number != 1), "groups": {"category": "count", "image": str(number // 2)},
+         "cluster": str(number // 2)}
+        for number, row in enumerate(full.rows)
+    ]  # fmt: skip
+    judge, other = (Answered(full.folder, made | {"method": name}, full.result, rows) for name in ("judge", "other"))
+    (hard, _, few), (easy, _, many) = split_by(other, [other], judge)
+    assert (hard, len(few.rows), easy, len(many.rows)) == ("difficult", 2, "easy", 58)
+
+
+def test_what_is_compared_is_the_headline_of_the_task(runs: Path) -> None:
+    """The same answers as MME's: pairs count, and scores are no shares."""
+    full, blind = read(runs / "full"), read(runs / "blind")
+    both = []
+    for one in (full, blind):
+        made = json.loads(json.dumps(one.made))
+        made["protocol"]["task"] |= {"metric": "mme", "dialect": "official"}
+        rows = [
+            {**row, "groups": {"category": "count", "image": str(number // 2)}, "cluster": str(number // 2)}
+            for number, row in enumerate(one.rows)
+        ]
+        both.append(Answered(one.folder, made, one.result, rows))
+    (found,) = lines([(ALL, *both)])
+    expected = [
+        100 * np.mean(one.scores) + 100 * np.mean(one.scores.reshape(-1, 2).min(1)) for one in (both[1], both[0])
+    ]
+    assert (found.comparison.score.value, found.comparison.reference.value) == pytest.approx(tuple(expected))
+    assert found.comparison.difference.value == pytest.approx(expected[0] - expected[1])
+    assert found.points == 1
 
 
 def test_runs_that_came_about_differently_are_not_compared_unless_told(runs: Path, tmp_path: Path) -> None:
-    full = read(str(runs / "full"))
+    full = read(runs / "full")
     for path in leaves(full.protocol):
-        changed = json.loads(json.dumps(full.protocol))
-        inner = changed
+        changed = json.loads(json.dumps(full.made))
+        inner = changed["protocol"]
         for name in path[:-1]:
             inner = inner[name]
         inner[path[-1]] = "something else"
-        other = Answered(full.folder, "other", changed, full.rows)
+        other = Answered(full.folder, changed, full.result, full.rows)
         if path[0] == "seed":  # of a method's draws
-            compared(full, [other])
+            check_alike(full, [other])
             continue
         with pytest.raises(ConfigError, match=rf"{'.'.join(path)} was .* or give --anyhow"):
-            compared(full, [other])
-    assert compared(full, [other], anyhow=True)[0].difference.value == 0
+            check_alike(full, [other])
+    check_alike(full, [other], anyhow=True)
     with pytest.raises(ConfigError, match="has other questions"):
-        compared(full, [Answered(full.folder, "other", full.protocol, full.rows[:-1])], anyhow=True)
+        check_alike(full, [Answered(full.folder, full.made, full.result, full.rows[:-1])], anyhow=True)
 
 
 def test_marks_in_another_dialect_need_no_model(runs: Path) -> None:
@@ -414,3 +488,13 @@ def test_what_is_no_finished_run_is_said(runs: Path, tmp_path: Path) -> None:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ConfigError, match="not finished"):
         read(str(tmp_path))
+    (tmp_path / "sweep" / "scenes").mkdir(parents=True)
+    (tmp_path / "sweep" / "scenes" / "full").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="not finished"):
+        compare_job(str(tmp_path / "sweep"), [])
+    (tmp_path / "results.json").write_bytes((runs / "full" / "results.json").read_bytes())
+    assert read(tmp_path).rows == read(runs / "full").rows
+    answers = tmp_path / "answers-0-of-1.jsonl"
+    answers.write_bytes(b"".join(answers.read_bytes().splitlines(keepends=True)[:40]))
+    with pytest.raises(ConfigError, match="has not the 60 answers it should"):
+        read(tmp_path)

@@ -91,11 +91,23 @@ MAY_IMPORT = {
     "conformance": API | {"package", "conformance"},
     "calibration": API | {"conventions", "weights", "calibration"},
     "cli": API
-    | {"package", "cli", "run", "eval", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
+    | {
+        "package",
+        "cli",
+        "run",
+        "eval",
+        "demo",
+        "doctor",
+        "conformance",
+        "catalogue",
+        "options",
+        "conventions",
+        "calibration",
+    },
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
-    "eval": API | {"package", "conventions", "named", "scoring", "statistics", "weights", "eval", "demo"},
+    "eval": API | {"package", "conventions", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
@@ -116,7 +128,7 @@ MAY_USE = {
     "weights": {"torch", "safetensors"},
     "overlay": {"torch", "PIL"},
     "statistics": {"numpy"},
-    "scoring": {"pycocoevalcap"},
+    "scoring": {"numpy", "pycocoevalcap"},
 }
 
 

@@ -503,7 +503,7 @@ def test_digests_tell_tasks_apart_by_what_changes_results() -> None:
     tasks = [task.find(name) for name in task.names()]
     assert len({one.digest for one in tasks}) == len(tasks)
     one = task.find("gqa")
-    for name in ("title", "url", "licence", "note"):
+    for name in ("title", "kind", "url", "licence", "note"):
         assert dataclasses.replace(one, **{name: "other"}).digest == one.digest
     other: dict[str, Any] = {
         "name": "other", "version": 2, "metric": "anls", "dialect": "llava", "max_new_tokens": 3, "where": {"a": "b"},
@@ -511,7 +511,7 @@ def test_digests_tell_tasks_apart_by_what_changes_results() -> None:
         "fields": {}, "groups": {"a": "b"}, "clean": task.Clean(strip=True), "wrap": {"hint": ""},
         "translate": {"a": "b"}, "scenes": task.Scenes("detail", 2),
     }  # fmt: skip
-    left_out = {"title", "url", "licence", "note"}
+    left_out = {"title", "kind", "url", "licence", "note"}
     assert {*other, *left_out} == {field.name for field in dataclasses.fields(task.Task)}
     for name, value in other.items():
         assert dataclasses.replace(one, **{name: value}).digest != one.digest, name
@@ -546,3 +546,14 @@ def test_scenes_take_no_data() -> None:
     for split, number in (("turns", 2), ("heldout", 3), ("heldout", 0)):
         with pytest.raises(ConfigError, match="scenes"):
             task.Scenes(split, number)
+
+
+def test_every_built_in_task_has_a_kind_and_others_must_name_one_there_is(tmp_path: Path) -> None:
+    assert {task.find(name).kind for name in task.names()} == {"ocr", "perception", "reasoning"}
+    own = tmp_path / "own.yaml"
+    own.write_text("base: scenes\nkind: magic\n")
+    with pytest.raises(ConfigError, match="kind='magic': must be one of ocr"):
+        task.find(str(own))
+    own.write_text("base: scenes\nprompts: {default: {choice: '{question}', open: '{question}'}}\n")
+    with pytest.raises(ConfigError, match="scenes have no options"):
+        task.find(str(own)).items()

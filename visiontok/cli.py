@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -155,30 +156,46 @@ def evaluate(
 
 @app.command()
 def compare(
-    reference: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run to compare with.")],
-    others: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of other runs of the same task.")],
-    by: Annotated[str | None, typer.Option(metavar="GROUP", help="One run, within each group of questions.")] = None,
+    reference: Annotated[
+        str, typer.Argument(metavar="RUN|SWEEP", help="Folder of the run to compare with, or of a whole sweep.")
+    ],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN...", help="Folders of other runs of the same task.")
+    ] = None,
+    against: Annotated[str, typer.Option(metavar="RUN", help="In a sweep: what is compared with.")] = "full",
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="GROUP", help="Within groups of questions; `kind`: over the tasks of each kind."),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Apart for what this run gets right (easy) and the rest; in a sweep e.g. `resize`."
+        ),
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Loss that does not matter, in percent of the highest score.")] = 1.0,
     anyhow: Annotated[bool, typer.Option("--anyhow", help="Also runs that came about in different ways.")] = False,
+    form: Annotated[str, typer.Option("--format", help="text, markdown, latex, csv or json.")] = "text",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs of `eval` question by question: differences, their intervals, and what chance explains."""
-    from visiontok.eval.compare import by_group, compared, plain, print_comparisons, read
+    from visiontok.eval.compare import compare_job
+    from visiontok.eval.sheets import FORMATS, written
 
-    first, rest = read(reference), [read(folder) for folder in others]
-    found = plain(first, rest, compared(first, rest, anyhow=anyhow))
-    groups: dict[str, Any] = {}
-    if by is not None:
-        if len(rest) != 1:
-            raise ConfigError(f"--by {by!r}: compares one run with another; give two folders")
-        groups = {name: dataclasses.asdict(one) for name, one in by_group(first, rest[0], by).items()}
-    if as_json:
-        _print_json({"comparisons": found, "groups": groups})
-        return
-    print_comparisons(found, _console())
-    for name, one in groups.items():
-        change = one["difference"]
-        low, high = 100 * change["low"], 100 * change["high"]
-        print(f"{name}: {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}], {one['questions']} questions")
+    form = "json" if as_json else form
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form!r}: use {', '.join(FORMATS)}")
+    if out is not None and not out.expanduser().parent.is_dir():
+        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; create it first")
+    found = compare_job(
+        reference, others or [], against=against, by=by, split_by=split_by, margin=margin, anyhow=anyhow
+    )
+    text = written(found, form, shutil.get_terminal_size((200, 24)).columns)
+    if out is None:
+        print(text, end="")
+    else:
+        out.expanduser().write_text(text, encoding="utf-8")
 
 
 @app.command()
@@ -269,6 +286,41 @@ def verify(
         _print_json(found)
     if not found["ok"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="What `eval --out` wrote.")],
+    bench: Annotated[
+        str | None, typer.Option(metavar="FILE", help="efficiency.json of `bench`, for plots of times and FLOPs.")
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write it.")] = "report",
+    examples: Annotated[
+        int, typer.Option(help="Failures of every method that are drawn, which needs the model; 0: none.")
+    ] = 3,
+    against: Annotated[str, typer.Option(metavar="RUN", help="What is compared with.")] = "full",
+    margin: Annotated[float, typer.Option(help="Loss that does not matter, in percent of the highest score.")] = 1.0,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PATH", help="Questions of a task, as for `eval`; for the examples."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="For the examples: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Write what a sweep found: plots of scores against costs, tables, failing examples; HTML and Markdown."""
+    from visiontok.eval.report import report_job
+
+    given = _parse_options(data or [])
+    page = report_job(
+        folder,
+        bench=bench,
+        out=out,
+        number_of_examples=examples,
+        against=against,
+        margin=margin,
+        data=given,
+        device=device,
+    )
+    print(page)
 
 
 @app.command()

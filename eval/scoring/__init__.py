@@ -14,9 +14,9 @@ from types import MappingProxyType
 from visiontok.errors import ConfigError
 
 from . import anls, chartqa, choice, exact, grounding, hallusion, mmbench, mme, mmmu, ocrbench, pope, vqa
-from .base import DIALECTS, Mark, Metric, Target
+from .base import DIALECTS, Mark, Metric, Tally, Target
 
-__all__ = ["DIALECTS", "METRICS", "Mark", "Metric", "Target", "metric"]
+__all__ = ["DIALECTS", "METRICS", "Mark", "Metric", "Tally", "Target", "metric"]
 
 
 def _end_to_end(metric: Metric) -> Metric:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+import numpy as np
+
 from visiontok.errors import ConfigError
 
 DIALECTS = ("official", "llava", "lmms-eval", "vlmevalkit")
@@ -70,6 +72,27 @@ Aggregator = Callable[[Sequence[Mark], Sequence[Target]], Summary]
 
 
 @dataclass(frozen=True)
+class Tally:
+    """A headline as a function of sums over questions.
+
+    Attributes:
+        counts: (Q, T), what each question adds; the columns depend on the targets alone, so that those of two methods
+            fit together.
+        score: from sums (..., T) to the headline (...); parts without questions are left out of means.
+        top: highest headline.
+        unit: (Q,), equal for questions that are right or wrong as one.
+    """
+
+    counts: np.ndarray
+    score: Callable[[np.ndarray], np.ndarray]
+    top: float
+    unit: Sequence[str]
+
+
+Tallier = Callable[[Sequence[Mark], Sequence[Target]], Tally]
+
+
+@dataclass(frozen=True)
 class Metric:
     """One metric in one dialect.
 
@@ -78,6 +101,8 @@ class Metric:
         aggregate: sums up the marks of a whole task, in whatever order they come; its keys are ``name`` for all
             questions and ``name/group`` for parts.
         headline: the key of the summary that papers quote.
+        tally: the headline as a function of sums; None where it is the mean of the marks.
+        points: what tables multiply the headline by.
     """
 
     name: str
@@ -85,6 +110,8 @@ class Metric:
     score: Scorer
     aggregate: Aggregator
     headline: str
+    tally: Tallier | None = None
+    points: float = 100.0
 
 
 def letter(index: int) -> str:

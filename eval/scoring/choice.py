@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from . import guess, letters
-from .base import Aggregator, Mark, Metric, Scorer, Summary, Target, average, equal, macro_average, mean_score, rows
+from . import guess, letters, tally
+from .base import (
+    Aggregator,
+    Mark,
+    Metric,
+    Scorer,
+    Summary,
+    Tallier,
+    Target,
+    average,
+    equal,
+    macro_average,
+    mean_score,
+    rows,
+)
 from .exact import lmms_form
 
 FOUR = ("A", "B", "C", "D")
@@ -52,9 +65,14 @@ def mvbench_average(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary
 
 
 def _metric(
-    name: str, dialect: str, read: Reader, aggregate: Aggregator = average, headline: str = "accuracy"
+    name: str,
+    dialect: str,
+    read: Reader,
+    aggregate: Aggregator = average,
+    headline: str = "accuracy",
+    tallier: Tallier | None = None,
 ) -> Metric:
-    return Metric(name, dialect, scorer(read), aggregate, headline)
+    return Metric(name, dialect, scorer(read), aggregate, headline, tallier)
 
 
 METRICS = (
@@ -65,10 +83,24 @@ METRICS = (
     _metric("seed", "vlmevalkit", vlmevalkit),
     Metric("ai2d", "lmms-eval", ai2d, average, "accuracy"),
     _metric("ai2d", "vlmevalkit", vlmevalkit),
-    _metric("mmstar", "lmms-eval", lambda text, _: letters.lmms_shared(text, FOUR), macro_average, "macro_accuracy"),
+    _metric(
+        "mmstar",
+        "lmms-eval",
+        lambda text, _: letters.lmms_shared(text, FOUR),
+        macro_average,
+        "macro_accuracy",
+        tally.macro,
+    ),
     _metric("mmstar", "vlmevalkit", vlmevalkit),
     Metric("realworldqa", "lmms-eval", realworldqa, average, "accuracy"),
     _metric("realworldqa", "vlmevalkit", vlmevalkit),
     Metric("longvideobench", "lmms-eval", longvideobench, guess.aggregate, "accuracy"),
-    _metric("mvbench", "lmms-eval", lambda text, _: letters.mvbench(text), mvbench_average, "lmms_accuracy"),
+    _metric(
+        "mvbench",
+        "lmms-eval",
+        lambda text, _: letters.mvbench(text),
+        mvbench_average,
+        "lmms_accuracy",
+        tally.mean_of_read,
+    ),
 )

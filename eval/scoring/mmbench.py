@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from visiontok.errors import ConfigError
 
 from . import letters
-from .base import Mark, Metric, Summary, Target, grouped, mean_score, rows, unparsed
+from .base import Mark, Metric, Summary, Tally, Target, grouped, mean_score, rows, unparsed
 from .choice import scorer, vlmevalkit
+from .tally import ratio
 
 ROTATION = 10**6  # question 17 comes again as 1000017, 2000017, …
 
@@ -44,6 +47,17 @@ def aggregate(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
     return summary
 
 
+def tally(marks: Sequence[Mark], targets: Sequence[Target]) -> Tally:
+    """Circular accuracy; a question is counted with its first rotation."""
+    question = [str(_index(target) % ROTATION) for target in targets]
+    right: dict[str, bool] = {}
+    for name, mark in zip(question, marks, strict=True):
+        right[name] = right.get(name, True) and mark.score == 1
+    firsts = [_index(target) < ROTATION for target in targets]
+    counts = np.array([(first and right[name], first) for name, first in zip(question, firsts, strict=True)], float)
+    return Tally(counts, lambda sums: ratio(sums[..., 0], sums[..., 1]), 1.0, question)
+
+
 def _index(target: Target) -> int:
     index = target.group("index")
     if not index.isdecimal():
@@ -60,6 +74,7 @@ METRICS = (
         scorer(lambda text, target: letters.mmbench_static(text, target.options)),
         aggregate,
         "circular",
+        tally,
     ),
-    Metric("mmbench", "vlmevalkit", scorer(vlmevalkit), aggregate, "circular"),
+    Metric("mmbench", "vlmevalkit", scorer(vlmevalkit), aggregate, "circular", tally),
 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from visiontok.errors import ConfigError
 
 from . import yes_no
-from .base import Mark, Metric, Summary, Target, grouped, mean_score, rows, unparsed
+from .base import Mark, Metric, Summary, Tally, Target, grouped, mean_score, rows, unparsed
+from .tally import by_part, parts_of, ratio
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -43,8 +46,28 @@ def aggregate(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
     return summary
 
 
+def tally(marks: Sequence[Mark], targets: Sequence[Target]) -> Tally:
+    """The total; both questions about an image are counted with its first one."""
+    image = [f"{target.group('category')}\0{target.group('image')}" for target in targets]
+    right: dict[str, bool] = {}
+    for name, mark in zip(image, marks, strict=True):
+        right[name] = right.get(name, True) and mark.score == 1
+    entries = []
+    for name, mark, target in zip(image, marks, targets, strict=True):
+        both = right.pop(name, None)
+        added = (mark.score, float(both is not None), float(both or False))
+        entries.append([(target.group("category"), added)])
+
+    def score(sums: np.ndarray) -> np.ndarray:
+        questions, hits, images, both = parts_of(sums, 4)
+        return 100 * (ratio(hits, questions) + ratio(both, images)).sum(-1)
+
+    categories = {target.group("category") for target in targets}
+    return Tally(by_part(entries, 3), score, 200.0 * len(categories), image)
+
+
 METRICS = (
-    Metric("mme", "official", yes_no.scorer(yes_no.prefix), aggregate, "total"),
-    Metric("mme", "lmms-eval", yes_no.scorer(yes_no.prefix_or_initial), aggregate, "total"),
-    Metric("mme", "vlmevalkit", yes_no.scorer(yes_no.one_of_two), aggregate, "total"),
+    Metric("mme", "official", yes_no.scorer(yes_no.prefix), aggregate, "total", tally, 1.0),
+    Metric("mme", "lmms-eval", yes_no.scorer(yes_no.prefix_or_initial), aggregate, "total", tally, 1.0),
+    Metric("mme", "vlmevalkit", yes_no.scorer(yes_no.one_of_two), aggregate, "total", tally, 1.0),
 )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from . import yes_no
-from .base import Aggregator, Mark, Metric, Summary, Target, mean_score, rows, unparsed
+from .base import Aggregator, Mark, Metric, Summary, Tallier, Tally, Target, mean_score, rows, unparsed
+from .tally import apart, by_part, mean_of_parts, parts_of, ratio
 
 Pairs = Sequence[tuple[Mark, Target]]
 
@@ -61,6 +64,27 @@ def _aggregator(*, unread_is_no: bool) -> Aggregator:
     return aggregate
 
 
+def _tallier(*, unread_is_no: bool, macro: bool) -> Tallier:
+    """F1 of all questions or, with ``macro``, the mean over categories."""
+
+    def tally(marks: Sequence[Mark], targets: Sequence[Target]) -> Tally:
+        entries = []
+        for mark, target in rows(marks, targets):
+            tp, fp, _, fn = confusion([(mark, target)], unread_is_no=unread_is_no)
+            entries.append([(name, (tp, fp, fn)) for name in target.groups.get("category", "all").split(",")])
+
+        def score(sums: np.ndarray) -> np.ndarray:
+            questions, tp, fp, fn = parts_of(sums, 4)
+            if macro:
+                return mean_of_parts(ratio(2 * tp, 2 * tp + fp + fn), questions)
+            tp, fp, fn = tp.sum(-1), fp.sum(-1), fn.sum(-1)
+            return ratio(2 * tp, 2 * tp + fp + fn)
+
+        return Tally(by_part(entries, 3), score, 1.0, apart(marks))
+
+    return tally
+
+
 def _with_expected_ratio(aggregate: Aggregator) -> Aggregator:
     def lmms(marks: Sequence[Mark], targets: Sequence[Target]) -> Summary:
         """As lmms-eval, whose own yes ratio is that of the right answers, whatever the model says."""
@@ -71,9 +95,28 @@ def _with_expected_ratio(aggregate: Aggregator) -> Aggregator:
 
 
 METRICS = (
-    Metric("pope", "llava", yes_no.scorer(yes_no.first_sentence), _aggregator(unread_is_no=True), "f1/mean"),
     Metric(
-        "pope", "lmms-eval", yes_no.scorer(yes_no.exact), _with_expected_ratio(_aggregator(unread_is_no=False)), "f1"
+        "pope",
+        "llava",
+        yes_no.scorer(yes_no.first_sentence),
+        _aggregator(unread_is_no=True),
+        "f1/mean",
+        _tallier(unread_is_no=True, macro=True),
     ),
-    Metric("pope", "vlmevalkit", yes_no.scorer(yes_no.one_of_two), _aggregator(unread_is_no=True), "f1"),
+    Metric(
+        "pope",
+        "lmms-eval",
+        yes_no.scorer(yes_no.exact),
+        _with_expected_ratio(_aggregator(unread_is_no=False)),
+        "f1",
+        _tallier(unread_is_no=False, macro=False),
+    ),
+    Metric(
+        "pope",
+        "vlmevalkit",
+        yes_no.scorer(yes_no.one_of_two),
+        _aggregator(unread_is_no=True),
+        "f1",
+        _tallier(unread_is_no=True, macro=False),
+    ),
 )

@@ -12,10 +12,9 @@ from .clusters import (
     accuracy,
     bootstrap,
     difference,
-    relative_score,
     standard_error,
 )
-from .compare import Comparison, compare, compare_groups, difficulty
+from .compare import Comparison, compare, difficulty
 from .pairs import (
     Flips,
     McNemar,
@@ -28,6 +27,15 @@ from .pairs import (
 )
 from .rankings import holm, kendall
 from .shares import share_at_most
+from .tallies import (
+    Tallied,
+    mean_of,
+    relative_score,
+    tallied_detectable,
+    tallied_difference,
+    tallied_noninferiority,
+    tallied_score,
+)
 
 __all__ = [
     "Comparison",
@@ -37,20 +45,25 @@ __all__ = [
     "McNemar",
     "NonInferiority",
     "Paired",
+    "Tallied",
     "accuracy",
     "bootstrap",
     "compare",
-    "compare_groups",
     "difference",
     "difficulty",
     "flips",
     "half_width",
     "holm",
     "kendall",
+    "mean_of",
     "mcnemar",
     "minimum_detectable",
     "noninferiority",
     "relative_score",
     "share_at_most",
     "standard_error",
+    "tallied_detectable",
+    "tallied_difference",
+    "tallied_noninferiority",
+    "tallied_score",
 ]

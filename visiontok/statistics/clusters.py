@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -15,7 +15,7 @@ from visiontok.errors import ConfigError
 
 Interval = Literal["percentile", "bca"]
 
-_EXACT = 13  # up to so many clusters, all changes of sides are tried
+EXACT = 13  # up to so many clusters, all changes of sides are tried
 _BLOCK = 2**22  # entries of the random numbers that are in memory at a time
 _KEPT = 2**24  # up to so many entries, they are kept for the next call, which mostly asks for the same
 _NORMAL = NormalDist()
@@ -100,44 +100,13 @@ def difference(
     gain = len(theirs) * ours.sum(0) - len(ours) * theirs.sum(0)
     estimate = _mean(gain, len(ours) * len(theirs), number, draws, interval, seed)
     sums = np.bincount(number, gain)
-    exact = len(sums) <= _EXACT
+    exact = len(sums) <= EXACT
     # Fractions are rounded: changes of sides that tie with what was seen must not fall short of it.
     enough = abs(sums.sum()) - 1e-11 * abs(sums).sum()
-    signs = [_all_signs(len(sums))] if exact else _blocks(_signs, len(sums), draws, seed + 1)
-    as_large = np.concatenate([abs(block @ sums) >= enough for block in signs])
+    sides = [all_signs(len(sums))] if exact else drawn(signs, len(sums), draws, seed + 1)
+    as_large = np.concatenate([abs(block @ sums) >= enough for block in sides])
     p = as_large.mean() if exact else (1 + as_large.sum()) / (1 + draws)
     return Difference(estimate.value, estimate.low, estimate.high, float(p))
-
-
-def relative_score(tasks: Sequence[Paired], draws: int = 9999, seed: int = 0) -> Estimate:
-    """Mean over tasks of score / reference score, with a bootstrap interval over the clusters of each task.
-
-    Args:
-        tasks: one or more; their questions are drawn independently of each other's.
-        draws: bootstrap samples.
-        seed: of the bootstrap.
-
-    Raises:
-        ConfigError: no task, arrays that do not fit together, or a reference so rarely above 0 that the ratio does not
-            exist in a sample.
-    """
-    if not tasks:
-        raise ConfigError("tasks is empty: a relative score needs at least one")
-    value, values = 0.0, np.zeros(draws)
-    for index, (scores, reference, cluster) in enumerate(tasks):
-        ours, number = checked(scores, cluster)
-        theirs, _ = checked(reference, cluster)
-        sums, bases = np.bincount(number, ours.mean(0)), np.bincount(number, theirs.mean(0))
-        above = [(times @ sums, times @ bases) for times in _blocks(_times, len(sums), draws, seed + index)]
-        over, under = (np.concatenate(part) for part in zip(*above, strict=True))
-        if min(under.min(), bases.sum()) <= 0:
-            raise ConfigError(
-                f"the reference of task {index} scores {bases.sum():g} in sum, 0 or less in some samples: nothing is "
-                "relative to that; report the difference instead"
-            )
-        value += sums.sum() / bases.sum() / len(tasks)
-        values += over / under / len(tasks)
-    return Estimate(float(value), *_quantiles(values, 0.025, 0.975))
 
 
 def bootstrap(
@@ -172,9 +141,9 @@ def bootstrap(
         return found
 
     size = int(number.max()) + 1
-    values = np.array([of(row) for times in _blocks(_times, size, draws, seed) for row in times])
+    values = np.array([of(row) for times in drawn(resamples, size, draws, seed) for row in times])
     value = of(np.ones(size))
-    return _interval(value, values, lambda: np.array([of(row) for row in 1 - np.eye(size)]), interval)
+    return interval_of(value, values, lambda: np.array([of(row) for row in 1 - np.eye(size)]), interval)
 
 
 def standard_error(scores: np.ndarray, cluster: np.ndarray) -> float:
@@ -220,9 +189,9 @@ def checked(scores: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.nda
 def _mean(gain: np.ndarray, scale: int, cluster: np.ndarray, draws: int, interval: Interval, seed: int) -> Estimate:
     """Mean of `gain` / `scale` over questions, by clusters."""
     sums, sizes = np.bincount(cluster, gain), np.bincount(cluster)
-    blocks = _blocks(_times, len(sums), draws, seed)
+    blocks = drawn(resamples, len(sums), draws, seed)
     values = np.concatenate([(times @ sums) / (scale * (times @ sizes)) for times in blocks])
-    return _interval(
+    return interval_of(
         float(gain.sum() / (scale * len(gain))),
         values,
         lambda: (gain.sum() - sums) / (scale * (len(gain) - sizes)),
@@ -230,10 +199,10 @@ def _mean(gain: np.ndarray, scale: int, cluster: np.ndarray, draws: int, interva
     )
 
 
-def _interval(value: float, values: np.ndarray, without: Callable[[], np.ndarray], interval: Interval) -> Estimate:
+def interval_of(value: float, values: np.ndarray, without: Callable[[], np.ndarray], interval: Interval) -> Estimate:
     """Args: the estimate, (draws,) its samples, and what it is without each cluster in turn."""
     if interval == "percentile":
-        return Estimate(value, *_quantiles(values, 0.025, 0.975))
+        return Estimate(value, *quantiles(values, 0.025, 0.975))
     if interval != "bca":
         raise ConfigError(f'interval is {interval!r}: use "percentile" or "bca"')
     # Half of the samples that tie with the estimate, but for rounding, lie below it. A share of 0 or 1 has no normal
@@ -249,10 +218,10 @@ def _interval(value: float, values: np.ndarray, without: Callable[[], np.ndarray
         acceleration = (push**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
     shifted = [bias + _NORMAL.inv_cdf(level) for level in (0.025, 0.975)]
     low, high = (_NORMAL.cdf(bias + z / (1 - acceleration * z)) for z in shifted)
-    return Estimate(value, *_quantiles(values, low, high))
+    return Estimate(value, *quantiles(values, low, high))
 
 
-def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+def quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
     """The samples at two levels, each the next one outwards."""
     ordered, last = np.sort(values), len(values) - 1
     at = min(int(low * len(values)), last), max(math.ceil(high * len(values)) - 1, 0)
@@ -262,22 +231,22 @@ def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, floa
 Draw = Callable[[np.random.RandomState, int, int], np.ndarray]
 
 
-def _times(random: np.random.RandomState, clusters: int, draws: int) -> np.ndarray:
+def resamples(random: np.random.RandomState, clusters: int, draws: int) -> np.ndarray:
     """(draws, clusters): how often each cluster is drawn; whole numbers, as floats because those multiply faster."""
     return random.multinomial(clusters, np.full(clusters, 1 / clusters), draws).astype(float)
 
 
-def _signs(random: np.random.RandomState, clusters: int, draws: int) -> np.ndarray:
+def signs(random: np.random.RandomState, clusters: int, draws: int) -> np.ndarray:
     """±1 (draws, clusters): which clusters change sides."""
     return 1.0 - 2 * random.randint(0, 2, (draws, clusters))
 
 
-def _all_signs(clusters: int) -> np.ndarray:
+def all_signs(clusters: int) -> np.ndarray:
     """±1 (2^clusters, clusters): all ways to change sides."""
     return 1.0 - 2 * (np.arange(2**clusters)[:, None] >> np.arange(clusters) & 1)
 
 
-def _blocks(draw: Draw, clusters: int, draws: int, seed: int) -> Iterable[np.ndarray]:
+def drawn(draw: Draw, clusters: int, draws: int, seed: int) -> Iterable[np.ndarray]:
     """Random numbers (draws, clusters), some rows at a time: the same rows however they are cut."""
     if clusters * draws <= _KEPT:
         return _kept(draw, clusters, draws, seed)

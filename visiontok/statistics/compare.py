@@ -1,9 +1,9 @@
-"""All that is said of a method and its baseline on one task, as a whole and by groups of questions."""
+"""All that is said of a method and its baseline on one task, or on a part of its questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +11,14 @@ from visiontok.errors import ConfigError
 
 from .clusters import Difference, Estimate, Paired, accuracy, checked, difference, standard_error
 from .pairs import McNemar, NonInferiority, mcnemar, minimum_detectable, noninferiority
+from .tallies import (
+    Tallied,
+    relative_score,
+    tallied_detectable,
+    tallied_difference,
+    tallied_noninferiority,
+    tallied_score,
+)
 
 
 @dataclass(frozen=True)
@@ -20,10 +28,11 @@ class Comparison:
     Attributes:
         questions: how many.
         clusters: how many clusters they come in. A dozen or fewer tell little, whatever the intervals say.
-        score: mean score of the method.
+        score: that of the method.
         reference: that of the baseline.
         difference: how much larger that of the method is, and the p-value of a permutation test.
-        mcnemar: where all scores are 0 or 1; it knows nothing of clusters.
+        relative: the share of the baseline's score that the method has; None where that is 0 in some sample.
+        mcnemar: of the questions, where all their scores are 0 or 1; it knows nothing of clusters.
         noninferiority: whether the method is at most a margin worse.
         detectable: the difference that so many questions find with a power of 0.8, at the discordance seen here.
     """
@@ -33,19 +42,23 @@ class Comparison:
     score: Estimate
     reference: Estimate
     difference: Difference
+    relative: Estimate | None
     mcnemar: McNemar | None
     noninferiority: NonInferiority
     detectable: float
 
 
-def compare(paired: Paired, margin: float = 0.01, draws: int = 9999, seed: int = 0) -> Comparison:
+def compare(
+    paired: Paired, margin: float = 0.01, draws: int = 9999, seed: int = 0, tallied: Tallied | None = None
+) -> Comparison:
     """Compare a method with its baseline.
 
     Args:
         paired: scores (Q,) from 0 to 1.
-        margin: what does not matter, as a score: 0.01 is one point.
+        margin: what does not matter, as a share of the highest score: 0.01 is one point of a hundred.
         draws: bootstrap samples and permutations.
         seed: of both.
+        tallied: the score that counts, of the same questions, where it is not their mean score.
 
     Raises:
         ConfigError: no questions, arrays that do not fit together, or scores outside 0 to 1.
@@ -55,49 +68,42 @@ def compare(paired: Paired, margin: float = 0.01, draws: int = 9999, seed: int =
     if ours.ndim != 1 or theirs.ndim != 1:
         raise ConfigError(f"scores {ours.shape} and reference {theirs.shape} must be of one run each: average the runs")
     noninferior = noninferiority(ours, theirs, cluster, margin)  # checks the arrays
-    gain = ours - theirs
     binary = bool(np.isin((ours, theirs), (0, 1)).all())
+    common: dict[str, Any] = {
+        "questions": len(ours),
+        "clusters": len(np.unique(cluster)),
+        "mcnemar": mcnemar(ours, theirs) if binary else None,
+        "relative": _relative(tallied or paired, draws, seed),
+    }
+    if tallied is not None:
+        score, reference = tallied_score(tallied, draws, "bca", seed)
+        return Comparison(
+            **common,
+            score=score,
+            reference=reference,
+            difference=tallied_difference([tallied], draws, "bca", seed),
+            noninferiority=tallied_noninferiority(tallied, margin),
+            detectable=tallied_detectable(tallied),
+        )
+    gain = ours - theirs
     # Alike questions count less: as many independent ones would have the same standard error.
     alone, together = standard_error(gain, np.arange(len(gain))), standard_error(gain, cluster)
     effective = len(gain) / max((together / alone) ** 2, 1.0) if alone > 0 else len(gain)
     return Comparison(
-        questions=len(gain),
-        clusters=len(np.unique(cluster)),
+        **common,
         score=accuracy(ours, cluster, draws, "bca", seed),
         reference=accuracy(theirs, cluster, draws, "bca", seed),
         difference=difference(ours, theirs, cluster, draws, "bca", seed),
-        mcnemar=mcnemar(ours, theirs) if binary else None,
         noninferiority=noninferior,
         detectable=minimum_detectable(effective, float((gain**2).mean())),
     )
 
 
-def compare_groups(
-    paired: Paired, group: Sequence[str], margin: float = 0.01, draws: int = 9999, seed: int = 0
-) -> dict[str, Comparison]:
-    """:func:`compare` within each group of questions, such as their types or their :func:`difficulty`.
-
-    Args:
-        paired: scores (Q,) from 0 to 1.
-        group: Q names.
-        margin: what does not matter, as a score: 0.01 is one point.
-        draws: bootstrap samples and permutations.
-        seed: of both.
-
-    Returns:
-        By name, in alphabetical order. Their p-values are as many tests: adjust them by :func:`holm`.
-
-    Raises:
-        ConfigError: `group` has another length, or as :func:`compare`.
-    """
-    names = np.asarray(group, dtype=str)
-    if names.shape != np.shape(paired.cluster):
-        raise ConfigError(f"group {names.shape} and cluster {np.shape(paired.cluster)} must be of the same questions")
-    arrays = [np.asarray(each) for each in paired]
-    return {
-        str(name): compare(Paired(*(each[names == name] for each in arrays)), margin, draws, seed)
-        for name in np.unique(names)
-    }
+def _relative(scores: Tallied | Paired, draws: int, seed: int) -> Estimate | None:
+    try:
+        return relative_score([scores], draws, seed)
+    except ConfigError:  # of arrays that are checked by now, it refuses only a baseline of 0
+        return None
 
 
 def difficulty(resized: np.ndarray) -> np.ndarray:

@@ -145,14 +145,19 @@ def noninferiority(
     """
     ours, number = checked(scores, cluster)
     theirs, _ = checked(reference, cluster)
-    if margin <= 0:
-        raise ConfigError(f"margin is {margin}: it must be above 0, such as 0.01 for one point")
     if min(ours.min(), theirs.min()) < 0 or max(ours.max(), theirs.max()) > 1:
         raise ConfigError("scores must be from 0 to 1: divide them, and the margin, by the highest score")
-    gain = np.append(ours.mean(0) - theirs.mean(0), (1.0, -1.0))
-    number = np.append(number, number.max() + np.array((1, 2)))
-    mean = gain.mean()
-    error = math.sqrt((np.bincount(number, gain - mean) ** 2).sum()) / len(gain)
+    return bounded(np.bincount(number, ours.mean(0) - theirs.mean(0)), np.bincount(number), margin)
+
+
+def bounded(gains: np.ndarray, sizes: np.ndarray, margin: float) -> NonInferiority:
+    """As :func:`noninferiority`, of sums of gains (C,) over clusters and of how many questions these have."""
+    if margin <= 0:
+        raise ConfigError(f"margin is {margin}: it must be above 0, such as 0.01 for one point")
+    gains, sizes = np.append(gains, (1.0, -1.0)), np.append(sizes, (1, 1))
+    number = sizes.sum()
+    mean = gains.sum() / number
+    error = math.sqrt(((gains - sizes * mean) ** 2).sum()) / number
     low = mean - _NORMAL.inv_cdf(0.975) * error
     return NonInferiority(margin, float(low), _NORMAL.cdf(float(-(mean + margin) / error)))
 

@@ -22,6 +22,7 @@ from visiontok.adapters.base import family
 
 from visiontok import recipes
 from visiontok.errors import ConfigError
+from visiontok.named import model_type
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,11 +104,20 @@ def workloads() -> list[str]:
     return list(dict.fromkeys(row["workload"] for row in _evidence()["rows"]))
 
 
-def recommend(model_type: str, workload: str, goal: str = "ttft", margin: float = MARGIN) -> Advice:
+def recommend_for(model: str, workload: str, goal: str = "ttft", margin: float = MARGIN) -> Advice:
+    """:func:`recommend`, for a model by the name that a command line gives it.
+
+    Raises:
+        ConfigError: as there, or if there is no such model.
+    """
+    return recommend(model_type(model), workload, goal, margin)
+
+
+def recommend(kind: str, workload: str, goal: str = "ttft", margin: float = MARGIN) -> Advice:
     """Choose a method and a budget.
 
     Args:
-        model_type: of the model's config.
+        kind: ``model_type`` of the model's config.
         workload: one of :func:`workloads`.
         goal: ``ttft`` (fewest tokens, and selection that does not eat the gain), ``memory`` (smallest cache) or
             ``loss`` (fewest points lost at half of the tokens or less).
@@ -122,7 +132,7 @@ def recommend(model_type: str, workload: str, goal: str = "ttft", margin: float 
         raise ConfigError(f"--goal {goal!r}: one of {', '.join(GOALS)}")
     if margin < 0:
         raise ConfigError(f"--margin {margin}: points that may be lost, at least 0")
-    like = _LIKE.get(family(model_type) or "")
+    like = _LIKE.get(family(kind) or "")
     rows, excluded = _rows(workload, like)
     if goal == "ttft":  # what saves no time is no answer
         slow = {row.method for row in rows if row.first_token is not None and row.first_token >= 0.95}
@@ -145,7 +155,7 @@ def recommend(model_type: str, workload: str, goal: str = "ttft", margin: float 
         chosen=safe[0] if safe else None,
         others=tuple(safe[1:4] if safe else least[:3]),
         excluded=excluded,
-        caveats=tuple(_caveats(model_type, like)),
+        caveats=tuple(_caveats(kind, like)),
     )
 
 
@@ -187,10 +197,10 @@ def _row(method: str, mass: bool, keep: float, measured: Sequence[Mapping[str, A
     )
 
 
-def _caveats(model_type: str, like: str | None) -> list[str]:
+def _caveats(kind: str, like: str | None) -> list[str]:
     said = [_TEST_BENCH]
     if like is None:
-        said.append(f"no embedded model is like {model_type}: rows must be safe on all of them")
+        said.append(f"no embedded model is like {kind}: rows must be safe on all of them")
     elif like == "qwen3_vl":
         said.append("one embedded model of this architecture: another training seed may rank methods otherwise")
     return said

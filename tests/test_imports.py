@@ -108,7 +108,7 @@ MAY_IMPORT = {
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
     "eval": API | {"package", "conventions", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
-    "demo": API | {"package", "options", "calibration", "statistics", "demo"},
+    "demo": API | {"package", "named", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {

@@ -366,11 +366,9 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Which method and budget, by what was measured, with the evidence; or that nothing here is safe."""
-    from visiontok.demo.recommend import recommend as find
-    from visiontok.demo.recommend import render
-    from visiontok.named import model_type
+    from visiontok.demo.recommend import recommend_for, render
 
-    advice = find(model_type(model), workload, goal, margin)
+    advice = recommend_for(model, workload, goal, margin)
     if as_json:
         _print_json(advice.to_dict())
     else:

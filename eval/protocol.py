@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 from visiontok import __version__
+from visiontok.api import vision_memory
 from visiontok.named import Loaded
 from visiontok.weights import fingerprint
 
@@ -45,6 +46,7 @@ def protocol(
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": _attention(model),
             "device": loaded.device.type,
+            "tower": "a call at a time" if vision_memory(model) is None else "a picture at a time",
         },
         "processor": {
             "class": type(processor).__name__,

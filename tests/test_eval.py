@@ -21,7 +21,7 @@ from visiontok.eval.compare import Answered, by_group, compared, plain, read, sc
 from visiontok.eval.job import Sweep, eval_job
 from visiontok.eval.protocol import canonical_image, pixels, protocol, short
 from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_protocol, split
-from visiontok.eval.runner import Cell, answer, run
+from visiontok.eval.runner import Block, Cell, answer, run
 from visiontok.eval.task import find
 
 from visiontok import compress
@@ -187,12 +187,12 @@ def test_answers_together_are_those_one_by_one(tiny: Loaded, method: str | None)
     items = sample(7)
     with torch.inference_mode():
         if method is None:
-            together = answer(tiny, items, None, 5)
-            alone = [answer(tiny, [item], None, 5)[0] for item in items]
+            together = answer(Block(tiny, items), None, 5)
+            alone = [answer(Block(tiny, [item]), None, 5)[0] for item in items]
         else:
             with compress(tiny.model, method, keep=0.25) as compression:
-                together = answer(tiny, items, compression, 5)
-                alone = [answer(tiny, [item], compression, 5)[0] for item in items]
+                together = answer(Block(tiny, items), compression, 5)
+                alone = [answer(Block(tiny, [item]), compression, 5)[0] for item in items]
     for one, other in zip(together, alone, strict=True):
         assert (one.text, one.tokens, one.visual, one.kept) == (other.text, other.tokens, 144, other.kept)
         assert (one.kept is None) == (method is None)
@@ -203,8 +203,9 @@ def test_a_picture_that_cannot_be_read_is_one_error(tiny: Loaded, tmp_path: Path
     items = sample(6)
     broken = items[2].__class__(**{**vars(items[2]), "images": (Torn(),)})
     task, cell = find("scenes"), Cell.named("full", None, {}, 0)
-    whole = run(tiny, task, items, cell, tmp_path / "whole", batch=3)
-    found = run(tiny, task, [*items[:2], broken, *items[3:]], cell, tmp_path / "torn", batch=3)
+    [whole] = run(tiny, task, items, {tmp_path / "whole": cell}, batch=3).values()
+    torn = [*items[:2], broken, *items[3:]]
+    [found] = run(tiny, task, torn, {tmp_path / "torn": cell}, batch=3).values()
     assert whole is not None
     assert found is not None
     assert (whole["errors"], found["errors"], found["questions"]) == (0, 1, 6)
@@ -225,7 +226,7 @@ def test_what_the_processor_refuses_is_one_error(tiny: Loaded, monkeypatch: pyte
 
     monkeypatch.setattr(Loaded, "inputs", refusing)
     with torch.inference_mode():
-        found = answer(tiny, items, None, 5)
+        found = answer(Block(tiny, items), None, 5)
     assert [one.error for one in found] == [None, "too long", None, None]
     assert [one.together for one in found] == [3, 0, 3, 3]
 
@@ -238,23 +239,23 @@ def test_out_of_memory_halves_what_is_asked_together(tiny: Loaded, monkeypatch: 
             raise torch.OutOfMemoryError("no room")
         return generate(**inputs)
 
-    expected = [one.text for one in answer(tiny, items, None, 5)]
+    expected = [one.text for one in answer(Block(tiny, items), None, 5)]
     monkeypatch.setattr(tiny.model, "generate", small)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    found = answer(tiny, items, None, 5)
+    found = answer(Block(tiny, items), None, 5)
     assert [one.together for one in found] == [2, 2, 1, 2, 2]  # 5 are 2 and 3, and 3 are 1 and 2
     assert [one.text for one in found] == expected
     monkeypatch.setattr(tiny.model, "generate", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
-        answer(tiny, items, None, 5)
+        answer(Block(tiny, items), None, 5)
 
 
 def test_the_blind_see_no_picture(tiny: Loaded) -> None:
     items = sample(3)
-    found = answer(tiny, items, None, 5, blind=True)
+    found = answer(Block(tiny, items, blind=True), None, 5)
     assert [one.visual for one in found] == [0, 0, 0]
     torn = [item.__class__(**{**vars(item), "images": (Torn(),)}) for item in items]
-    assert [one.text for one in answer(tiny, torn, None, 5, blind=True)] == [one.text for one in found]
+    assert [one.text for one in answer(Block(tiny, torn, blind=True), None, 5)] == [one.text for one in found]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole command

@@ -151,7 +151,8 @@ def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any
             for task in tasks:
                 items = task.items(sweep.data.get(task.name), loaded.model.config.model_type, sweep.limit)
                 folder = Path(sweep.out).expanduser() / task.name
-                bar = progress.add_task(f"{task.name} × {len(cells)}", total=None)
+                answers = len(items) * len(cells)
+                bar = progress.add_task(task.name, total=answers)
                 results = run(
                     loaded,
                     task,
@@ -163,7 +164,7 @@ def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any
                     world=world,
                     progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
                 )
-                progress.update(bar, completed=1, total=1)
+                progress.update(bar, completed=answers, total=answers)
                 for name, cell in cells.items():
                     if (result := results[folder / name]) is not None:
                         found.append({"task": task.name, "cell": str(cell), **result})

@@ -62,8 +62,8 @@ class TowerReadings:
                         continue  # the context says so when the method asks
                     index = resolve_layer(name, len(self._modules), name=_vision_option(stage, name))
                     wanted.setdefault(index, set()).add(stat)
-            if needs.encoder_features or needs.projector:
-                self._tap_projector(host)
+        if any(needs_of(stage).encoder_features or needs_of(stage).projector for stage in stages):
+            self._tap_projector(host)
         for index, stats in wanted.items():
             host.add(Tap(self._modules[index], functools.partial(self._sink, index, frozenset(stats))))
 

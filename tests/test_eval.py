@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -9,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from visiontok.eval import runner
+from rich.console import Console
+from visiontok.adapters.llava import LlavaAdapter
+from visiontok.eval import job, runner
 from visiontok.eval.compare import Answered, by_group, compared, plain, read, score
 from visiontok.eval.job import Sweep, eval_job
 from visiontok.eval.protocol import canonical_image, pixels, protocol, short
@@ -24,9 +28,12 @@ from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_p
 from visiontok.eval.runner import Block, Cell, answer, run
 from visiontok.eval.task import find
 
-from visiontok import compress
-from visiontok.errors import ConfigError, ImageError
+from visiontok import Budget, compress
+from visiontok.api import as_recipe, remember_vision
+from visiontok.errors import ConfigError, ImageError, UnsupportedError
 from visiontok.named import Loaded, load_model
+from visiontok.recipes import find as find_method
+from visiontok.recipes import names
 
 IDS = [f"q{number}" for number in range(10)]
 BLOCKS = split(IDS, 4)
@@ -315,9 +322,118 @@ def test_a_sweep_goes_on_and_says_what_it_found(tmp_path: Path, monkeypatch: pyt
     assert eval_job(sweep) == found
 
 
+# --------------------------------------------------------------------------------------------------------- vision cache
+
+
+def prompt_methods() -> list[str]:
+    """Methods that choose before the language model."""
+    return [name for name in names() if find_method(name).card.stage == "prompt"]
+
+
+def cells(methods: Sequence[str], keeps: Sequence[str | None]) -> dict[str, Cell]:
+    made = [Cell.named(method, keep, {}, 0) for method in methods for keep in keeps]
+    return {str(cell): cell for cell in made}
+
+
+def answered(loaded: Loaded, methods: dict[str, Cell], items: list[Any], folder: Path) -> list[dict[str, Any]]:
+    """Rows of all cells but for their times and the protocol they are stamped with."""
+    run(loaded, find("scenes"), items, {folder / name: cell for name, cell in methods.items()}, batch=5)
+    return [{k: v for k, v in row.items() if k != "protocol"} for row in without_times(folder)]
+
+
+@contextlib.contextmanager
+def towers(loaded: Loaded) -> Iterator[list[int]]:
+    """How many pictures go through the stock tower, in each of its runs."""
+    base, found = loaded.base, []
+    llava = hasattr(base, "vision_tower")
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(len(args[0] if llava else kwargs["grid_thw"]))
+
+    handle = (base.vision_tower if llava else base.visual).register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_a_sweep_shows_every_picture_to_the_tower_once(tmp_path: Path, model: str) -> None:
+    loaded = load_model(model, torch.device("cpu"))
+    items = sample(60)[::6]  # in two blocks, which share a picture
+    pictures = len({image.name for item in items for image in item.images})
+    methods = cells(["full"], [None]) | cells(["visionzip", "divprune", "fastv", "visiontok"], ["0.25", "9"])
+    expected = answered(loaded, methods, items, tmp_path / "stock")
+    recipes = [cell.recipe for cell in methods.values() if cell.recipe is not None]
+    with towers(loaded) as seen, remember_vision(loaded.model, recipes) as memory:
+        assert answered(loaded, methods, items, tmp_path / "shared") == expected
+    assert len(items) > pictures > 2
+    assert seen == [1] * pictures
+    assert (memory.runs, memory.pictures) == (pictures, pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_every_prompt_method_answers_the_same_from_memory(tmp_path: Path, model: str) -> None:
+    loaded = load_model(model, torch.device("cpu"))
+    items, methods = sample(60)[::6], cells(prompt_methods(), ["0.25", "9"])
+    for name, cell in list(methods.items()):  # methods that need what one of the models lacks
+        try:
+            with compress(loaded.model, cell.recipe), torch.inference_mode():
+                answer(Block(loaded, items[:1]), None, 1)
+        except (UnsupportedError, ConfigError):
+            del methods[name]
+    assert len(methods) > 40
+    expected = answered(loaded, methods, items, tmp_path / "stock")
+    with towers(loaded) as seen, remember_vision(loaded.model, [cell.recipe for cell in methods.values()]):
+        assert answered(loaded, methods, items, tmp_path / "shared") == expected
+    assert seen == [1] * len({image.name for item in items for image in item.images})
+
+
+def test_a_row_has_the_times_of_what_was_done_for_it(tmp_path: Path, tiny: Loaded) -> None:
+    with remember_vision(tiny.model):
+        folders = {tmp_path / name: Cell.named("full", None, {}, 0) for name in ("first", "second")}
+        run(tiny, find("scenes"), sample(2), folders)
+    times = [json.loads((folder / "answers-0-of-1.jsonl").read_text().splitlines()[0])[TIMES] for folder in folders]
+    assert [set(one) for one in times] == [{"preprocess", "tower", "generate"}, {"generate"}]
+
+
+def test_the_cache_is_part_of_how_answers_came_about(tmp_path: Path) -> None:
+    sweep: dict[str, Any] = {"out": str(tmp_path), "methods": ("full", "resize"), "limit": 4, "batch": 4}
+    eval_job(Sweep(**sweep))
+    with pytest.raises(ConfigError, match=r'model\.tower was "a picture at a time" and is "a call at a time"'):
+        eval_job(Sweep(**sweep, vision_cache=False))
+
+
+def test_a_model_without_a_way_to_the_cache_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlavaAdapter, "inseparable", "this test says so")
+    said = Console(file=io.StringIO(), width=200)
+    eval_job(Sweep(out=str(tmp_path), methods=("full",), limit=4), said)
+    assert "without the vision cache: llava: a vision memory cannot serve it, because this test says so" in (
+        said.file.getvalue()  # type: ignore[attr-defined]
+    )
+    made = json.loads((tmp_path / "scenes" / "full" / PROTOCOL).read_text())
+    assert made["protocol"]["model"]["tower"] == "a call at a time"
+
+
+def test_the_sweep_of_the_readme_can_be_asked() -> None:
+    sweep = Sweep.of(Sweep.read(str(Path(job.__file__).parent / "sweeps" / "readme.yaml")))
+    assert len(sweep.cells()) == 8 * 4 + 2
+
+
+def test_recipes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name, keep in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        as_recipe("random").with_keep(Budget.parse(keep)).save(tmp_path / name / "mine.json")
+    methods = tuple(str(tmp_path / name / "mine.json") for name in "ab")
+    with pytest.raises(ConfigError, match=r"two are called 'mine 0\.25'"):
+        eval_job(Sweep(out=str(tmp_path), methods=methods))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"vision_cache": "no"}, "vision_cache='no'; give true or false"),
         ({"method": "divprune"}, "there is no 'method'; its keys are model, tasks, methods"),
         ({"methods": []}, r"methods=\[\] is empty"),
         ({"limit": "ten"}, "limit='ten'; give a whole number"),

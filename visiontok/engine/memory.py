@@ -42,6 +42,7 @@ class VisionMemory:
     Attributes:
         adapter: see there.
         layers: none, for nothing of the language model is read.
+        serves: no ordinary run of the tower is its own; see :class:`visiontok.engine.readings.Host`.
         runs: how often the tower ran, each time for one picture.
         pictures: how many different pictures were asked for.
 
@@ -61,6 +62,7 @@ class VisionMemory:
             raise ConfigError(f"model={type(adapter.base).__name__}: it has a vision memory already; remove that first")
         self.adapter, self.capacity = adapter, capacity
         self.layers: list[nn.Module] = []
+        self.serves: Callable[[], bool] = _never
         self.runs = 0
         self._seen: set[bytes] = set()
         self._kept: OrderedDict[bytes, Encoded] = OrderedDict()
@@ -74,10 +76,6 @@ class VisionMemory:
             self.remove()
             raise
         self._recorder.memory = self
-
-    def serves(self) -> bool:
-        """Whether ordinary runs of the tower are its own; see :class:`visiontok.engine.readings.Host`."""
-        return False
 
     def add(self, removable: Any) -> None:
         """Tie the life of a tap to this memory."""
@@ -168,6 +166,10 @@ class VisionMemory:
         self._bytes += _size(run)
         while self._bytes > self.capacity:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
+
+
+def _never() -> bool:
+    return False
 
 
 def memory_of(base: nn.Module) -> VisionMemory | None:

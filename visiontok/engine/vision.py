@@ -46,7 +46,7 @@ class Encoded:
     encoder_features: list[torch.Tensor] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
-    memory: Memory | None = None
+    memory: Any = None
     remembered: bool = False
 
 

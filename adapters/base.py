@@ -100,6 +100,8 @@ class Adapter:
             vision tower runs inside the base model's forward, and :meth:`columns` is needed.
         fixed_pictures: why its vision tower cannot be given smaller pictures; empty where it can, and then
             :meth:`shapes` and :meth:`smaller` must fit it.
+        inseparable: why its vision tower cannot be given the pictures of a call one by one; empty where it can, and
+            then :meth:`alone` must fit it.
         notes: what a user should know about budgets on this family.
     """
 
@@ -115,6 +117,7 @@ class Adapter:
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
+    inseparable: ClassVar[str] = "no way to give its vision tower the pictures of a call one by one is known"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -173,6 +176,22 @@ class Adapter:
             "pixel_values": downsampled(seen, rows * patch, columns * patch),
             "interpolate_pos_encoding": True,
         }
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        """The keyword arguments of the tower's run that each picture, or crop, of a run would have by itself.
+
+        Args:
+            record: a run over pictures that is to come, with the arguments as the model was given them.
+
+        Returns:
+            them by name, in order. Put one behind the other, what the runs make is what the whole run makes, and no
+            argument depends on the other pictures, so that padding to a common size is gone.
+        """
+        inputs = record.inputs
+        return [
+            {name: x[i : i + 1] if torch.is_tensor(x) else x for name, x in inputs.items()}
+            for i in range(len(inputs["pixel_values"]))
+        ]
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""
@@ -259,6 +278,14 @@ def downsampled(pixels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     exact = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     size = (rows, columns)
     return torch.nn.functional.interpolate(exact, size, mode="bicubic", antialias=True).to(pixels.dtype)
+
+
+def unpadded(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one picture (1, C, H, W) without what fills it up beyond its ``image_sizes``, if it has any."""
+    if inputs.get("image_sizes") is None:
+        return dict(inputs)
+    [(height, width)] = torch.as_tensor(inputs["image_sizes"]).tolist()
+    return {**inputs, "pixel_values": inputs["pixel_values"][..., :height, :width]}
 
 
 def in_squares(tokens: torch.Tensor, side: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ class Idefics3Adapter(Adapter):
 
     model_types = ("idefics3", "smolvlm")
     fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
+    inseparable = ""
     text = "text_model"
     tower = "vision_model"
     projector = "connector"
@@ -30,6 +32,16 @@ class Idefics3Adapter(Adapter):
         x, connector = torch.cat(list(patches)), self.base.connector
         channels = x.shape[2]
         return list(connector.pixel_shuffle(x, connector.scale_factor).unflatten(-1, (-1, channels)))
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        """By prompt rows: what a run makes has an entry for each of them."""
+        rows = super().alone(record)
+        shown = [row["pixel_values"][0].flatten(1).any(1) for row in rows]  # the model leaves out empty tiles too
+        return [
+            {name: x[:, real] if torch.is_tensor(x) else x for name, x in row.items()}
+            for row, real in zip(rows, shown, strict=True)
+            if bool(real.any())
+        ]
 
     def crops(self, record: Record) -> list[torch.Tensor]:
         tiles = record.inputs["pixel_values"].flatten(0, 1)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from visiontok.errors import UnsupportedError
 
-from .base import Adapter, Record, raster
+from .base import Adapter, Record, raster, unpadded
 
 
 class LlavaAdapter(Adapter):
     """LLaVA-1.5, ViP-LLaVA."""
 
     model_types = ("llava", "vipllava")
+    inseparable = ""
 
     @property
     def cls_token(self) -> bool:  # type: ignore[override]
@@ -33,6 +35,9 @@ class LlavaAdapter(Adapter):
                 f"vision_feature_select_strategy={strategy!r} makes its {tower} tower's tokens other than its patches"
             )
         return ""
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        return [unpadded(one) for one in super().alone(record)]
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""

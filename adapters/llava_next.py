@@ -22,6 +22,7 @@ class LlavaNextAdapter(Adapter):
 
     model_types = ("llava_next",)
     fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
+    inseparable = ""
     thumbnail = True
 
     def __init__(self, base: nn.Module) -> None:
@@ -67,6 +68,17 @@ class LlavaNextAdapter(Adapter):
         tiled = torch.stack([torch.ones_like(row), row, column], 1).masked_fill(rest[:, None], -1)
         return torch.cat([thumbnail, tiled])
 
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        inputs, counts = record.inputs, self._crops(record)
+        pictures = inputs["pixel_values"]
+        if pictures.ndim == 4:  # crops behind one another
+            crops = list(pictures.split(counts))
+        else:
+            crops = [x[None, :n] for x, n in zip(pictures, counts, strict=True)]
+        return [
+            {**inputs, "pixel_values": x, "image_sizes": inputs["image_sizes"][i : i + 1]} for i, x in enumerate(crops)
+        ]
+
     def crops(self, record: Record) -> list[torch.Tensor]:
         pictures = record.inputs["pixel_values"]
         if pictures.ndim == 4:  # not tiled, or already without the padding
@@ -97,6 +109,14 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         batch = record.inputs.get("batch_num_images")
         alone = [True] * len(sizes) if batch is None else [n == 1 for n in batch for _ in range(int(n))]
         return [n if tiled else 1 for n, tiled in zip(super()._crops(record), alone, strict=True)]
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        found, together = super().alone(record), record.inputs.get("batch_num_images")
+        if together is None:
+            return found
+        # how many stand in its prompt says whether a picture is tiled
+        numbers = [torch.as_tensor([n]) for n in torch.as_tensor(together).tolist() for _ in range(n)]
+        return [{**one, "batch_num_images": n} for one, n in zip(found, numbers, strict=True)]
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         if record.modality == "image":

@@ -9,7 +9,7 @@ import torch
 
 from visiontok.errors import UnsupportedError
 
-from .base import Adapter, Record, Shape, downsampled, raster
+from .base import Adapter, Record, Shape, downsampled, raster, unpadded
 
 
 class Mistral3Adapter(Adapter):
@@ -17,6 +17,7 @@ class Mistral3Adapter(Adapter):
 
     model_types = ("mistral3",)
     fixed_pictures = ""
+    inseparable = ""
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of language-model tokens per image."""
@@ -43,6 +44,9 @@ class Mistral3Adapter(Adapter):
         for place, picture, (h, w) in zip(smaller, self.crops(record), sizes, strict=True):
             place[:, :h, :w] = picture[0] if picture.shape[-2:] == (h, w) else downsampled(picture, h, w)[0]
         return {"pixel_values": smaller, "image_sizes": torch.tensor(sizes)}
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        return [unpadded(one) for one in super().alone(record)]
 
     def crops(self, record: Record) -> list[torch.Tensor]:
         merged = self.base.config.vision_config.patch_size * self.base.config.spatial_merge_size

@@ -19,6 +19,7 @@ class QwenVLAdapter(Adapter):
     tower = "visual"
     projector = "visual.merger"
     fixed_pictures = ""
+    inseparable = ""
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]
@@ -53,6 +54,11 @@ class QwenVLAdapter(Adapter):
         x = downsampled(x, new[1] * unit, new[2] * unit)
         x = x.view(t, frames, -1, new[1], merge, side, new[2], merge, side)
         return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, patches.shape[1])
+
+    def alone(self, record: Record) -> list[dict[str, Any]]:
+        thw = self._thw(record)
+        patches = record.inputs["pixel_values"].split(thw.prod(1).tolist())
+        return [{**record.inputs, "pixel_values": x, "image_grid_thw": thw[i : i + 1]} for i, x in enumerate(patches)]
 
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = [len(g) for g in self.grids(record)]

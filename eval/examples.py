@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image, Resampling
 
-from visiontok.api import Compression, compress
+from visiontok.api import Compression, compress, remember_vision
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.named import Loaded, find_device, load_model, quiet
 from visiontok.overlay import enlargement, frame_of, overlay
@@ -19,9 +21,9 @@ from visiontok.recipe import Recipe
 
 from .compare import Answered
 from .items import Item
-from .protocol import protocol
+from .protocol import ALONE, protocol
 from .records import Row, differences
-from .runner import answer
+from .runner import Block, answer
 from .task import find
 
 _SAME = ("model", "processor", "task", "questions")
@@ -81,13 +83,16 @@ def examples(
     found: list[Example] = []
     with quiet():
         loaded = load_model(first.protocol["model"]["name"], find_device(device))
-        for task, (reference, others) in pairs.items():
-            items = _items(loaded, reference, data.get(task))
-            for other in others:
-                if other.made["attached"] is None:  # nothing was kept or dropped
-                    continue
-                places = failures(reference, other, number)
-                found += _of_method(loaded, reference, other, [(items[place], place) for place in places])
+        recipes = {other.name: _recipe(other) for _, others in pairs.values() for other in others if _attached(other)}
+        memory: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if first.protocol["model"]["tower"] == ALONE:
+            memory = remember_vision(loaded.model, list(recipes.values()))
+        with memory:
+            for task, (reference, others) in pairs.items():
+                items = _items(loaded, reference, data.get(task))
+                for other in filter(_attached, others):
+                    asked = [(items[place], place) for place in failures(reference, other, number)]
+                    found += _of_method(loaded, reference, other, recipes[other.name], asked)
     return found
 
 
@@ -113,12 +118,21 @@ def _items(loaded: Loaded, reference: Answered, source: str | None) -> Sequence[
     return items
 
 
+def _attached(run: Answered) -> bool:
+    """Whether something could be dropped."""
+    return run.made["attached"] is not None
+
+
+def _recipe(run: Answered) -> Recipe:
+    recipe = Recipe.from_dict(run.made["attached"])
+    if recipe.hash() != run.made["recipe"]:
+        raise ConfigError(f"{run.folder}: its recipe is not what its hash says; evaluate it again")
+    return recipe
+
+
 def _of_method(
-    loaded: Loaded, reference: Answered, other: Answered, asked: Sequence[tuple[Item, int]]
+    loaded: Loaded, reference: Answered, other: Answered, recipe: Recipe, asked: Sequence[tuple[Item, int]]
 ) -> list[Example]:
-    recipe = Recipe.from_dict(other.made["attached"])
-    if recipe.hash() != other.made["recipe"]:
-        raise ConfigError(f"{other.folder}: its recipe is not what its hash says; evaluate it again")
     longest = other.protocol["generation"]["max_new_tokens"]
     found = []
     for item, place in asked:
@@ -126,7 +140,7 @@ def _of_method(
         picture, note = None, ""
         if item.images:
             with compress(loaded.model, recipe) as compression, torch.inference_mode():
-                (again,) = answer(loaded, [item], compression, longest)
+                (again,) = answer(Block(loaded, [item]), compression, longest)
                 if again.error is None:
                     picture, note = _drawn(loaded, item, compression, other.name)
             if again.error is not None:

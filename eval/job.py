@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from visiontok.errors import ConfigError
-from visiontok.named import find_device, load_model, quiet
+from visiontok.api import remember_vision
+from visiontok.errors import ConfigError, UnsupportedError
+from visiontok.named import Loaded, find_device, load_model, quiet
 from visiontok.recipes import find as find_method
 from visiontok.recipes import names as method_names
 
 from .runner import BLIND, FULL, Cell, run
 from .scoring import metric
 from .task import find
+
+if TYPE_CHECKING:
+    from visiontok.engine.memory import VisionMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Sweep:
         data: task → file or folder with its questions; others come from the hub, or are drawn.
         limit: only the first so many questions of each task.
         batch: questions that are answered together.
+        vision_cache: whether the vision tower runs once for each picture, alone, and all methods share its features.
         seed: of the draws of methods.
         device: ``auto``, ``cpu``, ``cuda``, …
         out: folder for answers and results.
@@ -47,6 +53,7 @@ class Sweep:
     data: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     batch: int = 16
+    vision_cache: bool = True
     seed: int = 0
     device: str = "auto"
     out: str = "evaluation"
@@ -76,6 +83,10 @@ class Sweep:
             elif name in ("limit", "batch", "seed"):
                 if isinstance(value, bool) or not isinstance(value, int):
                     raise ConfigError(f"sweep: {name}={value!r}; give a whole number")
+                values[name] = value
+            elif name == "vision_cache":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"sweep: {name}={value!r}; give true or false")
                 values[name] = value
             else:
                 values[name] = str(value)
@@ -119,7 +130,10 @@ def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any
     for name in sweep.data:
         if name not in sweep.tasks:
             raise ConfigError(f"data: {name!r} is none of the tasks, {', '.join(sweep.tasks)}; correct it")
-    cells = sweep.cells()
+    cells: dict[str, Cell] = {}
+    for cell in sweep.cells():
+        if cells.setdefault(_file_name(str(cell)), cell) != cell:
+            raise ConfigError(f"methods: two are called {str(cell)!r}; give one of the recipes' files another name")
     device = sweep.device
     if device == "auto" and world > 1 and (local := os.environ.get("LOCAL_RANK")) is not None:
         import torch
@@ -129,27 +143,45 @@ def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any
     found: list[dict[str, Any]] = []
     with quiet(), progress_bar(console) as progress:
         loaded = load_model(sweep.model, place)
-        for task in tasks:
-            items = task.items(sweep.data.get(task.name), loaded.model.config.model_type, sweep.limit)
-            for cell in cells:
-                name = f"{task.name} {cell}"
-                bar = progress.add_task(name, total=len(items))
-                result = run(
+        with (
+            _memory(loaded, cells.values(), progress.console)
+            if sweep.vision_cache
+            else contextlib.nullcontext() as memory
+        ):
+            for task in tasks:
+                items = task.items(sweep.data.get(task.name), loaded.model.config.model_type, sweep.limit)
+                folder = Path(sweep.out).expanduser() / task.name
+                answers = len(items) * len(cells)
+                bar = progress.add_task(task.name, total=answers)
+                results = run(
                     loaded,
                     task,
                     items,
-                    cell,
-                    Path(sweep.out).expanduser() / task.name / _file_name(str(cell)),
+                    {folder / name: cell for name, cell in cells.items()},
                     batch=sweep.batch,
                     seed=sweep.seed,
                     rank=rank,
                     world=world,
                     progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
                 )
-                progress.update(bar, completed=len(items), total=len(items))
-                if result is not None:
-                    found.append({"task": task.name, "cell": str(cell), **result})
+                progress.update(bar, completed=answers, total=answers)
+                for name, cell in cells.items():
+                    if (result := results[folder / name]) is not None:
+                        found.append({"task": task.name, "cell": str(cell), **result})
+            if memory is not None and memory.runs:
+                progress.console.print(f"vision tower: {memory.runs} runs for {memory.pictures} pictures")
     return found
+
+
+def _memory(
+    loaded: Loaded, cells: Iterable[Cell], console: Console
+) -> contextlib.AbstractContextManager[VisionMemory | None]:
+    """What all cells share of the vision tower; nothing, said once, where the model does not allow it."""
+    try:
+        return remember_vision(loaded.model, [cell.recipe for cell in cells if cell.recipe is not None])
+    except UnsupportedError as error:
+        console.print(f"without the vision cache: {error}", markup=False)
+        return contextlib.nullcontext()
 
 
 def _file_name(text: str) -> str:

@@ -13,10 +13,13 @@ import transformers
 from PIL import Image
 
 from visiontok import __version__
+from visiontok.api import vision_memory
 from visiontok.named import Loaded
 from visiontok.weights import fingerprint
 
 SIDES = (97, 61)  # of the canonical image: odd, and neither square nor a multiple of any patch
+TOGETHER, ALONE = "a call at a time", "a picture at a time"
+"""How pictures go through the vision tower."""
 
 
 def protocol(
@@ -45,6 +48,7 @@ def protocol(
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": _attention(model),
             "device": loaded.device.type,
+            "tower": TOGETHER if vision_memory(model) is None else ALONE,
         },
         "processor": {
             "class": type(processor).__name__,

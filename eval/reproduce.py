@@ -170,11 +170,10 @@ def _measure(
                     setting.loaded,
                     task,
                     items,
-                    setting.cell(row),
-                    folder,
+                    {folder: setting.cell(row)},
                     batch=batch or 1,
                     progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
-                )
+                )[folder]
                 progress.update(bar, completed=len(items), total=len(items))
                 if result is None:
                     raise ConfigError(f"{folder}: another process has not answered its part; wait for it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections import Counter
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from visiontok.api import Compression, compress
+from visiontok.api import Compression, compress, vision_memory
 from visiontok.errors import ConfigError, ImageError
 from visiontok.named import Loaded, named_recipe
+from visiontok.report import REMEMBERED
 
 from .grading import mark, summary
 from .protocol import protocol, short
@@ -89,8 +91,9 @@ class Answer:
         kept: of them, those in each decoder layer; None for the stock model.
         together: questions that were answered in the same call.
         error: why it was not asked, or None.
-        warnings: of the report.
-        seconds: of the call, shared among its questions.
+        warnings: of the report; that a vision memory is on, the protocol says.
+        seconds: of the call, shared among its questions: of the processor and, with a vision memory, of the tower
+            where they ran for it, and of everything else.
     """
 
     text: str = ""
@@ -103,38 +106,86 @@ class Answer:
     seconds: Mapping[str, float] | None = None
 
 
+class Block:
+    """Questions that are asked together: pictures are opened and processed once, whatever cells then ask.
+
+    A picture that cannot be read, or that the processor refuses, is an error, and the others are asked.
+
+    Args:
+        loaded: model and processor.
+        items: the questions.
+        blind: whether their pictures are left away.
+
+    Attributes:
+        asked: pictures and prompt of every question without an error, by id.
+        errors: of the others.
+    """
+
+    def __init__(self, loaded: Loaded, items: Sequence[Item], blind: bool = False) -> None:
+        self.loaded, self.items = loaded, items
+        self.asked: dict[str, Asked] = {}
+        self.errors: dict[str, str] = {}
+        self._inputs: dict[tuple[str, ...], Any] = {}
+        for item in items:
+            try:
+                self.asked[item.id] = [] if blind else [image.open() for image in item.images], item.prompt
+            except ImageError as error:
+                self.errors[item.id] = str(error)
+
+    def inputs(self, ids: tuple[str, ...]) -> tuple[Any, float | None]:
+        """What the processor makes of some of them, and the seconds it took; None where it is known already."""
+        if ids in self._inputs:
+            return self._inputs[ids], None
+        start = time.perf_counter()
+        self._inputs[ids] = self.loaded.inputs(*(self.asked[one] for one in ids))
+        self.loaded.synchronize()
+        return self._inputs[ids], time.perf_counter() - start
+
+    def refuse(self) -> bool:
+        """Make errors of what the processor does not take by itself; whether there is any."""
+        before = len(self.errors)
+        for name, one in list(self.asked.items()):
+            try:
+                self.loaded.inputs(one)
+            except ConfigError as error:
+                del self.asked[name]
+                self.errors[name] = str(error)
+        return len(self.errors) > before
+
+
 def run(
     loaded: Loaded,
     task: Task,
     items: Sequence[Item],
-    cell: Cell,
-    folder: Path,
+    cells: Mapping[Path, Cell],
     *,
     batch: int = 8,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any] | None:
+) -> dict[Path, dict[str, Any] | None]:
     """Answer what is not answered yet.
+
+    All cells answer a block before the next one is looked at, so that a vision memory, if one is on the model
+    (:func:`visiontok.api.remember_vision`), need not hold the pictures of more than a block.
 
     Args:
         loaded: model and processor.
         task: what is asked.
         items: its questions.
-        cell: how they are answered.
-        folder: of this cell; answers already there are kept.
+        cells: folder → how they are answered; answers already there are kept.
         batch: questions that are answered together.
-        seed: of the method's draws.
+        seed: of the methods' draws.
         rank: number of this process among ``world`` that share the questions.
         world: see there.
-        progress: told how many of this process's questions are answered, and how many there are.
+        progress: told how many answers this process has given, in all cells, and how many it has to.
 
     Returns:
-        what :func:`results` says; None while other processes have not answered their part.
+        folder → what :func:`results` says; None while other processes have not answered their part.
 
     Raises:
-        ConfigError: if the folder holds answers that came about otherwise.
+        ConfigError: if a folder holds answers that came about otherwise; before anything is asked.
     """
     ids = [item.id for item in items]
     blocks = split(ids, batch)
@@ -146,89 +197,77 @@ def run(
         seed=seed,
         max_new_tokens=task.max_new_tokens,
     )
-    recipe = None if cell.recipe is None else cell.recipe.hash()
-    keep_protocol(folder, {"protocol": made, **cell.described})
+    described = {folder: cell.described for folder, cell in cells.items()}
+    for folder, what in described.items():
+        keep_protocol(folder, {"protocol": made, **what})
     by_id = {item.id: item for item in items}
-    stamp = {"protocol": short(made), "recipe": recipe}
-    with Records(folder, blocks, rank, world) as records:
-        todo = records.missing()
-        own = sum(len(blocks[number]) for number in range(rank, len(blocks), world))
-        left = sum(len(blocks[number]) for number in todo)
-        attach = contextlib.nullcontext() if cell.recipe is None else compress(loaded.model, cell.recipe)
-        with attach as compression, torch.inference_mode():
-            for number in todo:
-                part = [by_id[one] for one in blocks[number]]
-                answers = answer(loaded, part, compression, task.max_new_tokens, blind=cell.method == BLIND)
+    with contextlib.ExitStack() as stack:
+        records = {folder: stack.enter_context(Records(folder, blocks, rank, world)) for folder in cells}
+        stack.enter_context(torch.inference_mode())
+        own = range(rank, len(blocks), world)
+        missing = {folder: set(one.missing()) for folder, one in records.items()}
+        total = len(cells) * sum(len(blocks[number]) for number in own)
+        left = sum(len(blocks[number]) for numbers in missing.values() for number in numbers)
+        for number in own:
+            part = [by_id[one] for one in blocks[number]]
+            opened = functools.cache(functools.partial(Block, loaded, part))  # seen and blind
+            for folder, cell in cells.items():
+                if number not in missing[folder]:
+                    continue
+                attach = contextlib.nullcontext() if cell.recipe is None else compress(loaded.model, cell.recipe)
+                with attach as compression:
+                    answers = answer(opened(cell.method == BLIND), compression, task.max_new_tokens)
+                stamp = {"protocol": short(made), "recipe": described[folder]["recipe"]}
                 rows = [_row(task, item, found) | stamp for item, found in zip(part, answers, strict=True)]
-                records.append(number, rows)
+                records[folder].append(number, rows)
                 left -= len(part)
                 if progress is not None:
-                    progress(own - left, own)
-    return finish(folder, blocks, task)
+                    progress(total - left, total)
+    return {folder: finish(folder, blocks, task) for folder in cells}
 
 
-def answer(
-    loaded: Loaded, items: Sequence[Item], compression: Compression | None, longest: int, blind: bool = False
-) -> list[Answer]:
-    """Answer questions together; fewer at a time where memory does not hold them.
-
-    A picture that cannot be read, or that the processor refuses, is an answer with an error, and the others are asked.
-    """
-    found: dict[str, Answer] = {}
-    asked: dict[str, Asked] = {}
-    for item in items:
-        try:
-            asked[item.id] = [] if blind else [image.open() for image in item.images], item.prompt
-        except ImageError as error:
-            found[item.id] = Answer(error=str(error))
+def answer(block: Block, compression: Compression | None, longest: int) -> list[Answer]:
+    """Answer questions together; fewer at a time where memory does not hold them."""
     try:
-        answers = _generate(loaded, list(asked.values()), compression, longest)
+        answers = _generate(block, tuple(block.asked), compression, longest)
     except ConfigError:
-        refused = {name: why for name, one in asked.items() if (why := _refusal(loaded, one))}
-        if not refused:  # it was no question's fault
+        if not block.refuse():  # it was no question's fault
             raise
-        found |= {name: Answer(error=why) for name, why in refused.items()}
-        asked = {name: one for name, one in asked.items() if name not in refused}
-        answers = _generate(loaded, list(asked.values()), compression, longest)
-    found |= dict(zip(asked, answers, strict=True))
-    return [found[item.id] for item in items]
+        answers = _generate(block, tuple(block.asked), compression, longest)
+    found = {name: Answer(error=why) for name, why in block.errors.items()}
+    found |= dict(zip(block.asked, answers, strict=True))
+    return [found[item.id] for item in block.items]
 
 
-def _refusal(loaded: Loaded, asked: Asked) -> str | None:
-    """What the processor has against a question."""
-    try:
-        loaded.inputs(asked)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
-def _generate(loaded: Loaded, asked: list[Asked], compression: Compression | None, longest: int) -> list[Answer]:
-    if not asked:
+def _generate(block: Block, ids: tuple[str, ...], compression: Compression | None, longest: int) -> list[Answer]:
+    if not ids:
         return []
     try:
-        return _generate_together(loaded, asked, compression, longest)
+        return _generate_together(block, ids, compression, longest)
     except torch.OutOfMemoryError:
-        if len(asked) == 1:
+        if len(ids) == 1:
             raise
     torch.accelerator.empty_cache()  # outside of the handler, which holds the failed call's tensors
-    half = len(asked) // 2
-    return [a for part in (asked[:half], asked[half:]) for a in _generate(loaded, part, compression, longest)]
+    half = len(ids) // 2
+    return [a for part in (ids[:half], ids[half:]) for a in _generate(block, part, compression, longest)]
 
 
 def _generate_together(
-    loaded: Loaded, asked: list[Asked], compression: Compression | None, longest: int
+    block: Block, ids: tuple[str, ...], compression: Compression | None, longest: int
 ) -> list[Answer]:
+    loaded = block.loaded
+    inputs, preprocess = block.inputs(ids)
+    memory = vision_memory(loaded.model)
     start = time.perf_counter()
-    inputs = loaded.inputs(*asked)
+    out = loaded.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
     loaded.synchronize()
-    ready = time.perf_counter()
-    ids = loaded.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
-    loaded.synchronize()
-    seconds = {"preprocess": ready - start, "generate": time.perf_counter() - ready}
-    new, tokenizer = ids[:, inputs["input_ids"].shape[1] :], loaded.processor.tokenizer
+    took = time.perf_counter() - start
+    tower = None if memory is None else memory.tower_seconds()
+    # what was done for another cell is no part of this one's times
+    seconds = {"preprocess": preprocess, "tower": tower, "generate": took - (tower or 0.0)}
+    new, tokenizer = out[:, inputs["input_ids"].shape[1] :], loaded.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    pictures = any(images for images, _ in asked)
+    pictures = any(block.asked[one][0] for one in ids)
     report = compression.report if compression is not None and pictures else None
     place = getattr(loaded.model.config, "image_token_id", None)
     answers = []
@@ -243,9 +282,9 @@ def _generate_together(
                 tokens=int((new[row] != pad).sum()),
                 visual=counted if mine or place is not None else None,
                 kept=tuple(map(sum, zip(*(image.kept for image in mine), strict=True))) if mine else None,
-                together=len(asked),
-                warnings=report.warnings if report else (),
-                seconds={name: value / len(asked) for name, value in seconds.items()},
+                together=len(ids),
+                warnings=tuple(text for text in report.warnings if text != REMEMBERED) if report else (),
+                seconds={name: value / len(ids) for name, value in seconds.items() if value is not None},
             )
         )
     return answers

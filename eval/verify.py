@@ -33,7 +33,7 @@ from .protocol import protocol
 from .published import Published, find, names
 from .records import PROTOCOL, Row, differences, digest
 from .reproduce import Request, Setting, data_digest
-from .runner import answer, results
+from .runner import Block, answer, results
 
 _ELSEWHERE = ("model.name", "model.device", "model.attention", "model.revision", "versions")
 """Fields of a protocol in which an honest second run may differ; answers may then differ, too."""
@@ -240,7 +240,7 @@ def _again(
                     size, items = sizes[row, column], setting.items[column]
                     numbers = range(block * size, min((block + 1) * size, len(items)))
                     part, (_, task) = [items[number] for number in numbers], setting.tasks[column]
-                    said = answer(setting.loaded, part, compression, task.max_new_tokens)
+                    said = answer(Block(setting.loaded, part), compression, task.max_new_tokens)
                     before = answered[row, column].rows
                     for number, now in zip(numbers, said, strict=True):
                         kept = None if now.kept is None else list(now.kept)

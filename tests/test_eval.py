@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -9,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,23 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from visiontok.eval import runner
+
+from visiontok.adapters.llava import LlavaAdapter
+from visiontok.eval import job, runner
 from visiontok.eval.compare import ALL, Answered, check_alike, compare_job, grouped, lines, read, score
 from visiontok.eval.compare import split as split_by
 from visiontok.eval.job import Sweep, eval_job
 from visiontok.eval.protocol import canonical_image, pixels, protocol, short
 from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_protocol, split
-from visiontok.eval.runner import Cell, answer, run
+from visiontok.eval.runner import Block, Cell, answer, run
 from visiontok.eval.task import find
 
-from visiontok import compress
-from visiontok.errors import ConfigError, ImageError
+from visiontok import Budget, compress
+from visiontok.api import as_recipe, remember_vision
+from visiontok.errors import ConfigError, ImageError, UnsupportedError
 from visiontok.named import Loaded, load_model
+from visiontok.recipes import find as find_method
+from visiontok.recipes import names
 
 IDS = [f"q{number}" for number in range(10)]
 BLOCKS = split(IDS, 4)
@@ -190,12 +197,12 @@ def test_answers_together_are_those_one_by_one(tiny: Loaded, method: str | None)
     items = sample(7)
     with torch.inference_mode():
         if method is None:
-            together = answer(tiny, items, None, 5)
-            alone = [answer(tiny, [item], None, 5)[0] for item in items]
+            together = answer(Block(tiny, items), None, 5)
+            alone = [answer(Block(tiny, [item]), None, 5)[0] for item in items]
         else:
             with compress(tiny.model, method, keep=0.25) as compression:
-                together = answer(tiny, items, compression, 5)
-                alone = [answer(tiny, [item], compression, 5)[0] for item in items]
+                together = answer(Block(tiny, items), compression, 5)
+                alone = [answer(Block(tiny, [item]), compression, 5)[0] for item in items]
     for one, other in zip(together, alone, strict=True):
         assert (one.text, one.tokens, one.visual, one.kept) == (other.text, other.tokens, 144, other.kept)
         assert (one.kept is None) == (method is None)
@@ -206,8 +213,9 @@ def test_a_picture_that_cannot_be_read_is_one_error(tiny: Loaded, tmp_path: Path
     items = sample(6)
     broken = items[2].__class__(**{**vars(items[2]), "images": (Torn(),)})
     task, cell = find("scenes"), Cell.named("full", None, {}, 0)
-    whole = run(tiny, task, items, cell, tmp_path / "whole", batch=3)
-    found = run(tiny, task, [*items[:2], broken, *items[3:]], cell, tmp_path / "torn", batch=3)
+    [whole] = run(tiny, task, items, {tmp_path / "whole": cell}, batch=3).values()
+    torn = [*items[:2], broken, *items[3:]]
+    [found] = run(tiny, task, torn, {tmp_path / "torn": cell}, batch=3).values()
     assert whole is not None
     assert found is not None
     assert (whole["errors"], found["errors"], found["questions"]) == (0, 1, 6)
@@ -228,7 +236,7 @@ def test_what_the_processor_refuses_is_one_error(tiny: Loaded, monkeypatch: pyte
 
     monkeypatch.setattr(Loaded, "inputs", refusing)
     with torch.inference_mode():
-        found = answer(tiny, items, None, 5)
+        found = answer(Block(tiny, items), None, 5)
     assert [one.error for one in found] == [None, "too long", None, None]
     assert [one.together for one in found] == [3, 0, 3, 3]
 
@@ -241,23 +249,23 @@ def test_out_of_memory_halves_what_is_asked_together(tiny: Loaded, monkeypatch: 
             raise torch.OutOfMemoryError("no room")
         return generate(**inputs)
 
-    expected = [one.text for one in answer(tiny, items, None, 5)]
+    expected = [one.text for one in answer(Block(tiny, items), None, 5)]
     monkeypatch.setattr(tiny.model, "generate", small)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    found = answer(tiny, items, None, 5)
+    found = answer(Block(tiny, items), None, 5)
     assert [one.together for one in found] == [2, 2, 1, 2, 2]  # 5 are 2 and 3, and 3 are 1 and 2
     assert [one.text for one in found] == expected
     monkeypatch.setattr(tiny.model, "generate", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
-        answer(tiny, items, None, 5)
+        answer(Block(tiny, items), None, 5)
 
 
 def test_the_blind_see_no_picture(tiny: Loaded) -> None:
     items = sample(3)
-    found = answer(tiny, items, None, 5, blind=True)
+    found = answer(Block(tiny, items, blind=True), None, 5)
     assert [one.visual for one in found] == [0, 0, 0]
     torn = [item.__class__(**{**vars(item), "images": (Torn(),)}) for item in items]
-    assert [one.text for one in answer(tiny, torn, None, 5, blind=True)] == [one.text for one in found]
+    assert [one.text for one in answer(Block(tiny, torn, blind=True), None, 5)] == [one.text for one in found]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole command
@@ -317,9 +325,118 @@ def test_a_sweep_goes_on_and_says_what_it_found(tmp_path: Path, monkeypatch: pyt
     assert eval_job(sweep) == found
 
 
+# --------------------------------------------------------------------------------------------------------- vision cache
+
+
+def prompt_methods() -> list[str]:
+    """Methods that choose before the language model."""
+    return [name for name in names() if find_method(name).card.stage == "prompt"]
+
+
+def cells(methods: Sequence[str], keeps: Sequence[str | None]) -> dict[str, Cell]:
+    made = [Cell.named(method, keep, {}, 0) for method in methods for keep in keeps]
+    return {str(cell): cell for cell in made}
+
+
+def answered(loaded: Loaded, methods: dict[str, Cell], items: list[Any], folder: Path) -> list[dict[str, Any]]:
+    """Rows of all cells but for their times and the protocol they are stamped with."""
+    run(loaded, find("scenes"), items, {folder / name: cell for name, cell in methods.items()}, batch=5)
+    return [{k: v for k, v in row.items() if k != "protocol"} for row in without_times(folder)]
+
+
+@contextlib.contextmanager
+def towers(loaded: Loaded) -> Iterator[list[int]]:
+    """How many pictures go through the stock tower, in each of its runs."""
+    base, found = loaded.base, []
+    llava = hasattr(base, "vision_tower")
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(len(args[0] if llava else kwargs["grid_thw"]))
+
+    handle = (base.vision_tower if llava else base.visual).register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_a_sweep_shows_every_picture_to_the_tower_once(tmp_path: Path, model: str) -> None:
+    loaded = load_model(model, torch.device("cpu"))
+    items = sample(60)[::6]  # in two blocks, which share a picture
+    pictures = len({image.name for item in items for image in item.images})
+    methods = cells(["full"], [None]) | cells(["visionzip", "divprune", "fastv", "visiontok"], ["0.25", "9"])
+    expected = answered(loaded, methods, items, tmp_path / "stock")
+    recipes = [cell.recipe for cell in methods.values() if cell.recipe is not None]
+    with towers(loaded) as seen, remember_vision(loaded.model, recipes) as memory:
+        assert answered(loaded, methods, items, tmp_path / "shared") == expected
+    assert len(items) > pictures > 2
+    assert seen == [1] * pictures
+    assert (memory.runs, memory.pictures) == (pictures, pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_every_prompt_method_answers_the_same_from_memory(tmp_path: Path, model: str) -> None:
+    loaded = load_model(model, torch.device("cpu"))
+    items, methods = sample(60)[::6], cells(prompt_methods(), ["0.25", "9"])
+    for name, cell in list(methods.items()):  # methods that need what one of the models lacks
+        try:
+            with compress(loaded.model, cell.recipe), torch.inference_mode():
+                answer(Block(loaded, items[:1]), None, 1)
+        except (UnsupportedError, ConfigError):
+            del methods[name]
+    assert len(methods) > 40
+    expected = answered(loaded, methods, items, tmp_path / "stock")
+    with towers(loaded) as seen, remember_vision(loaded.model, [cell.recipe for cell in methods.values()]):
+        assert answered(loaded, methods, items, tmp_path / "shared") == expected
+    assert seen == [1] * len({image.name for item in items for image in item.images})
+
+
+def test_a_row_has_the_times_of_what_was_done_for_it(tmp_path: Path, tiny: Loaded) -> None:
+    with remember_vision(tiny.model):
+        folders = {tmp_path / name: Cell.named("full", None, {}, 0) for name in ("first", "second")}
+        run(tiny, find("scenes"), sample(2), folders)
+    times = [json.loads((folder / "answers-0-of-1.jsonl").read_text().splitlines()[0])[TIMES] for folder in folders]
+    assert [set(one) for one in times] == [{"preprocess", "tower", "generate"}, {"generate"}]
+
+
+def test_the_cache_is_part_of_how_answers_came_about(tmp_path: Path) -> None:
+    sweep: dict[str, Any] = {"out": str(tmp_path), "methods": ("full", "resize"), "limit": 4, "batch": 4}
+    eval_job(Sweep(**sweep))
+    with pytest.raises(ConfigError, match=r'model\.tower was "a picture at a time" and is "a call at a time"'):
+        eval_job(Sweep(**sweep, vision_cache=False))
+
+
+def test_a_model_without_a_way_to_the_cache_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlavaAdapter, "inseparable", "this test says so")
+    said = Console(file=io.StringIO(), width=200)
+    eval_job(Sweep(out=str(tmp_path), methods=("full",), limit=4), said)
+    assert "without the vision cache: llava: a vision memory cannot serve it, because this test says so" in (
+        said.file.getvalue()  # type: ignore[attr-defined]
+    )
+    made = json.loads((tmp_path / "scenes" / "full" / PROTOCOL).read_text())
+    assert made["protocol"]["model"]["tower"] == "a call at a time"
+
+
+def test_the_sweep_of_the_readme_can_be_asked() -> None:
+    sweep = Sweep.of(Sweep.read(str(Path(job.__file__).parent / "sweeps" / "readme.yaml")))
+    assert len(sweep.cells()) == 8 * 4 + 2
+
+
+def test_recipes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name, keep in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        as_recipe("random").with_keep(Budget.parse(keep)).save(tmp_path / name / "mine.json")
+    methods = tuple(str(tmp_path / name / "mine.json") for name in "ab")
+    with pytest.raises(ConfigError, match=r"two are called 'mine 0\.25'"):
+        eval_job(Sweep(out=str(tmp_path), methods=methods))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"vision_cache": "no"}, "vision_cache='no'; give true or false"),
         ({"method": "divprune"}, "there is no 'method'; its keys are model, tasks, methods"),
         ({"methods": []}, r"methods=\[\] is empty"),
         ({"limit": "ten"}, "limit='ten'; give a whole number"),

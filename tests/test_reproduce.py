@@ -245,7 +245,7 @@ def test_the_same_command_goes_on_and_ends_alike(copy: Path, monkeypatch: pytest
     shutil.rmtree(copy / "scenes" / "pyramiddrop")
     asked: list[int] = []
     answer = runner.answer
-    monkeypatch.setattr(runner, "answer", lambda *a, **k: asked.append(len(a[1])) or answer(*a, **k))
+    monkeypatch.setattr(runner, "answer", lambda *a, **k: asked.append(len(a[0].items)) or answer(*a, **k))
     after = reproduce.reproduce(request(copy), QUIET)
     assert sum(asked) == 48
     assert after["findings"] == before["findings"]

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,6 +25,7 @@ from .context import Context
 from .engine.attach import Attachment, bypass, is_bypassed
 from .engine.cross import CrossAttachment, CrossPolicy
 from .engine.inputs import CompressedInputs, Generate, InputPlane, shorten
+from .engine.memory import VisionMemory, memory_of
 from .engine.policy import StagePolicy
 from .engine.tower import describe_tower
 from .errors import ConfigError, UnsupportedError
@@ -144,6 +145,52 @@ class Compression:
         ledger = self.ledger
         trace = self._attachment.traces.latest
         return Report.of(self.recipe, self._label, self._base, self._attachment.adapter, ledger, trace)  # type: ignore[arg-type]
+
+
+def remember_vision(model: nn.Module, recipes: Sequence[Recipe] = (), *, capacity: int = 2**30) -> VisionMemory:
+    """Let the vision tower of ``model`` run once for each picture, whatever is attached, until the memory is removed.
+
+    For runs of many recipes over the same pictures. Every picture goes through the tower alone, so features may differ
+    in their last bits from those of a batch. Nothing may be timed meanwhile; see :func:`refuse_memory`.
+
+    Args:
+        model: as in :func:`compress`.
+        recipes: all that are to be attached meanwhile: what their methods read of the tower is remembered too.
+        capacity: bytes on the model's device; beyond it, the picture that was not asked for longest is forgotten.
+
+    Returns:
+        the memory; use it in a with-statement or call ``remove()``.
+
+    Raises:
+        ConfigError: for a capacity below 1, a recipe that does not fit the model, or a second memory.
+        UnsupportedError: for a model whose pictures cannot go through the tower one by one.
+    """
+    base = base_model(model)
+    plans = [_plan(base, recipe) for recipe in recipes]
+    adapter = plans[0][0] if plans else find(base, inside=False)
+    with _lock:
+        return VisionMemory(adapter, [stage for _, policy, _ in plans for stage in policy.tower_readers], capacity)
+
+
+def vision_memory(model: nn.Module) -> VisionMemory | None:
+    """The memory that stands before the vision tower of ``model``, or None."""
+    try:
+        return memory_of(base_model(model))
+    except UnsupportedError:  # nothing can stand there
+        return None
+
+
+def refuse_memory(model: nn.Module) -> None:
+    """What every measurement of time asks first.
+
+    Raises:
+        ConfigError: if a vision memory is on the model, which takes the tower's work away.
+    """
+    if vision_memory(model) is not None:
+        raise ConfigError(
+            f"model={type(model).__name__}: a vision memory is on it, so that times would lack the vision tower's; "
+            "remove it first (in a sweep: vision_cache: false)"
+        )
 
 
 def attached(model: nn.Module) -> Compression | None:

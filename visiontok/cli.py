@@ -129,6 +129,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
     batch: Annotated[int | None, typer.Option(help="Questions answered together. Default: 16.")] = None,
+    vision_cache: Annotated[
+        bool | None,
+        typer.Option(help="Run the vision tower once per picture and share it among methods, which is the default."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws of methods. Default: 0.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. Default: auto.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Answers and results. Default: evaluation.")] = None,
@@ -142,7 +146,7 @@ def evaluate(
 
     given = {
         "model": model, "tasks": task, "methods": method, "keeps": keep, "limit": limit, "batch": batch, "seed": seed,
-        "device": device, "out": out, "data": _parse_options(data) if data else None,
+        "device": device, "out": out, "vision_cache": vision_cache, "data": _parse_options(data) if data else None,
     }  # fmt: skip
     sweep = Sweep.of((Sweep.read(config) if config else {}) | {k: v for k, v in given.items() if v is not None})
     found = eval_job(sweep)

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from .ledger import TokenLedger
 
 
+REMEMBERED = (
+    "a vision memory is on: its features may be from earlier calls, and how long the vision tower takes is not known"
+)
+
+
 @dataclass(frozen=True)
 class ImageReport:
     """One image (or video) of the call.
@@ -150,6 +155,8 @@ class Report:
             warnings.append("the prefill came in chunks: this is the report of the last one with an image")
         if not trace.encoders:
             warnings.append("the vision tower did not run in this call: its time and FLOPs are not counted")
+        if trace.remembered:
+            warnings.append(REMEMBERED)
         return cls(
             recipe=label,
             recipe_hash=digest,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from visiontok.api import Compression, compress
+from visiontok.api import Compression, compress, refuse_memory
 from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
 from visiontok.errors import ConfigError
@@ -427,6 +427,7 @@ class _Stopwatch(transformers.StoppingCriteria):
 
 def _run(loaded: Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
     """One answer from picture to last token."""
+    refuse_memory(loaded.model)
     watch = _Stopwatch(loaded)
     loaded.synchronize()
     start = time.perf_counter()

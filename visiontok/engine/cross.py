@@ -28,7 +28,7 @@ from .layout import Layout
 from .policy import StagePolicy
 from .tower import TowerReadings
 from .trace import Trace, Traces
-from .vision import Encoded, TowerRecorder, Units, begin_forward, current_record, take_records
+from .vision import Encoded, TowerRecorder, Units, begin_forward, take_records
 
 if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
@@ -57,8 +57,8 @@ class CrossTower(TowerReadings):
         kwargs: Any,
     ) -> None:
         """What each place of the tower receives from the tokens of real tiles, which see padding too."""
-        record = current_record()
-        if record is None or not self.serves():
+        record = self.record()
+        if record is None:
             return
         if "keys" in stats:
             record.attention[("keys", layer)] = [k.transpose(1, 2).float()]

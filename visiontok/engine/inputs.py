@@ -505,7 +505,7 @@ class Generate:
         if not self.serves():
             return self._stock(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
+        given |= given.pop("kwargs", {})
         cache = given.get("past_key_values")
         if not isinstance(cache, Cache):
             cache = None

@@ -185,7 +185,12 @@ class StagePolicy:
         for layer in sorted(self.routes):
             for removable in scale_branch(attachment.layers[layer], layer, self):
                 attachment.add(removable)
-        self.tower = self.tower_readings(attachment, [*self._selecting, *self.routes.values()])
+        self.tower = self.tower_readings(attachment, self.tower_readers)
+
+    @property
+    def tower_readers(self) -> list[Stage]:
+        """Stages whose methods may read the vision tower."""
+        return [*self._selecting, *self.routes.values()]
 
     @property
     def _model(self) -> str:

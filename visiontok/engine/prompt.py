@@ -60,6 +60,7 @@ def run_prompt_stages(
     call.positions, call.ahead, call.rests = positions, ahead, rests
     trace.ledger = TokenLedger(call.visual, call.attended, call.units, trace.depth)
     trace.encoders = [record.clock for record in records]
+    trace.remembered = any(record.remembered for record in records)
     config: Any = adapter.base.config
     trace.inputs = [_vision_inputs(config, record) if knows(config) else None for record in records]
     trace.clock.mark("selection")

@@ -51,7 +51,7 @@ class TowerReadings:
     """
 
     def __init__(self, host: Host, stages: Sequence[Stage]) -> None:
-        self.adapter, self.serves = host.adapter, host.serves
+        self.adapter, self._host = host.adapter, host
         self._modules = attention_modules(getattr(self.adapter.base, self.adapter.tower, nn.Module()))
         wanted: dict[int, set[str]] = {}
         for stage in stages:
@@ -62,8 +62,8 @@ class TowerReadings:
                         continue  # the context says so when the method asks
                     index = resolve_layer(name, len(self._modules), name=_vision_option(stage, name))
                     wanted.setdefault(index, set()).add(stat)
-            if needs.encoder_features or needs.projector:
-                self._tap_projector(host)
+        if any(needs_of(stage).encoder_features or needs_of(stage).projector for stage in stages):
+            self._tap_projector(host)
         for index, stats in wanted.items():
             host.add(Tap(self._modules[index], functools.partial(self._sink, index, frozenset(stats))))
 
@@ -75,7 +75,19 @@ class TowerReadings:
         if self.adapter.projector is None:
             raise UnsupportedError(f"{self._model}: no projector is known whose input could be read")
         module = self.adapter.base.get_submodule(self.adapter.projector)
-        host.add(module.register_forward_pre_hook(_projector_hook, with_kwargs=True))
+        host.add(module.register_forward_pre_hook(self._projector_hook, with_kwargs=True))
+
+    def _projector_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        record = self.record()
+        if record is not None and kwargs is not None:
+            record.encoder_features.append(args[0] if args else next(iter(kwargs.values())))
+
+    def record(self) -> Encoded | None:
+        """The tower's run in progress, if its readings are for these methods."""
+        record = current_record()
+        if record is None or record.memory is None:
+            return record if self._host.serves() else None
+        return record if record.memory is self._host else None
 
     def _sink(
         self,
@@ -88,8 +100,8 @@ class TowerReadings:
         mask: Any,
         kwargs: Any,
     ) -> None:
-        record = current_record()
-        if record is None or not self.serves():
+        record = self.record()
+        if record is None:
             return
         skip, scale = int(self.adapter.cls_token), kwargs.get("scaling")
         for stat in stats:
@@ -132,10 +144,9 @@ class TowerReadings:
         """(U, N, m, C) the m patches that the projector makes a token of."""
         values = []
         for record in call.records:
-            x = record.encoder_features
-            if x is None:
+            if not record.encoder_features:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
-            patches = [x if x.ndim == 3 else x[None]]
+            patches = [x if x.ndim == 3 else x[None] for x in record.encoder_features]
             values.append(_placed(record, functools.partial(self.adapter.group, patches=patches)))
         return self._by_unit(call, values, missing=0.0)
 
@@ -194,12 +205,6 @@ class TowerReadings:
 def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Per item (n, …) values of its tokens, which ``read`` takes from what the tower was really given."""
     return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
-
-
-def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    record = current_record()
-    if record is not None and kwargs is not None:
-        record.encoder_features = args[0] if args else next(iter(kwargs.values()))
 
 
 def _joined(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ class Trace:
         ledger: which token is alive where; None before the first prefill.
         clock: marks ``prefill``, ``selection``, ``selected``, ``prefilled``, ``finished``, ``step`` (the last one).
         encoders: clocks of the tower runs.
+        remembered: whether a vision memory answered in the tower's place; how long the tower takes is not known then.
         inputs: what the caller gave the tower in each run, and what it got of that at a pixel stage; None for a family
             outside the cost model.
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
@@ -38,6 +39,7 @@ class Trace:
         self.ledger: TokenLedger | None = None
         self.clock = Clock()
         self.encoders: list[Clock] = []
+        self.remembered = False
         self.inputs: list[tuple[VisionInputs, VisionInputs] | None] = []
         self.plane: Literal["hooks", "inputs"] = "hooks"
         self.ahead: list[int] = []
@@ -77,7 +79,7 @@ class Trace:
         prefill, selection = self.clock.seconds("prefill", "prefilled"), self.clock.seconds("selection", "selected")
         known = prefill is not None and selection is not None
         return {
-            "vision": sum(t for t in tower if t is not None) if tower else None,
+            "vision": sum(t for t in tower if t is not None) if tower and not self.remembered else None,
             "selection": selection,
             "prefill": prefill - selection if known else None,  # type: ignore[operator]
             "decode": self.clock.seconds("finished", "step"),

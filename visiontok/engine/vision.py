@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -30,19 +31,31 @@ class Encoded:
         inputs: its keyword arguments (pixels, grids, sizes).
         output: what it returned.
         attention: (statistic, tower layer) → one (batch, patches) tensor per attention call, in call order.
-        encoder_features: the projector's input as the model made it, if a method needs it.
-        clock: when it began and ended.
+        encoder_features: the projector's inputs as the model made them, in call order, if a method needs them.
+        clock: when it began and ended; not marked where a memory had a part in it.
         smaller: what the tower was given instead, at a pixel stage; ``inputs`` and ``output`` are then as if it had
             not been: the caller's pictures, and a feature for each of their tokens.
+        memory: which this is a run for, of one picture, and whose taps alone may write here; None for any other run.
+        remembered: whether a memory answered in the place of the tower.
     """
 
     modality: Modality
     inputs: dict[str, Any]
     output: Any = None
     attention: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
-    encoder_features: torch.Tensor | None = None
+    encoder_features: list[torch.Tensor] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
+    memory: Any = None
+    remembered: bool = False
+
+
+class Memory(Protocol):
+    """What stands between a model and its tower; see :class:`visiontok.engine.memory.VisionMemory`."""
+
+    def encode(self, method: Callable[..., Any], record: Encoded, keep: bool, base: nn.Module, **given: Any) -> Any:
+        """What ``method(base, **given)`` is to return; ``record`` gets what taps saw."""
+        ...
 
 
 class _Thread(threading.local):
@@ -69,6 +82,7 @@ class FeatureRecorder:
         self.name = _getter(modality)
         self.users = 0
         self.pictures: tuple[PixelStage, ...] = ()
+        self.memory: Memory | None = None
         base.__dict__[self.name] = self
 
     @classmethod
@@ -94,17 +108,19 @@ class FeatureRecorder:
             inputs["pixel_values_videos"] = inputs.pop("pixel_values")
         # sizes are read now, while the device has nothing to do, and not behind the tower
         inputs = {name: x.cpu() if _is_sizes(x) and stops_host(x.device) else x for name, x in inputs.items()}
-        record = Encoded(self.modality, inputs)
-        record.clock.mark("start")
+        record, memory = Encoded(self.modality, inputs), self.memory
         stage = next((stage for stage in self.pictures if stage.serves()), None)
+        if memory is None:
+            record.clock.mark("start")
+        else:  # what a pixel stage makes of a picture is its own, and not kept
+            method = functools.partial(memory.encode, method, record, stage is None)
         smaller = record.smaller = None if stage is None else stage.smaller(record)
-        _thread.current = record
-        try:
-            output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
-        finally:
-            _thread.current = None
-        record.clock.mark("end")
-        _thread.forward.append(record)
+        with running(record):
+            output = method(self.base, **given) if smaller is None else smaller.encode(method, self.base, given)
+        if memory is None:
+            record.clock.mark("end")
+        if self.users > (memory is not None):  # a memory takes no records
+            _thread.forward.append(record)
         record.output = output
         if hasattr(output, "__dict__"):
             record.output = copy.copy(output)  # the record travels with the output, so it must not hold that object
@@ -177,6 +193,16 @@ def record_features(base: nn.Module) -> list[FeatureRecorder]:
     """A recorder before each modality's method of ``base``."""
     modalities: tuple[Modality, ...] = ("image", "video")
     return [FeatureRecorder.on(base, m) for m in modalities if hasattr(type(base), f"get_{m}_features")]
+
+
+@contextlib.contextmanager
+def running(record: Encoded) -> Iterator[None]:
+    """Within it, ``record`` is this thread's run of the vision tower in progress."""
+    before, _thread.current = _thread.current, record
+    try:
+        yield
+    finally:
+        _thread.current = before
 
 
 def current_record() -> Encoded | None:

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from scipy import stats
-
 from visiontok.adapters.llava import LlavaAdapter
 from visiontok.eval import job, runner
 from visiontok.eval.compare import ALL, Answered, check_alike, compare_job, grouped, lines, read, score

@@ -32,6 +32,17 @@ def protocol(
         seed: of the method's draws.
         max_new_tokens: longest answer.
     """
+    return {
+        **of_model(loaded),
+        "task": dict(task),
+        "questions": {"number": len(ids), "ids": _hash("\n".join(ids)), "block": block},
+        "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
+        "seed": seed,
+    }
+
+
+def of_model(loaded: Loaded) -> dict[str, Any]:
+    """Model, processor and versions."""
     model, processor = loaded.model, loaded.processor
     config = model.config
     image_processor = processor.image_processor
@@ -55,10 +66,6 @@ def protocol(
             "pixels": pixels(image_processor),
             "chat_template": _hash(str(getattr(processor, "chat_template", None))),
         },
-        "task": dict(task),
-        "questions": {"number": len(ids), "ids": _hash("\n".join(ids)), "block": block},
-        "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
-        "seed": seed,
         "versions": {
             "visiontok": __version__,
             "torch": torch.__version__,

@@ -69,7 +69,7 @@ class Books:
     Attributes:
         visual_tokens: of the stock model, per request.
         layer_average: visual tokens per request, averaged over all decoder layers.
-        kv: bytes that the cache's tensors hold on to behind the last decode step, of all requests.
+        kv: bytes that keys and values hold on to behind the last decode step, of all requests.
         kv_model: the same by the cost model; None where a cache stage goes on thinning, or the family is not in it.
         flops: of the prefill of all requests; ``head`` is the language-model head for one token each.
         conventions: what published tables would call their FLOPs, of visual tokens alone.
@@ -212,9 +212,13 @@ def weight_bytes(model: Any) -> int:
 
 
 def held(cache: Any) -> int:
-    """Bytes of memory that a cache's tensors hold on to, but for counters; a view counts as all that it keeps alive."""
-    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.ndim]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    """Bytes of memory that a cache's keys and values hold on to; a view counts as all that it keeps alive.
+
+    Counters, and the masks of padded rows, one byte per slot, are not counted.
+    """
+    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    stored = [x.untyped_storage() for x in tensors if x.is_floating_point()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- books

@@ -63,7 +63,10 @@ def _print_point(point: tuple[Any, ...], rows: list[Mapping[str, Any]], console:
             cells.append("error")
         table.add_row(*cells)
     console.print(f"\n{title}:\n")
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    lines = (line.rstrip() for line in drawn.get().splitlines())
+    console.print("\n".join(filter(None, lines)) + "\n", markup=False)
     named = {id(row): " ".join(filter(None, (row["method"], row["keep"], row["configuration"]))) for row in rows}
     slow = [row for row in rows if row["speed_up"] is not None and row["speed_up"]["median"] < 1]
     said = dict.fromkeys(escape(named[id(row)]) for row in slow if row["method"] != FULL)

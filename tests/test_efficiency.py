@@ -144,6 +144,18 @@ def test_the_cache_is_what_the_cost_model_says(found: dict[str, Any]) -> None:
         assert row["peak_bytes"] is None
 
 
+def test_mass_attention_keeps_a_bias_beside_keys_and_values(qwen: Loaded) -> None:
+    """Four bytes for each slot of the prompt, in every layer."""
+    batch = Batch(qwen, requests(qwen, Point(2, None, None), pictures(None, 2, 0)), 3)
+    variant = Variant("visiontok", "0.25", named_recipe("visiontok", "0.25", {}, 0))
+    with torch.inference_mode():
+        timed, _ = batch.run(variant)
+    found = measure.books(qwen, variant, timed, 3)
+    assert timed.report is not None
+    assert found.kv_model is not None
+    assert found.kv - found.kv_model == 2 * 4 * sum(timed.report.layer_tokens)
+
+
 @pytest.mark.parametrize("name", ["full", "random", "resize", "fastv"])
 def test_flops_are_what_the_counter_counts(qwen: Loaded, name: str) -> None:
     """fastv reads one row of attention per head in one layer, which is selection."""
@@ -324,7 +336,8 @@ def test_the_table_is_markdown(
     assert given == [asked(Path("x.json"))]
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(lines) == len(found["rows"]) + 2 * 2
+    measured = {(row["batch"], row["method"], row["keep"], row["configuration"]) for row in found["rows"]}
+    assert len(lines) == len(measured) + 2 * 2
     assert len({line.count("|") for line in lines}) == 1
     assert printed.count("Later to the first token than stock at its best: ") == 2
     assert f"full compiled: {NOT_HERE}" in printed

@@ -69,7 +69,7 @@ class Books:
     Attributes:
         visual_tokens: of the stock model, per request.
         layer_average: visual tokens per request, averaged over all decoder layers.
-        kv: bytes that keys and values hold on to behind the last decode step, of all requests.
+        kv: bytes that keys, values and a bias per key hold on to behind the last decode step, of all requests.
         kv_model: the same by the cost model; None where a cache stage goes on thinning, or the family is not in it.
         flops: of the prefill of all requests; ``head`` is the language-model head for one token each.
         conventions: what published tables would call their FLOPs, of visual tokens alone.
@@ -214,7 +214,7 @@ def weight_bytes(model: Any) -> int:
 def held(cache: Any) -> int:
     """Bytes of memory that a cache's keys and values hold on to; a view counts as all that it keeps alive.
 
-    Counters, and the masks of padded rows, one byte per slot, are not counted.
+    A bias per key is counted with them; counters, and the masks of padded rows, one byte per slot, are not.
     """
     tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
     stored = [x.untyped_storage() for x in tensors if x.is_floating_point()]

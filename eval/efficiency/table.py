@@ -47,9 +47,12 @@ def _print_point(point: tuple[Any, ...], rows: list[Mapping[str, Any]], console:
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header in headings[:3] else "right"
-    for row in rows:
+    whys: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:  # a baseline may stand beside several methods
+        whys.setdefault(_key(row), []).append(row["why"] or "")
+    for row in {_key(row): row for row in rows}.values():
         name = " ".join(filter(None, (row["method"], row["keep"])))
-        cells = [escape(name), row["configuration"], row["why"] or ""]
+        cells = [escape(name), row["configuration"], escape(", ".join(filter(None, whys[_key(row)])))]
         if row["error"] is None:
             ratio, total = row["speed_up"], row["flops"]["total"]
             cells.append(f"{row['layer_average']:.1f} of {row['visual_tokens']:.1f}")
@@ -77,3 +80,7 @@ def _print_point(point: tuple[Any, ...], rows: list[Mapping[str, Any]], console:
             notes.setdefault(text, []).append(named[id(row)])
     for text, names in notes.items():
         console.print(escape(f"* {', '.join(dict.fromkeys(names))}: {text}"))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["method"], row["keep"] or "", row["configuration"]

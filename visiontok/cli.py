@@ -237,10 +237,14 @@ def bench(
     """Measure time, memory and FLOPs of methods beside stock at its best; goes on where it was interrupted."""
     from visiontok.eval.efficiency.job import Bench, bench_job
 
-    lists = {"methods": method, "keeps": keep, "batches": batch, "sides": side, "texts": text}
     found = bench_job(
         Bench(
             model=model,
+            methods=tuple(method or Bench.methods),
+            keeps=tuple(keep or Bench.keeps),
+            batches=tuple(batch or Bench.batches),
+            sides=tuple(side or ()),
+            texts=tuple(text or ()),
             image=image,
             new_tokens=new_tokens,
             runs=runs,
@@ -251,7 +255,6 @@ def bench(
             seed=seed,
             device=device,
             out=out,
-            **{name: tuple(value) for name, value in lists.items() if value},
         )
     )
     if as_json:

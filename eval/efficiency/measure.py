@@ -115,9 +115,9 @@ class Batch:
         if variant.configuration == COMPILED:
             options["compile_config"] = transformers.CompileConfig()
             options["compile_config"]._compile_all_devices = True  # it is asked for, on a CPU too
-        attached = variant.recipe is not None and variant.configuration == DYNAMIC
-        attach = compress(self.loaded.model, variant.recipe) if attached else contextlib.nullcontext()
-        shorten = None if attached else variant.recipe
+        attached = variant.recipe if variant.configuration == DYNAMIC else None
+        shorten = variant.recipe if attached is None else None
+        attach = contextlib.nullcontext() if attached is None else compress(self.loaded.model, attached)
         with attach as compression, refuse_vision_cache(self.loaded):
             peak = _Peak(self.loaded, self.weights + (0 if cache is None else held(cache)))
             found = timed(self.loaded, self.asked, compression=compression, shorten=shorten, **options)

@@ -27,6 +27,7 @@ from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.named import Loaded, load_model, named_recipe
 
 MEMORY = 1 << 30
+RUN = Batch.run
 NOT_HERE = "decoding is not compiled in this test"
 PARTS = {"preprocess", "vision", "selection", "prefill", "other", "first_token", "with_preprocess", "decode_token"}
 
@@ -40,12 +41,11 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def uncompiled(patch: pytest.MonkeyPatch) -> None:
     """Compiling takes half a minute; and one pair is enough where no time is looked at."""
-    run = Batch.run
 
     def without(self: Batch, variant: Variant, new_tokens: int | None = None) -> Any:
         if variant.configuration == COMPILED:
             raise UnsupportedError(NOT_HERE)
-        return run(self, variant, new_tokens)
+        return RUN(self, variant, new_tokens)
 
     patch.setattr(Batch, "run", without)
     patch.setattr(rounds, "PAIRS", 1)
@@ -349,7 +349,7 @@ def test_the_table_is_markdown(
 @pytest.mark.slow
 def test_decoding_is_compiled(qwen: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same answer; and what generate() would not compile does not pass for it."""
-    monkeypatch.undo()
+    monkeypatch.setattr(Batch, "run", RUN)
     batch = Batch(qwen, requests(qwen, Point(1, None, None), pictures(None, 1, 0)), 4)
     recipe = named_recipe("divprune", "0.25", {}, 0)
     with torch.inference_mode():

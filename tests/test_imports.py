@@ -96,7 +96,7 @@ MAY_IMPORT = {
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
-    "eval": API | {"package", "named", "scoring", "statistics", "weights", "eval", "demo"},
+    "eval": API | {"package", "named", "conventions", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "statistics", "demo"},
 }
 # Third-party packages; the layers not named here may use any dependency.

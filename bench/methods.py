@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers as T
 from prefill import Case, build, machine, prompt
+from visiontok.eval.efficiency.measure import held
 
 import visiontok
 from visiontok import Budget, Recipe, compress
@@ -78,12 +79,6 @@ def measure(model: T.LlavaModel, made: Recipe | None, text: int, steps: int) -> 
             model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
             seconds.append(time.thread_time() - start)
         return found | {"decode": statistics.median(seconds), "kv": held(cache)}
-
-
-def held(cache: Any) -> int:
-    """Bytes of memory that a cache's tensors hold on to; a view counts as all that it keeps alive."""
-    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def beside(model: T.LlavaModel, made: Recipe | None, text: int, steps: int, runs: int) -> dict[str, Any]:

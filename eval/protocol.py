@@ -35,6 +35,17 @@ def protocol(
         seed: of the method's draws.
         max_new_tokens: longest answer.
     """
+    return {
+        **of_model(loaded),
+        "task": dict(task),
+        "questions": {"number": len(ids), "ids": of_ids(ids), "block": block},
+        "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
+        "seed": seed,
+    }
+
+
+def of_model(loaded: Loaded) -> dict[str, Any]:
+    """Model, processor and versions."""
     model, processor = loaded.model, loaded.processor
     config = model.config
     image_processor = processor.image_processor
@@ -59,10 +70,6 @@ def protocol(
             "pixels": pixels(image_processor),
             "chat_template": _hash(str(getattr(processor, "chat_template", None))),
         },
-        "task": dict(task),
-        "questions": {"number": len(ids), "ids": of_ids(ids), "block": block},
-        "generation": {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
-        "seed": seed,
         "versions": {
             "visiontok": __version__,
             "torch": torch.__version__,

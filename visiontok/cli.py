@@ -215,6 +215,79 @@ def score(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method or recipe file; may be repeated. Stock, random and resize stand beside it. Default: visiontok."
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Budget, as for `run`; may be repeated. Default: 0.25.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Requests answered together, of different sizes; may be repeated.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Image. Default: scenes of the embedded models.")
+    ] = None,
+    side: Annotated[
+        list[int] | None, typer.Option(metavar="PIXELS", help="Longer side of pictures; may be repeated.")
+    ] = None,
+    text: Annotated[
+        list[int] | None, typer.Option(metavar="TOKENS", help="Text tokens of a prompt; may be repeated.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Length of every answer.")] = 16,
+    runs: Annotated[int, typer.Option(help="Rounds; every row runs once in each.")] = 20,
+    warm_up: Annotated[int, typer.Option(help="Rounds before them that do not count.")] = 3,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="24GiB: what concurrent requests have to fit in. Default: all of an accelerator's."),
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Methods with a static cache, too; stock always.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="And with compiled decoding; stock always.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws of methods.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    out: Annotated[str, typer.Option(metavar="FILE", help="JSON file to write, or to go on with.")] = "efficiency.json",
+    as_json: Json = False,
+) -> None:
+    """Measure time, memory and FLOPs of methods beside stock at its best; goes on where it was interrupted."""
+    from visiontok.eval.efficiency.job import Bench, bench_job
+
+    found = bench_job(
+        Bench(
+            model=model,
+            methods=tuple(method or Bench.methods),
+            keeps=tuple(keep or Bench.keeps),
+            batches=tuple(batch or Bench.batches),
+            sides=tuple(side or ()),
+            texts=tuple(text or ()),
+            image=image,
+            new_tokens=new_tokens,
+            runs=runs,
+            warm_up=warm_up,
+            memory=memory,
+            static=static,
+            compile=compiled,
+            seed=seed,
+            device=device,
+            out=out,
+        )
+    )
+    if as_json:
+        _print_json(found)
+    else:
+        from rich.console import Console
+
+        from visiontok.eval.efficiency.table import WIDE, print_rows
+
+        print_rows(found, Console(highlight=False, width=WIDE))
+
+
+@app.command()
 def reproduce(
     table: Annotated[
         str | None, typer.Argument(metavar="TABLE", help="Name or YAML file. Without it the tables are listed.")

@@ -7,7 +7,6 @@ behind the tower could reach.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import statistics
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from visiontok.api import Compression, compress, refuse_memory
+from visiontok.api import Compression, compress
 from visiontok.cost import SpeedUp, time_to_first_token_cap
-from visiontok.engine.clock import Clock
 from visiontok.errors import ConfigError
 from visiontok.images import load_image
 from visiontok.method import Mass
 from visiontok.named import TINY, Loaded, find_device, load_model, named_recipe, quiet
 from visiontok.overlay import overlay as draw_overlay
+from visiontok.stopwatch import Seconds, timed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,36 +33,6 @@ if TYPE_CHECKING:
 
     from visiontok.recipe import Recipe
     from visiontok.report import Report
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Where the time of one answer went, in seconds.
-
-    Attributes:
-        preprocess: from the picture and the question to tensors on the device.
-        vision: vision tower and projector.
-        selection: scoring and selecting before the language model; inside it, it is part of ``prefill``.
-        prefill: the language model over the whole prompt.
-        rest: what else comes before the first token: merging the features into the prompt, the head, the bookkeeping of
-            ``generate()``.
-        first_token: all of it, measured as one: until the first generated token is known.
-        decode: the other tokens.
-    """
-
-    preprocess: float
-    vision: float
-    selection: float
-    prefill: float
-    rest: float
-    first_token: float
-    decode: float
-
-    @classmethod
-    def median(cls, runs: list[Seconds]) -> Seconds:
-        """The median of each part."""
-        columns = zip(*(asdict(run).values() for run in runs), strict=True)
-        return cls(*map(statistics.median, columns))
 
 
 @dataclass(frozen=True)
@@ -369,91 +337,12 @@ def _scene_or_file(image: str | None, ask: str | None, seed: int) -> _Subject:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-class _Stopwatch(transformers.StoppingCriteria):
-    """Marks the parts of one ``generate()``, of the stock model and of a compressed one alike.
-
-    It is entered after a recipe is attached and left before it is removed, so its hooks lie around those of the engine.
-    They only look: what they see is handed on untouched, so the stock model stays stock.
-    """
-
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded, self.clock, self.first_token = loaded, Clock(), 0.0
-
-    def mark(self, name: str) -> None:
-        # Clock knows events of CUDA only; other accelerators have to be waited for.
-        if self.loaded.device.type not in ("cpu", "cuda"):
-            self.loaded.synchronize()
-        self.clock.mark(name)
-
-    def __enter__(self) -> _Stopwatch:
-        base, text = self.loaded.base, self.loaded.text
-        encode = base.get_image_features
-
-        @functools.wraps(encode)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.mark("vision")
-            output = encode(*args, **kwargs)
-            self.mark("seen")
-            return output
-
-        # generate() calls this method before the model's forward, so a module hook would not see all of it.
-        self._covered = base.__dict__.get("get_image_features")
-        base.__dict__["get_image_features"] = timed
-        self._hooks = [
-            text.register_forward_pre_hook(lambda *_: self.mark("prefill"), prepend=True),
-            text.register_forward_hook(lambda *_: self.mark("prefilled")),
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        if self._covered is None:
-            del self.loaded.base.__dict__["get_image_features"]
-        else:
-            self.loaded.base.__dict__["get_image_features"] = self._covered
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        """Called after every token; never stops."""
-        if not self.first_token:
-            input_ids[:, -1].tolist()  # wait until it is known
-            self.first_token = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
-
-    def between(self, start: str, end: str) -> float:
-        """Seconds between two marks; 0 where a part did not run."""
-        return self.clock.seconds(start, end) or 0.0
-
-
 def _run(loaded: Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
     """One answer from picture to last token."""
-    refuse_memory(loaded.model)
-    watch = _Stopwatch(loaded)
-    loaded.synchronize()
-    start = time.perf_counter()
-    inputs = loaded.inputs(([picture], question))
-    loaded.synchronize()
-    ready = time.perf_counter()
-    with watch:
-        ids = loaded.model.generate(
-            **inputs,
-            max_new_tokens=longest,
-            do_sample=False,
-            num_beams=1,
-            stopping_criteria=transformers.StoppingCriteriaList([watch]),
-        )
-    loaded.synchronize()
-    end = time.perf_counter()
-    selection = 0.0
-    if compression is not None and any(stage.kind in ("pixel", "prompt") for stage in compression.recipe.stages):
-        selection = compression.report.seconds["selection"] or 0.0
-    vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
-    whole = watch.first_token - start
-    rest = max(whole - (ready - start) - vision - selection - prefill, 0.0)
-    new = ids[0, inputs["input_ids"].shape[1] :]
+    found = timed(loaded, [([picture], question)], compression=compression, max_new_tokens=longest)
+    new = found.output[0, found.inputs["input_ids"].shape[1] :]
     answer = loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-    seconds = Seconds(ready - start, vision, selection, prefill, rest, whole, end - watch.first_token)
-    return Side(answer, len(new), seconds)
+    return Side(answer, len(new), found.seconds)
 
 
 def _text_prefill(loaded: Loaded, ids: torch.Tensor) -> float:

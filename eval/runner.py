@@ -24,7 +24,9 @@ from .scoring import metric
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import StoppingCriteriaList
 
+    from visiontok.named import Prompt
     from visiontok.recipe import Recipe
 
     from .items import Item
@@ -34,7 +36,7 @@ RESULTS = "results.json"
 FULL, BLIND = "full", "blind"
 """What stands where a method would: the stock model, and the stock model without its pictures."""
 
-Asked = tuple[list["Image"], str]
+Asked = tuple[list["Image"], "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Answer:
     Attributes:
         text: the answer; empty where there is an error.
         tokens: how many it took, the end token included.
+        prompt: tokens of the stock model's prompt.
         visual: visual tokens of the stock model; None if it makes none that can be counted.
         kept: of them, those in each decoder layer; None for the stock model.
         together: questions that were answered in the same call.
@@ -84,6 +87,7 @@ class Answer:
 
     text: str = ""
     tokens: int = 0
+    prompt: int = 0
     visual: int | None = None
     kept: tuple[int, ...] | None = None
     together: int = 0
@@ -157,11 +161,17 @@ def run(
 
 
 def answer(
-    loaded: Loaded, items: Sequence[Item], compression: Compression | None, longest: int, blind: bool = False
+    loaded: Loaded,
+    items: Sequence[Item],
+    compression: Compression | None,
+    longest: int,
+    blind: bool = False,
+    stopping: StoppingCriteriaList | None = None,
 ) -> list[Answer]:
     """Answer questions together; fewer at a time where memory does not hold them.
 
     A picture that cannot be read, or that the processor refuses, is an answer with an error, and the others are asked.
+    What ``stopping`` says ends answers early.
     """
     found: dict[str, Answer] = {}
     asked: dict[str, Asked] = {}
@@ -171,14 +181,14 @@ def answer(
         except ImageError as error:
             found[item.id] = Answer(error=str(error))
     try:
-        answers = _generate(loaded, list(asked.values()), compression, longest)
+        answers = _generate(loaded, list(asked.values()), compression, longest, stopping)
     except ConfigError:
         refused = {name: why for name, one in asked.items() if (why := _refusal(loaded, one))}
         if not refused:  # it was no question's fault
             raise
         found |= {name: Answer(error=why) for name, why in refused.items()}
         asked = {name: one for name, one in asked.items() if name not in refused}
-        answers = _generate(loaded, list(asked.values()), compression, longest)
+        answers = _generate(loaded, list(asked.values()), compression, longest, stopping)
     found |= dict(zip(asked, answers, strict=True))
     return [found[item.id] for item in items]
 
@@ -192,27 +202,39 @@ def _refusal(loaded: Loaded, asked: Asked) -> str | None:
     return None
 
 
-def _generate(loaded: Loaded, asked: list[Asked], compression: Compression | None, longest: int) -> list[Answer]:
+def _generate(
+    loaded: Loaded,
+    asked: list[Asked],
+    compression: Compression | None,
+    longest: int,
+    stopping: StoppingCriteriaList | None,
+) -> list[Answer]:
     if not asked:
         return []
     try:
-        return _generate_together(loaded, asked, compression, longest)
+        return _generate_together(loaded, asked, compression, longest, stopping)
     except torch.OutOfMemoryError:
         if len(asked) == 1:
             raise
     torch.accelerator.empty_cache()  # outside of the handler, which holds the failed call's tensors
     half = len(asked) // 2
-    return [a for part in (asked[:half], asked[half:]) for a in _generate(loaded, part, compression, longest)]
+    return [a for part in (asked[:half], asked[half:]) for a in _generate(loaded, part, compression, longest, stopping)]
 
 
 def _generate_together(
-    loaded: Loaded, asked: list[Asked], compression: Compression | None, longest: int
+    loaded: Loaded,
+    asked: list[Asked],
+    compression: Compression | None,
+    longest: int,
+    stopping: StoppingCriteriaList | None,
 ) -> list[Answer]:
     start = time.perf_counter()
     inputs = loaded.inputs(*asked)
     loaded.synchronize()
     ready = time.perf_counter()
-    ids = loaded.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+    ids = loaded.model.generate(
+        **inputs, max_new_tokens=longest, do_sample=False, num_beams=1, stopping_criteria=stopping
+    )
     loaded.synchronize()
     seconds = {"preprocess": ready - start, "generate": time.perf_counter() - ready}
     new, tokenizer = ids[:, inputs["input_ids"].shape[1] :], loaded.processor.tokenizer
@@ -230,6 +252,7 @@ def _generate_together(
             Answer(
                 text=text.strip(),
                 tokens=int((new[row] != pad).sum()),
+                prompt=int(inputs["attention_mask"][row].sum()),
                 visual=counted if mine or place is not None else None,
                 kept=tuple(map(sum, zip(*(image.kept for image in mine), strict=True))) if mine else None,
                 together=len(asked),

@@ -94,10 +94,11 @@ class Asked(BaseModel):
     frequency_penalty: Annotated[float | None, _only(0, "decoding is greedy")] = None
     logprobs: Annotated[bool | None, _only(False, "answers are words")] = None
     response_format: Annotated[dict[str, Any] | None, _only({"type": "text"}, "answers are words")] = None
-    # Without effect on greedy decoding, or on anything.
+    # Without effect on greedy decoding, or on anything. VLMEvalKit says which data set it asks about.
     top_p: float | None = None
     seed: int | None = None
     user: str | None = None
+    dataset: str | None = None
 
 
 def refusal(status: int, message: str, **headers: str) -> HTTPException:

@@ -116,7 +116,7 @@ def test_what_vlmevalkit_sends(client: TestClient) -> None:
     content = [{"type": "text", "text": FIRST.text}, {"type": "image_url", "image_url": picture}]
     system = {"role": "system", "content": "answer in one word."}
     sent = {"model": served["id"], "messages": [system, {"role": "user", "content": content}]}
-    terms = {"max_tokens": 1024, "n": 1, "temperature": 0.0}
+    terms = {"max_tokens": 1024, "n": 1, "temperature": 0.0, "dataset": "MMBench_DEV_EN"}
     headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-123456"}
     found = client.post("/v1/chat/completions", headers=headers, content=json.dumps(sent | terms))
     assert found.status_code == 200

@@ -134,7 +134,8 @@ def read(body: bytes) -> Asked:
 
 def turns_of(asked: Asked, limits: Limits) -> list[Turn]:
     """Who says what, with pictures that are decoded when it is their turn."""
-    turns, number = [], 0
+    turns: list[Turn] = []
+    number = 0
     for message in asked.messages:
         parts: list[str | Image] = []
         for part in [message.content] if isinstance(message.content, str) else message.content:

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +21,22 @@ from typing import Any
 import torch
 import transformers
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from visiontok.api import compress
 from visiontok.errors import ConfigError, VisiontokError
 from visiontok.named import Loaded, find_device, load_model, quiet
 from visiontok.recipe import Recipe
 
-from .chat import Limits, read, read_body, refusal, turns_of
+from .chat import Asked, Limits, read, read_body, refusal, turns_of
 from .items import Item
 from .request import asked_recipe, conversation, cut
 from .runner import FULL, answer
+
+GONE = 499  # the customary status where nobody is left to be told one
 
 
 class Stop(transformers.StoppingCriteria):
@@ -97,7 +101,7 @@ class Job:
                 "prompt_tokens_details": {"visual_tokens_in": found.visual, "visual_tokens_out": left},
             },
             "visiontok": {
-                "recipe": FULL if self.recipe is None else self.recipe.label,
+                "recipe": _label(self.recipe),
                 "visual_tokens_per_layer": found.kept,
                 "warnings": found.warnings,
                 "seconds": found.seconds,
@@ -108,16 +112,24 @@ class Job:
 class Queue:
     """Answers jobs one after the other."""
 
-    def __init__(self, loaded: Loaded, limits: Limits) -> None:
-        self.loaded, self.limits, self.length = loaded, limits, 0
+    def __init__(self, loaded: Loaded, most: int) -> None:
+        self.loaded, self.most, self.length = loaded, most, 0
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="visiontok")
 
-    async def answer(self, job: Job, gone: Callable[[], Any]) -> dict[str, Any] | None:
-        """The answer; None if the client has left, which ``gone()`` waits for."""
-        if self.length >= self.limits.queue:
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue; taken before a request is read, so that the memory for requests is bounded, too."""
+        if self.length >= self.most:
             wait = {"Retry-After": "1"}
             raise refusal(503, f"{self.length} requests are waiting already; come again in a second", **wait)
         self.length += 1
+        try:
+            yield
+        finally:
+            self.length -= 1
+
+    async def answer(self, job: Job, gone: Callable[[], Any]) -> dict[str, Any] | None:
+        """The answer; None if the client has left, which ``gone()`` waits for."""
         submitted = self.worker.submit(job.run, self.loaded)
         running, left = asyncio.wrap_future(submitted), asyncio.ensure_future(gone())
         try:
@@ -126,15 +138,14 @@ class Queue:
                 return running.result()
             job.stop.gone.set()
             if not submitted.cancel():  # its turn has come: it ends with the next token
-                await asyncio.wait({running})
+                await asyncio.gather(running, return_exceptions=True)
             return None
         finally:
             job.stop.gone.set()
             left.cancel()
-            self.length -= 1
 
 
-def make_app(loaded: Loaded, recipe: Recipe | None, limits: Limits = Limits()) -> FastAPI:  # noqa: B008
+def make_app(loaded: Loaded, recipe: Recipe | None, limits: Limits) -> FastAPI:
     """The server.
 
     Args:
@@ -142,15 +153,17 @@ def make_app(loaded: Loaded, recipe: Recipe | None, limits: Limits = Limits()) -
         recipe: of requests that name none; None for the stock model.
         limits: of every request.
     """
-    app = FastAPI(title="visiontok serve")
-    queue = Queue(loaded, limits)
+    app = FastAPI(title="visiontok serve", openapi_url=None)
+    queue = Queue(loaded, limits.queue)
 
-    @app.exception_handler(404)
     @app.exception_handler(HTTPException)
-    @app.exception_handler(405)
     async def refuse(request: Request, error: Any) -> Response:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return _error(error.status_code, str(error.detail), kind, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def forget(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=GONE)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
@@ -166,18 +179,10 @@ def make_app(loaded: Loaded, recipe: Recipe | None, limits: Limits = Limits()) -
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = read(await read_body(request, limits.body))
-        if asked.model not in (None, loaded.name):
-            raise refusal(404, f"model={asked.model!r}: this server has {loaded.name!r}")
-        longest = asked.max_completion_tokens or asked.max_tokens or limits.tokens
-        if longest > limits.tokens:
-            raise refusal(400, f"max_tokens={longest}: the limit is {limits.tokens}; ask for less")
-        images, prompt = conversation(turns_of(asked, limits))
-        item = Item("request", images, prompt, target={}, cluster="request", groups={})
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         try:
-            job = Job(item, _recipe(asked.visiontok, recipe), longest, stops, Stop(limits.seconds))
-            found = await queue.answer(job, request.receive)
+            with queue.place():
+                asked = read(await read_body(request, limits.body))
+                found = await queue.answer(_job(loaded, asked, recipe, limits), request.receive)
         except VisiontokError as error:
             raise refusal(400, str(error)) from error
         except TimeoutError as error:
@@ -185,17 +190,26 @@ def make_app(loaded: Loaded, recipe: Recipe | None, limits: Limits = Limits()) -
         except torch.OutOfMemoryError as error:
             raise refusal(503, "the device has not enough memory for this request; send fewer pictures") from error
         if found is None:
-            return Response(status_code=499)
+            return Response(status_code=GONE)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
         return JSONResponse({**head, "model": loaded.name, **found})
 
     return app
 
 
-def _recipe(given: dict[str, Any] | None, default: Recipe | None) -> Recipe | None:
-    if given is None:
-        return default
-    return asked_recipe({"recipe": given} if "stages" in given else given, files=False)
+def _job(loaded: Loaded, asked: Asked, recipe: Recipe | None, limits: Limits) -> Job:
+    """What a request asks for, within the limits; with its own recipe, or else the one that is given."""
+    if asked.model not in (None, loaded.name):
+        raise refusal(404, f"model={asked.model!r}: this server has {loaded.name!r}")
+    longest = asked.max_completion_tokens or asked.max_tokens or limits.tokens
+    if longest > limits.tokens:
+        raise refusal(400, f"max_tokens={longest}: the limit is {limits.tokens}; ask for less")
+    if (given := asked.visiontok) is not None:
+        recipe = asked_recipe({"recipe": given} if "stages" in given else given, files=False)
+    images, prompt = conversation(turns_of(asked, limits))
+    item = Item("request", images, prompt, target={}, cluster="request", groups={})
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    return Job(item, recipe, longest, stops, Stop(limits.seconds))
 
 
 def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:

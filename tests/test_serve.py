@@ -139,6 +139,11 @@ def test_a_conversation_reaches_the_model_as_it_was_said(tiny: Loaded, client: T
     assert found["usage"]["prompt_tokens"] == inputs["input_ids"].numel()
 
 
+def test_no_picture_is_needed(client: TestClient) -> None:
+    found = ask(client, messages=[{"role": "user", "content": "is there a star?"}]).json()
+    assert found["usage"]["prompt_tokens_details"] == {"visual_tokens_in": 0, "visual_tokens_out": 0}
+
+
 def test_stops_and_lengths(client: TestClient) -> None:
     whole, short = (ask(client, **terms).json()["choices"][0] for terms in ({"max_tokens": 2}, {"max_tokens": 1}))
     assert [whole["finish_reason"], short["finish_reason"]] == ["stop", "length"]
@@ -336,6 +341,10 @@ def test_nobody_is_answered_who_has_left(tiny: Loaded, listening: int, endless: 
                 other.sendall(head + body)
                 wait_for(lambda: client.get("/health").json()["waiting"] == 2 and bool(endless))
             wait_for(lambda: client.get("/health").json()["waiting"] == 0)
+        with socket.create_connection(("127.0.0.1", listening)) as one:
+            one.sendall(head + body[:100])
+            wait_for(lambda: client.get("/health").json()["waiting"] == 1)
+        wait_for(lambda: client.get("/health").json()["waiting"] == 0)
         number = len(endless)
         assert number < 1800
         time.sleep(0.1)

@@ -127,7 +127,8 @@ def read(body: bytes) -> Asked:
     except ValidationError as error:
         # Of the alternatives that a value could have been, the one that fits best fails deepest.
         worst = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-        place = ".".join(map(str, worst["loc"])) or "body"
+        # Pydantic names the alternative, too: "str", "list[...]".
+        place = ".".join(name for one in worst["loc"] if "[" not in (name := str(one)) and name != "str") or "body"
         value = "" if worst["type"] in ("missing", "json_invalid") else f"={worst['input']!r:.80}"
         raise refusal(400, f"{place}{value}: {worst['msg'].removeprefix('Value error, ')}") from error
 

@@ -14,6 +14,7 @@ import PIL.Image
 
 from visiontok.errors import ImageError
 from visiontok.images import load_image
+from visiontok.named import Prompt
 
 SHORTEST_BASE64 = 65  # characters; VLMEvalKit takes anything shorter for the index of the row that has the picture
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -40,7 +41,7 @@ class Item:
     Attributes:
         id: unique in the task.
         images: pictures in the order in which the model sees them; empty for none.
-        prompt: what the model is asked, without image placeholders or chat template.
+        prompt: what the model is asked, without image placeholders or chat template; or a conversation.
         target: what the metric compares with, ready for JSON: "answers", a list, and where there are any "choices"
             (texts of the options, of A first; the answer is a letter then), "box" (x1, y1, x2, y2 in pixels of the
             picture) and "size" (its width and height).
@@ -50,7 +51,7 @@ class Item:
 
     id: str
     images: tuple[Image, ...]
-    prompt: str
+    prompt: Prompt
     target: Mapping[str, Any]
     cluster: str
     groups: Mapping[str, str]

@@ -26,7 +26,9 @@ from .scoring import metric
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import StoppingCriteriaList
 
+    from visiontok.named import Prompt
     from visiontok.recipe import Recipe
 
     from .items import Item
@@ -36,7 +38,7 @@ RESULTS = "results.json"
 FULL, BLIND = "full", "blind"
 """What stands where a method would: the stock model, and the stock model without its pictures."""
 
-Asked = tuple[list["Image"], str]
+Asked = tuple[list["Image"], "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Answer:
     Attributes:
         text: the answer; empty where there is an error.
         tokens: how many it took, the end token included.
+        prompt: tokens of the stock model's prompt.
         visual: visual tokens of the stock model; None if it makes none that can be counted.
         kept: of them, those in each decoder layer; None for the stock model.
         together: questions that were answered in the same call.
@@ -98,6 +101,7 @@ class Answer:
 
     text: str = ""
     tokens: int = 0
+    prompt: int = 0
     visual: int | None = None
     kept: tuple[int, ...] | None = None
     together: int = 0
@@ -226,40 +230,52 @@ def run(
     return {folder: finish(folder, blocks, task) for folder in cells}
 
 
-def answer(block: Block, compression: Compression | None, longest: int) -> list[Answer]:
-    """Answer questions together; fewer at a time where memory does not hold them."""
+def answer(
+    block: Block, compression: Compression | None, longest: int, stopping: StoppingCriteriaList | None = None
+) -> list[Answer]:
+    """Answer questions together; fewer at a time where memory does not hold them.
+
+    Args:
+        block: the questions.
+        compression: what is attached to the model.
+        longest: most tokens of an answer.
+        stopping: what ends answers early.
+    """
+    options = {"max_new_tokens": longest, "stopping_criteria": stopping}
     try:
-        answers = _generate(block, tuple(block.asked), compression, longest)
+        answers = _generate(block, tuple(block.asked), compression, options)
     except ConfigError:
         if not block.refuse():  # it was no question's fault
             raise
-        answers = _generate(block, tuple(block.asked), compression, longest)
+        answers = _generate(block, tuple(block.asked), compression, options)
     found = {name: Answer(error=why) for name, why in block.errors.items()}
     found |= dict(zip(block.asked, answers, strict=True))
     return [found[item.id] for item in block.items]
 
 
-def _generate(block: Block, ids: tuple[str, ...], compression: Compression | None, longest: int) -> list[Answer]:
+def _generate(
+    block: Block, ids: tuple[str, ...], compression: Compression | None, options: Mapping[str, Any]
+) -> list[Answer]:
     if not ids:
         return []
     try:
-        return _generate_together(block, ids, compression, longest)
+        return _generate_together(block, ids, compression, options)
     except torch.OutOfMemoryError:
         if len(ids) == 1:
             raise
     torch.accelerator.empty_cache()  # outside of the handler, which holds the failed call's tensors
     half = len(ids) // 2
-    return [a for part in (ids[:half], ids[half:]) for a in _generate(block, part, compression, longest)]
+    return [a for part in (ids[:half], ids[half:]) for a in _generate(block, part, compression, options)]
 
 
 def _generate_together(
-    block: Block, ids: tuple[str, ...], compression: Compression | None, longest: int
+    block: Block, ids: tuple[str, ...], compression: Compression | None, options: Mapping[str, Any]
 ) -> list[Answer]:
     loaded = block.loaded
     inputs, preprocess = block.inputs(ids)
     memory = vision_memory(loaded.model)
     start = time.perf_counter()
-    out = loaded.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1)
+    out = loaded.model.generate(**inputs, **options, do_sample=False, num_beams=1)
     loaded.synchronize()
     took = time.perf_counter() - start
     tower = None if memory is None else memory.tower_seconds()
@@ -280,6 +296,7 @@ def _generate_together(
             Answer(
                 text=text.strip(),
                 tokens=int((new[row] != pad).sum()),
+                prompt=int(inputs["attention_mask"][row].sum()),
                 visual=counted if mine or place is not None else None,
                 kept=tuple(map(sum, zip(*(image.kept for image in mine), strict=True))) if mine else None,
                 together=len(ids),

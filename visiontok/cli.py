@@ -401,6 +401,45 @@ def report(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
+    method: Annotated[str, typer.Option(help="Method, or `full` (stock); requests may name others.")] = "visiontok",
+    keep: Annotated[str | None, typer.Option(help="Budget, as for `run`. Default: 0.25, if it takes one.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the method's draws. Default: 0.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    host: Annotated[str, typer.Option(help="Interface; whoever reaches it may use the model.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, and that of requests that name none.")] = 2048,
+    max_images: Annotated[int, typer.Option(help="Pictures in a request.")] = 16,
+    max_seconds: Annotated[float, typer.Option(help="For an answer.")] = 300,
+) -> None:
+    """Serve a model by OpenAI's chat interface, for evaluation harnesses; needs visiontok[serve]."""
+    options = _parse_options(option or [])
+    try:
+        from visiontok.eval.chat import Limits
+        from visiontok.eval.serve import serve_job
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve: {error.name} is not installed; run `pip install visiontok[serve]`") from error
+
+    given = {"method": method, "keep": keep, "options": options or None, "seed": seed}
+    serve_job(
+        model,
+        device,
+        {name: value for name, value in given.items() if value is not None},
+        host,
+        port,
+        Limits(queue=queue, tokens=max_new_tokens, images=max_images, seconds=max_seconds),
+        lambda text: print(text, flush=True),
+    )
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Print this method's card.")] = None,
     as_json: Json = False,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.utils
+import jinja2
 import torch
 import transformers
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 TINY = {"tiny": "llava", "tiny-qwen": "qwen3_vl"}  # what the embedded models are called here, and in visiontok.demo
 DEFAULT_KEEP = Budget.ratio(0.25)
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A question, before which its pictures are shown; or a conversation as chat templates have it, whose parts of type
+"image" stand for the pictures in their order."""
 
 
 def named_recipe(method: str, keep: str | float | int | None, options: Mapping[str, str], seed: int) -> Recipe:
@@ -93,37 +98,58 @@ class Loaded:
         """The language model."""
         return getattr(self.base, find_adapter(self.base).text)
 
-    def inputs(self, *asked: tuple[Sequence[Image], str]) -> Any:
+    def inputs(self, *asked: tuple[Sequence[Image], Prompt]) -> Any:
         """What ``generate()`` takes.
 
         Args:
-            asked: pictures and question of each row; rows are padded on the left.
+            asked: pictures and prompt of each row; rows are padded on the left.
+
+        Raises:
+            ConfigError: if the processor or its chat template refuses one of them.
         """
         try:
             return self._processed(asked).to(self.device, dtype=self.model.dtype)
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:
             raise ConfigError(f"the processor of {self.name} refuses this picture or question: {error}") from error
 
-    def _processed(self, asked: Sequence[tuple[Sequence[Image], str]]) -> Any:
+    def _processed(self, asked: Sequence[tuple[Sequence[Image], Prompt]]) -> Any:
         processor = self.processor
         padded: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(asked) > 1 else {}
         if getattr(processor, "chat_template", None) is None:  # a base model: the bare prompt
+            if not all(isinstance(prompt, str) for _, prompt in asked):
+                raise ValueError("it has no chat template; ask one question, with its pictures before it")
             token = getattr(processor, "image_token", "")
             images = [list(pictures) for pictures, _ in asked]
-            prompts = [f"{token * len(pictures)}{question}" for pictures, question in asked]
+            prompts = [f"{token * len(pictures)}{prompt}" for pictures, prompt in asked]
             return processor(images=images if any(images) else None, text=prompts, return_tensors="pt", **padded)
-        chats = []
-        for pictures, question in asked:
-            content = [{"type": "image", "image": picture} for picture in pictures]
-            chats.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
         return processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **padded
+            [_chat(*one) for one in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **padded,
         )
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+def _chat(pictures: Sequence[Image], prompt: Prompt) -> list[dict[str, Any]]:
+    """The conversation with its pictures in it."""
+    if isinstance(prompt, str):
+        places = [{"type": "image"} for _ in pictures]
+        prompt = [{"role": "user", "content": [*places, {"type": "text", "text": prompt}]}]
+    left = iter(pictures)
+    return [
+        {
+            "role": turn["role"],
+            "content": [{**part, "image": next(left)} if part["type"] == "image" else part for part in turn["content"]],
+        }
+        for turn in prompt
+    ]
 
 
 def model_type(name: str) -> str:

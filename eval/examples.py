@@ -152,7 +152,7 @@ def _of_method(
                 task=other.task["name"],
                 method=other.name,
                 id=item.id,
-                question=item.prompt,
+                question=str(item.prompt),
                 right=_right(row),
                 reference=reference.rows[place]["answer"],
                 answer=row["answer"],

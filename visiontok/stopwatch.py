@@ -14,7 +14,7 @@ import transformers
 
 from .api import Compression, compress_inputs, refuse_memory
 from .engine.clock import Clock
-from .named import Loaded
+from .named import Loaded, Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,7 +133,7 @@ class Stopwatch(transformers.StoppingCriteria):
 
 def timed(
     loaded: Loaded,
-    asked: Sequence[tuple[Sequence[Image], str]],
+    asked: Sequence[tuple[Sequence[Image], Prompt]],
     *,
     compression: Compression | None = None,
     shorten: Recipe | None = None,

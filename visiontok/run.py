@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from visiontok.adapters.base import find as find_adapter
 from visiontok.api import Compression, compress
 from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.engine.clock import Clock
@@ -492,7 +493,7 @@ def _compare(
         _run(loaded, picture, question, 2, compression)
         drawn = None
         if overlay is not None:
-            drawn = _draw(loaded, picture, inputs, compression, overlay)
+            drawn = _draw(loaded, picture, question, compression, overlay)
         text_ids = inputs["input_ids"][~compression.ledger.visual][None]
     _text_prefill(loaded, text_ids)
     stock, compressed, text_only = [], [], []
@@ -531,11 +532,15 @@ def _compare(
     )
 
 
-def _draw(loaded: Loaded, picture: Image, inputs: Any, compression: Compression, path: str) -> Drawn:
+def _draw(loaded: Loaded, picture: Image, question: str, compression: Compression, path: str) -> Drawn:
     report = compression.report
     title = f"{report.recipe} ({report.requested})"
     made = draw_overlay(
-        picture, compression.ledger, loaded.base.config, loaded.processor.image_processor, inputs["pixel_values"], title
+        picture,
+        compression.ledger,
+        find_adapter(loaded.base, inside=False),
+        lambda like: loaded.processed((like, question)),
+        title,
     )
     made.save(str(Path(path).expanduser()))
     return Drawn(path, made.caption, made.layer, made.kept)

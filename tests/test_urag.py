@@ -426,9 +426,8 @@ def test_the_overlay_of_a_dropped_picture_is_dark() -> None:
         with visiontok.compress(model, "urag", layer=CUT, groups=groups) as compression, torch.no_grad():
             model(**inputs)
         ledger, pictures = compression.ledger, [picture] * len(inputs["pixel_values"])
-        crops = find_places(
-            find(model.model), ledger.units, pictures, lambda like: processor(like, return_tensors="pt")
-        )
+        adapter = find_adapter(model.model)
+        crops = find_places(adapter, ledger.units, pictures, lambda like: processor(like, return_tensors="pt"))
         drawn = overlay.draw_kept(picture, crops[:1], overlay.living(ledger, overlay.last_layer(ledger)))
         corners = [drawn.image.getpixel((right - 1, bottom - 1)) for _, _, right, bottom in drawn.cells.tolist()]
         assert (len(corners), corners.count(overlay.KEPT_FRAME)) == (16, bright)

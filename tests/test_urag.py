@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor
+from visiontok.adapters.base import find as find_adapter
 
 import visiontok
 import visiontok.functional as F

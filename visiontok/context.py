@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -139,6 +139,10 @@ class Attention:
         return self._read("transition", since)
 
 
+def _unheard(scores: torch.Tensor) -> None:
+    """Nobody looks at the scores."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """All a method may use; U images (or videos), N visual tokens of the largest, D width of the language model.
@@ -182,6 +186,7 @@ class Context:
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
+        note: takes what :meth:`scored` is given.
     """
 
     stage: Literal["pixel", "prompt", "decoder", "cache"]
@@ -213,6 +218,19 @@ class Context:
     question_place: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
+    note: Callable[[torch.Tensor], None] = field(default=_unheard, repr=False)
+
+    def scored(self, scores: torch.Tensor) -> torch.Tensor:
+        """Say how important the method finds each token, for those who look at the call (``ledger.choices``).
+
+        Args:
+            scores: (U, N), larger is more important. What is kept may rest on more than that, diversity for one.
+
+        Returns:
+            ``scores``, untouched.
+        """
+        self.note(scores.detach())
+        return scores
 
     def question(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The question each image is asked, (U, Q, D), and which tokens of it exist, (U, Q) bool.

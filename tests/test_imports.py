@@ -56,6 +56,10 @@ LAYERS = {
     "visiontok.eval": "eval",
     "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
+    "visiontok.demo.app": "app",
+    "visiontok.demo.fate": "app",
+    "visiontok.demo.page": "app",
+    "visiontok.demo.session": "app",
 }
 
 OPERATORS = {"errors", "kernels", "operators"}
@@ -92,12 +96,14 @@ MAY_IMPORT = {
     "conformance": API | {"package", "conformance"},
     "calibration": API | {"conventions", "weights", "calibration"},
     "cli": API
-    | {"package", "cli", "run", "eval", "doctor", "conformance", "catalogue", "options", "conventions", "calibration"},
+    | {"package", "cli", "run", "eval", "app", "doctor", "conformance", "catalogue", "options", "conventions"}
+    | {"calibration"},
     "doctor": {"errors", "torchvision", "window", "doctor"},
     "scoring": {"errors", "scoring"},
     "statistics": {"errors", "statistics"},
     "eval": API | {"package", "named", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "options", "calibration", "statistics", "demo"},
+    "app": API | {"package", "named", "overlay", "run", "demo", "app"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -174,7 +180,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "named", "run", "cli", "eval", "demo"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo", "app"}
 
 
 @pytest.mark.parametrize(

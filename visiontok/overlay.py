@@ -129,7 +129,7 @@ def living(ledger: TokenLedger, layer: int) -> torch.Tensor:
 def draw_kept(
     picture: Image.Image, crops: Sequence[Crop], kept: torch.Tensor, picked: Sequence[tuple[int, int]] = ()
 ) -> Drawing:
-    """The picture with its kept patches bright and framed, the others dark.
+    """The picture with its kept patches bright and framed, the others dark; no frames where all are kept.
 
     Args:
         picture: RGB.
@@ -138,15 +138,17 @@ def draw_kept(
         picked: tokens to be framed, (unit, token) each.
     """
     drawing = _canvas(picture, crops)
+    shown = kept[tuple(drawing.tokens.T)]
+    dropped = not bool(shown.all())
     grey = drawing.image.convert("L").convert("RGB")
     light, lines, frames = (Image.new("L", drawing.image.size, level) for level in (40, 0, 0))
     fill, faint, strong = (ImageDraw.Draw(plane) for plane in (light, lines, frames))
-    for (left, top, right, bottom), bright in zip(drawing.cells.tolist(), kept[tuple(drawing.tokens.T)], strict=True):
+    for (left, top, right, bottom), bright in zip(drawing.cells.tolist(), shown, strict=True):
         area = (left, top, max(right - 1, left), max(bottom - 1, top))
         fill.rectangle(area, fill=255 if bright else 90)
         if min(right - left, bottom - top) >= _LEAST_CELL:
             faint.line([(left, bottom - 1), (left, top), (right - 1, top)], fill=70)
-            if bright:  # or a kept black patch would look dropped
+            if bright and dropped:  # or a kept black patch would look dropped
                 strong.rectangle(area, outline=255)
     dark = Image.composite(grey, Image.new("RGB", grey.size), light)
     image = Image.composite(drawing.image, dark, light.point(lambda value: 255 if value == 255 else 0))

@@ -12,7 +12,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from visiontok.overlay import overlay as draw_overlay
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
+    from transformers.generation.streamers import BaseStreamer
 
     from visiontok.recipe import Recipe
     from visiontok.report import Report
@@ -377,8 +378,8 @@ class _Stopwatch(transformers.StoppingCriteria):
     They only look: what they see is handed on untouched, so the stock model stays stock.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded, self.clock, self.first_token = loaded, Clock(), 0.0
+    def __init__(self, loaded: Loaded, stop: Callable[[], bool] | None = None) -> None:
+        self.loaded, self.stop, self.clock, self.first_token = loaded, stop, Clock(), 0.0
 
     def mark(self, name: str) -> None:
         # Clock knows events of CUDA only; other accelerators have to be waited for.
@@ -415,20 +416,40 @@ class _Stopwatch(transformers.StoppingCriteria):
             self.loaded.base.__dict__["get_image_features"] = self._covered
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        """Called after every token; never stops."""
+        """Called after every token; stops where the caller wants to."""
         if not self.first_token:
             input_ids[:, -1].tolist()  # wait until it is known
             self.first_token = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        ends = self.stop is not None and self.stop()
+        return torch.full((len(input_ids),), ends, device=input_ids.device)  # type: ignore[return-value]
 
     def between(self, start: str, end: str) -> float:
         """Seconds between two marks; 0 where a part did not run."""
         return self.clock.seconds(start, end) or 0.0
 
 
-def _run(loaded: Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
-    """One answer from picture to last token."""
-    watch = _Stopwatch(loaded)
+def timed_answer(
+    loaded: Loaded,
+    picture: Image,
+    question: str,
+    longest: int,
+    compression: Compression | None,
+    *,
+    streamer: BaseStreamer | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Side:
+    """One answer from picture to last token, greedily.
+
+    Args:
+        loaded: the model.
+        picture: what is asked about.
+        question: what is asked.
+        longest: longest answer, in tokens.
+        compression: what is attached to the model; None for the stock model.
+        streamer: gets the prompt, then every token, as ``generate()`` streams them.
+        stop: asked behind every token whether to end there.
+    """
+    watch = _Stopwatch(loaded, stop)
     loaded.synchronize()
     start = time.perf_counter()
     inputs = loaded.inputs(([picture], question))
@@ -441,6 +462,7 @@ def _run(loaded: Loaded, picture: Image, question: str, longest: int, compressio
             do_sample=False,
             num_beams=1,
             stopping_criteria=transformers.StoppingCriteriaList([watch]),
+            streamer=streamer,
         )
     loaded.synchronize()
     end = time.perf_counter()
@@ -470,7 +492,7 @@ def _choose(loaded: Loaded, subject: _Subject) -> tuple[str, str | None]:
     """The first question that the embedded model answers rightly as it is: only what works can be seen to break."""
     if loaded.name in TINY and len(subject.questions) > 1:
         for question, expected in subject.questions:
-            if _run(loaded, subject.picture, question, 4, None).answer == expected:
+            if timed_answer(loaded, subject.picture, question, 4, None).answer == expected:
                 return question, expected
     return subject.questions[0]
 
@@ -488,9 +510,9 @@ def _compare(
     question, expected = _choose(loaded, subject)
     inputs = loaded.inputs(([picture], question))
     # A warm-up of each, short; what can go wrong with the recipe or the drawing goes wrong here, before the long part.
-    _run(loaded, picture, question, 2, None)
+    timed_answer(loaded, picture, question, 2, None)
     with compress(loaded.model, recipe) as compression:
-        _run(loaded, picture, question, 2, compression)
+        timed_answer(loaded, picture, question, 2, compression)
         drawn = None
         if overlay is not None:
             drawn = _draw(loaded, picture, question, compression, overlay)
@@ -498,9 +520,9 @@ def _compare(
     _text_prefill(loaded, text_ids)
     stock, compressed, text_only = [], [], []
     for _ in range(repeats):  # interleaved, so that a drift of the clock rate hits both alike
-        stock.append(_run(loaded, picture, question, longest, None))
+        stock.append(timed_answer(loaded, picture, question, longest, None))
         with compress(loaded.model, recipe) as compression:
-            compressed.append(_run(loaded, picture, question, longest, compression))
+            compressed.append(timed_answer(loaded, picture, question, longest, compression))
             report = compression.report
         text_only.append(_text_prefill(loaded, text_ids))
     sides = [replace(runs[0], seconds=Seconds.median([run.seconds for run in runs])) for runs in (stock, compressed)]

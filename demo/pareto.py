@@ -63,7 +63,7 @@ def of_eval(folder: str) -> list[Point]:
     root, found = Path(folder).expanduser(), []
     for file in sorted(root.glob("**/results.json")):
         try:
-            results = json.loads(file.read_text())
+            results, protocol = (json.loads((file.parent / n).read_text()) for n in ("results.json", "protocol.json"))
             score = float(results["scores"][results["headline"]])
             layers, visual = results["layer_average"], results["visual_tokens"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -71,7 +71,7 @@ def of_eval(folder: str) -> list[Point]:
         if not visual:  # the blind baseline sees none
             continue
         kept = 1.0 if layers is None else layers / visual
-        method = file.parent.name.partition("@")[0]
+        method = str(protocol["method"]).rpartition(" ")[0] or str(protocol["method"])
         found.append(Point(f"{file.parent.parent.name} in {root.name}", method, kept, 100 * score))
     if not found:
         raise ConfigError(f"--results {folder!r}: holds no results.json; give the folder that `visiontok eval` wrote")

@@ -29,8 +29,8 @@ from . import examples, page, pareto, scene
 from .fate import PROMPT, Facts, Token
 from .session import NONE, Answer, Setting, ask, read_picture, takes_layer, takes_stage
 
-OWN = "its own"
-"""The choice of stage that leaves a method where it acts by itself."""
+OWN = "default"
+"""The choice of stage that leaves a method where its authors have put it."""
 KEPT, HEAT = "Kept patches", "Importance"
 SCENES = (0, 3, 7)
 """Scenes of the embedded models among the examples."""

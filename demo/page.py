@@ -66,6 +66,7 @@ footer { display: none !important; }
 .vt-legend { margin-top: 4px; width: 100%; border-collapse: collapse; font-size: 12px; line-height: 15px; }
 .vt-legend, .vt-legend tr { border: 0 !important; }
 .vt-legend td { border: 0; padding: 0; text-align: right; } .vt-legend td:first-child { text-align: left; }
+.vt-legend td[class] { color: var(--vt-side); }
 .vt-legend i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 6px; }
 .vt-p0 { background: #98a2b3 !important; } .vt-p1 { background: #2e6fd8 !important; }
 .vt-p2 { background: #d6409f !important; } .vt-p3 { background: #12946b !important; }
@@ -132,7 +133,7 @@ def bars(answers: Sequence[Answer | None]) -> str:
         rows.append(_row(i, segments, milliseconds(sum(seconds.values())), told))
     legend = "".join(
         f"<tr><td><i class='vt-p{k}'></i>{PARTS[name]}</td>"
-        + "".join(f"<td>{milliseconds(_parts(a)[name])}</td>" for _, a in there)
+        + "".join(f"<td class='vt-{SIDES[i]}'>{milliseconds(_parts(a)[name])}</td>" for i, a in there)
         + "</tr>"
         for k, name in enumerate(PARTS)
     )

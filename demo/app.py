@@ -101,7 +101,7 @@ class Demo:
         if key is not None:
             self.sessions[key] = view.stop
         try:
-            yield self._shown(view, settings, texts, "Reading the picture …")
+            yield self._shown(view, settings, texts, "Reading the picture …", KEPT, layer)  # takes the last view away
             view.picture, note = read_picture(path)
             for side, setting in enumerate(settings):
                 title = f"Answering {page.SIDES[side]} …"

@@ -20,7 +20,7 @@ from visiontok.errors import ConfigError
 
 from . import scene
 
-SEED, QUESTION = 0, "what does the sign say?"
+SEED, QUESTION, PATCH = 0, "what does the sign say?", (1, 8)
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -100,14 +100,13 @@ def main() -> None:
         tab.goto(blocks.local_url)
         tab.wait_for_selector("#ask")
         upload(tab, drawn)
-        choose(tab, "A", "random")
-        for side in ("A", "B"):
-            keep(tab, side, 20)
         ask(tab, QUESTION)
         tab.wait_for_timeout(500)
         overlay = tab.locator("#overlay-B img").bounding_box()
-        # the sign's first glyph
-        tab.mouse.click(overlay["x"] + overlay["width"] * 0.33, overlay["y"] + overlay["height"] * 0.22)
+        row, column = PATCH
+        tab.mouse.click(
+            overlay["x"] + overlay["width"] * (column + 0.5) / 12, overlay["y"] + overlay["height"] * (row + 0.5) / 12
+        )
         tab.wait_for_selector("#facts td")
         tab.wait_for_timeout(500)
         tab.screenshot(path=str(out))

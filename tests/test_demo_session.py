@@ -80,7 +80,7 @@ def test_the_numbers_are_those_of_the_report(name: str, setting: Setting) -> Non
     seconds = answer.seconds
     parts = (seconds.preprocess, seconds.vision, seconds.selection, seconds.prefill, seconds.rest)
     assert min(parts) >= 0
-    assert seconds.first_token > 0
+    assert sum(parts) == pytest.approx(seconds.first_token)
     # every layer's overlay has as many bright patches as the report counts
     for layer, kept in enumerate(answer.kept):
         drawing = draw_kept(read_picture(PICTURE)[0], answer.crops, answer.fate.alive(layer))

@@ -340,34 +340,51 @@ def test_as_many_patches_are_bright_as_are_kept(case: str) -> None:
         assert f"{tokens - drawn.cells} tokens that are no patches" in drawn.caption
 
 
+def entering(case: str, shown: Image.Image, method: str, keep: float) -> tuple[torch.Tensor, Any]:
+    """(K, D) what enters the language model of a picture's kept tokens, and the ledger."""
+    name, processor = CASES[case]
+    model, pixels = local(name), see(name, processor, [shown])
+    ids = torch.tensor([[1, 5, *[zoo.IMAGE] * len(features(name, pixels)), 7]])
+    inputs = pixels | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    if name in zoo.QWEN:
+        inputs["mm_token_type_ids"] = (ids == zoo.IMAGE).int()
+    seen = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad(), visiontok.compress(model, method, keep=keep) as compression:
+        model(**inputs)
+        ledger = compression.ledger
+    hook.remove()
+    return seen[0][0, 2:-1], ledger
+
+
+def painted_at(crop: Crop, token: int, picture: Image.Image) -> Image.Image:
+    painted = picture.copy()
+    ImageDraw.Draw(painted).rectangle(crop.boxes[token].round().int().tolist(), fill=(255, 0, 0))
+    return painted
+
+
 def test_a_smaller_picture_is_marked_where_its_patches_stand() -> None:
     """A pixel stage halves both sides: of every 2 × 2 tokens one stays, and what is painted there changes it most."""
-    name, processor = CASES["qwen2_5_vl"]
-    picture, model = plain(64, 64), local(name)
-
-    def tokens(shown: Image.Image) -> tuple[torch.Tensor, Any]:
-        pixels = see(name, processor, [shown])
-        count = int(pixels["image_grid_thw"].prod()) // 4
-        ids = torch.tensor([[1, 5, *[zoo.IMAGE] * count, 7]])
-        inputs = pixels | {"input_ids": ids, "mm_token_type_ids": (ids == zoo.IMAGE).int()}
-        inputs["pixel_values"] = inputs["pixel_values"].double()
-        seen = []
-        hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        with torch.no_grad(), visiontok.compress(model, "resize", keep=0.25) as compression:
-            model(**inputs)
-            ledger = compression.ledger
-        hook.remove()
-        return seen[0][0], ledger
-
-    before, ledger = tokens(picture)
+    picture = plain(64, 64)
+    before, ledger = entering("qwen2_5_vl", picture, "resize", 0.25)
     kept = torch.nonzero(o.living(ledger, 0)[0]).flatten()
-    [crop] = crops_of(name, processor, [picture], ledger)
+    [crop] = crops_of(*CASES["qwen2_5_vl"], [picture], ledger)
     assert len(kept) == len(crop.tokens) // 4
     for k, token in enumerate(kept.tolist()):
-        painted = picture.copy()
-        ImageDraw.Draw(painted).rectangle(crop.boxes[token].round().int().tolist(), fill=(255, 0, 0))
-        change = (tokens(painted)[0] - before).norm(dim=1)[2:-1]
-        assert int(change.argmax()) == k
+        after, _ = entering("qwen2_5_vl", painted_at(crop, token, picture), "resize", 0.25)
+        assert int((after - before).norm(dim=1).argmax()) == k
+
+
+@pytest.mark.parametrize("case", ["resize and crop", "qwen2_5_vl"])
+def test_what_is_painted_on_a_merged_patch_changes_the_one_that_took_it_over(case: str) -> None:
+    picture = plain(64, 64)
+    before, ledger = entering(case, picture, "m3_pool", 0.25)
+    [choice], [crop] = ledger.choices, crops_of(*CASES[case], [picture], ledger)
+    kept = torch.nonzero(choice.kept[0]).flatten().tolist()
+    for token in range(len(crop.tokens)):
+        after, _ = entering(case, painted_at(crop, token, picture), "m3_pool", 0.25)
+        assert kept[int((after - before).norm(dim=1).argmax())] == int(choice.into[0, token])
 
 
 @pytest.mark.parametrize(

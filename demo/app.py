@@ -22,6 +22,7 @@ from PIL import Image
 
 from visiontok import recipes
 from visiontok.errors import ConfigError, VisiontokError
+from visiontok.images import load_image
 from visiontok.named import TINY, Loaded, find_device, load_model, quiet
 from visiontok.overlay import Drawing, draw_heat, draw_kept
 
@@ -87,6 +88,7 @@ class Demo:
         self.depth = len(loaded.text.layers)
         self.points = [point for folder in results for point in pareto.of_eval(folder)] + pareto.shipped()
         self.sessions: dict[str, threading.Event] = {}
+        self.folder = tempfile.TemporaryDirectory(prefix="visiontok-demo-")  # of drawn examples, as long as this lives
 
     # ------------------------------------------------------------------------------------------------------ answering
 
@@ -96,7 +98,8 @@ class Demo:
         """Both answers as they grow; ``controls`` are method, stage and keep of each side, then mode and layer."""
         settings = [self._setting(*controls[:3]), self._setting(*controls[3:6])]
         mode, layer = controls[6:8]
-        view, texts = View(), [None, None]
+        view = View()
+        texts: list[str | None] = [None, None]
         key = None if request is None else str(request.session_hash)
         if key is not None:
             self.sessions[key] = view.stop
@@ -256,7 +259,12 @@ class Demo:
             with gr.Tab("Ask"), gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=290):
                     picture = gr.Image(
-                        label="Picture", height=176, sources=["upload", "clipboard"], elem_id="picture", buttons=[]
+                        label="Picture",
+                        height=176,
+                        format="png",
+                        sources=["upload", "clipboard"],
+                        elem_id="picture",
+                        buttons=[],
                     )
                     # As it is: load_image knows what to say of broken files, and gradio does not.
                     vars(picture)["preprocess"] = lambda payload: None if payload is None else payload.path
@@ -288,18 +296,18 @@ class Demo:
                         )  # fmt: skip
                     overlays, lines = [], []
                     with gr.Row():
-                        for side in page.SIDES:
+                        for name in page.SIDES:
                             with gr.Column(min_width=300):
                                 overlays.append(
                                     gr.Image(
                                         show_label=False, interactive=False, height=372, buttons=[], format="png",
-                                        elem_id=f"overlay-{side}", elem_classes="vt-picture",
+                                        elem_id=f"overlay-{name}", elem_classes="vt-picture",
                                         placeholder="The patches that are kept appear here.",
-                                        alt_text=f"Picture with the patches that side {side} keeps",
+                                        alt_text=f"Picture with the patches that side {name} keeps",
                                     )
                                 )  # fmt: skip
                                 lines.append(gr.HTML(page.under(None, PROMPT, heat=False, drawn=None), padding=False))
-                                lines[-1].elem_id = f"kept-{side}"
+                                lines[-1].elem_id = f"kept-{name}"
                     facts = gr.HTML(page.facts([None, None], PROMPT), padding=False, elem_id="facts")
                     with gr.Accordion("Reproduce", open=False, elem_id="reproduce-panel"):
                         reproduce = gr.Button("Show the lines that reproduce this", size="sm", elem_id="reproduce")
@@ -321,8 +329,8 @@ class Demo:
             stop.click(lambda: page.status("Stopped."), None, status, cancels=[asking], queue=False, **_private())
             for trigger in (mode.change, layer.change):
                 trigger(self.redraw, [view, mode, layer], drawn, **quick)
-            for side, overlay in enumerate(overlays):
-                overlay.select(self._picker(side), [view, mode, layer], [view, *drawn], **quick)
+            for number, overlay in enumerate(overlays):
+                overlay.select(self._picker(number), [view, mode, layer], [view, *drawn], **quick)
             reproduce.click(self.reproduce, [question, *controls], code, **quick)
             blocks.unload(self.leave)
         blocks.queue(max_size=32)
@@ -356,17 +364,20 @@ class Demo:
         return [chosen, stages, kept], answer
 
     def _examples(self, picture: Any, question: Any) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="visiontok-demo-"))
-        rows: list[list[str]] = []
+        rows = [(path, pairs[0][0]) for path, pairs in examples().items()]
         for number in SCENES if self.loaded.name in TINY else ():
-            drawn, questions = scene(number)
-            drawn.save(folder / f"scene-{number}.png")
-            rows.append([str(folder / f"scene-{number}.png"), questions[0].text])
-        rows += [[str(path), pairs[0][0]] for path, pairs in examples().items()]
-        questions = dict(rows)
-        gr.Examples(
-            [[path] for path in questions], [picture], [question], lambda path: questions[path], run_on_click=True,
-            cache_examples=False, label="Examples", elem_id="examples", api_visibility="private", preprocess=False,
+            drawn, asked = scene(number)
+            path = Path(self.folder.name) / f"scene-{number}.png"
+            drawn.save(path)
+            rows.append((path, asked[0].text))
+        rows.reverse()
+        shown = gr.Dataset(
+            components=[picture], samples=[[str(path)] for path, _ in rows], type="index", label="Examples",
+            elem_id="examples",
+        )  # fmt: skip
+        shown.click(
+            lambda number: (load_image(rows[number][0]), rows[number][1]), shown, [picture, question],
+            show_progress="hidden", **_private(),
         )  # fmt: skip
 
     def _curves(self) -> None:

@@ -88,8 +88,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
 
-    from PIL import Image
-
     from .app import demo_job
 
     blocks = demo_job(wait=False, device="cpu")
@@ -111,8 +109,6 @@ def main() -> None:
         tab.wait_for_timeout(500)
         tab.screenshot(path=str(out))
     blocks.close()
-    with Image.open(out) as taken:  # 256 colours are enough for a page
-        taken.convert("RGB").quantize(256).save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,14 @@ def test_a_question_in_the_browser(tab: Any, served: Any) -> None:
     assert outside == []
 
 
+def test_an_example_brings_its_question(tab: Any) -> None:
+    tab.locator("#examples .gallery-item").last.click()
+    tab.wait_for_selector("#picture img")
+    tab.wait_for_function(f"document.querySelector('#question textarea').value === {QUESTION!r}")
+    tab.click("#ask")
+    tab.wait_for_selector("#kept-B [data-kept]")
+
+
 def test_layers_by_keyboard(tab: Any) -> None:
     picture.upload(tab, PICTURE)
     picture.choose(tab, "B", "fastv")

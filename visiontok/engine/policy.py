@@ -350,8 +350,10 @@ class StagePolicy:
         ctx = self._context(call, stage, layer, states, valid, counts)
         reserved = self._reserved(call, stage, ctx)
         scores: list[torch.Tensor] = []
-        less = {"valid": ctx.valid & ~reserved, "count": ctx.count - reserved.sum(1)}
-        whole, ctx = ctx, replace(ctx, **less, note=scores.append)
+        whole, ctx = (
+            ctx,
+            replace(ctx, valid=ctx.valid & ~reserved, count=ctx.count - reserved.sum(1), note=scores.append),
+        )
         selection = answered(stage, ctx, call.counts)
         keep, name = selection.keep, stage.label
         keep = keep.to(ctx.valid.device) & ctx.valid | reserved

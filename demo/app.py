@@ -120,7 +120,7 @@ class Demo:
                 yield self._shown(view, settings, texts, "Stopped.")
                 return
             notes = list(dict.fromkeys(note for a in view.answers if a is not None for note in a.notes))
-            yield self._shown(view, settings, texts, " ".join(filter(None, [note, *notes])), mode, layer)
+            yield self._shown(view, settings, texts, "; ".join(filter(None, [note, *notes])), mode, layer)
         except VisiontokError as error:
             yield self._shown(view, settings, texts, str(error), error=True)
         except RuntimeError as error:  # out of memory, for one
@@ -233,8 +233,8 @@ class Demo:
     def curve(self, source: str, methods: Sequence[str]) -> pd.DataFrame:
         """The points of a source that are to be drawn, and the front over all of its methods."""
         here = [p for p in self.points if p.source == source]
-        rows = [(p.method, 100 * p.kept, p.score) for p in here if p.method in methods]
-        rows += [(pareto.FRONT, 100 * p.kept, p.score) for p in pareto.front(here)]
+        rows = [(pareto.FRONT, 100 * p.kept, p.score) for p in pareto.front(here)]
+        rows += [(p.method, 100 * p.kept, p.score) for p in here if p.method in methods]
         return pd.DataFrame(rows, columns=["method", "visual tokens kept, %", "score, %"])
 
     def choices(self, source: str) -> tuple[list[str], list[str]]:
@@ -249,6 +249,7 @@ class Demo:
         """The page."""
         config = self.loaded.model.config
         model = f"{self.loaded.name} · {config.model_type} · {self.depth} decoder layers · {self.loaded.device}"
+        model += " · a test bench, predicts nothing about large models" if self.loaded.name in TINY else ""
         queue: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "compute"}
         quick: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
         with gr.Blocks(
@@ -388,7 +389,7 @@ class Demo:
             methods = gr.Dropdown(known, value=drawn, multiselect=True, label="Methods", elem_id="methods", scale=3)
         plot = gr.LinePlot(
             self.curve(sources[0], drawn), x="visual tokens kept, %", y="score, %", color="method", height=430,
-            elem_id="curves", buttons=[], x_lim=[0, 102],
+            elem_id="curves", buttons=[], x_lim=[0, 102], color_map={pareto.FRONT: "#98a2b3"},
         )  # fmt: skip
         gr.Markdown(
             "Saved results, not of the question in the other tab. The front is over all methods of the source. Curves "

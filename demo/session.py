@@ -200,7 +200,7 @@ def read_picture(path: str | Path | None) -> tuple[Image.Image, str]:
             f"this picture has {width * height / 1e6:.0f} megapixels; scale it down to at most {LARGEST // 10**6}"
         )
     if frames > 1:
-        note = f"The file has {frames} frames; the first is used."
+        note = f"the file has {frames} frames, of which the first is shown"
     try:
         return load_image(path), note
     except ImageError as error:
@@ -289,6 +289,11 @@ def _measured(
     middle = sorted((run.seconds for run in runs), key=lambda seconds: seconds.first_token)[RUNS // 2]
     seconds = dataclasses.replace(middle, decode=first.seconds.decode)
     notes = [] if made is None else [*report.warnings, *report.account.not_counted]
+    if made is not None and any(stage.kind == "cut" for stage in made.stages):
+        notes.append("selection inside the language model is counted as prefill")
+    unknown = loaded.processor.tokenizer.unk_token_id
+    if unknown is not None and unknown in loaded.processor.tokenizer(question)["input_ids"]:
+        notes.append("the question has words that this model's vocabulary lacks")
     crops: Sequence[Crop] = ()
     try:
         adapter = find_adapter(loaded.base, inside=False)

@@ -154,6 +154,15 @@ def test_pictures_of_any_size(size: tuple[int, int]) -> None:
     assert max(drawing.image.size) <= 1600
 
 
+def test_notes() -> None:
+    _, answer = answered(Setting("fastv", 0.5), question="what about the xylophone?")
+    assert answer.notes == (
+        "selection inside the language model is counted as prefill",
+        "the question has words that this model's vocabulary lacks",
+    )
+    assert answered(Setting("visiontok", 0.5), question="what color is the star?")[1].notes == ()
+
+
 def test_an_animation_shows_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -139,10 +139,6 @@ class Attention:
         return self._read("transition", since)
 
 
-def _unheard(scores: torch.Tensor) -> None:
-    """Nobody looks at the scores."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """All a method may use; U images (or videos), N visual tokens of the largest, D width of the language model.
@@ -186,7 +182,7 @@ class Context:
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
-        note: takes what :meth:`scored` is given.
+        note: takes what :meth:`scored` is given; None if nobody looks.
     """
 
     stage: Literal["pixel", "prompt", "decoder", "cache"]
@@ -218,7 +214,7 @@ class Context:
     question_place: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
-    note: Callable[[torch.Tensor], None] = field(default=_unheard, repr=False)
+    note: Callable[[torch.Tensor], None] | None = None
 
     def scored(self, scores: torch.Tensor) -> torch.Tensor:
         """Say how important the method finds each token, for those who look at the call (``ledger.choices``).
@@ -229,7 +225,8 @@ class Context:
         Returns:
             ``scores``, untouched.
         """
-        self.note(scores.detach())
+        if self.note is not None:
+            self.note(scores.detach())
         return scores
 
     def question(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,8 @@ def _among(ctx: Context, left: list[int]) -> Context:
     read, draw, note = ctx.attention._read, ctx.generator, ctx.note
 
     def among_all(scores: torch.Tensor) -> None:
-        note(scores.new_full(ctx.valid.shape, torch.nan).index_copy(0, index.to(scores.device), scores))
+        if note is not None:
+            note(scores.new_full(ctx.valid.shape, torch.nan).index_copy(0, index.to(scores.device), scores))
 
     return replace(
         ctx,

@@ -76,17 +76,14 @@ class Demo:
 
     Args:
         loaded: the model.
-        results: folders of ``visiontok eval`` for the tab of curves.
+        results: points for the tab of curves, beside those that the package ships.
         longest: longest answer, in tokens.
-
-    Raises:
-        ConfigError: if a folder holds no results.
     """
 
-    def __init__(self, loaded: Loaded, results: Sequence[str] = (), longest: int = 64) -> None:
+    def __init__(self, loaded: Loaded, results: Sequence[pareto.Point] = (), longest: int = 64) -> None:
         self.loaded, self.longest = loaded, longest
         self.depth = len(loaded.text.layers)
-        self.points = [point for folder in results for point in pareto.of_eval(folder)] + pareto.shipped()
+        self.points = [*results, *pareto.shipped()]
         self.sessions: dict[str, threading.Event] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="visiontok-demo-")  # of drawn examples, as long as this lives
 
@@ -440,17 +437,21 @@ def demo_job(
         wait: False to return while it is served.
 
     Raises:
-        ConfigError: for a wrong argument, or a port that is taken.
+        ConfigError: for a wrong argument, a folder without results, or a port that is taken.
     """
     place = find_device(device)
+    points = [point for folder in results for point in pareto.of_eval(folder)]
     with quiet():
         loaded = load_model(model, place)
-    blocks = Demo(loaded, results).blocks()
+    blocks = Demo(loaded, points).blocks()
     try:
         blocks.launch(
-            server_name=host, server_port=port, prevent_thread_lock=not wait, quiet=not wait, show_error=True,
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, show_error=True,
             share=False, ssr_mode=False, footer_links=[], theme=theme(), css=page.CSS, max_file_size="64mb",
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(f"--port {port}: cannot listen there ({error}); give another port, or none") from error
+    if wait:
+        print(f"{model} answers at {blocks.local_url}; Ctrl+C ends it", flush=True)
+        blocks.block_thread()
     return blocks

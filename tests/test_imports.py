@@ -59,6 +59,7 @@ LAYERS = {
     "visiontok.demo.app": "app",
     "visiontok.demo.fate": "app",
     "visiontok.demo.page": "app",
+    "visiontok.demo.picture": "app",
     "visiontok.demo.session": "app",
 }
 

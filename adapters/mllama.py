@@ -46,3 +46,10 @@ class MllamaAdapter(Adapter):
         x = torch.cat([p.reshape(*tiles.shape, -1, p.shape[-1]) for p in patches])
         x = x[:, :, : self.base.vision_model.num_patches]  # the tower pads every tile to a multiple of 8
         return [item[image].flatten(0, 1)[:, None] for item, image in zip(x, tiles, strict=True) if bool(image.any())]
+
+    def pixels(self, record: Record) -> list[torch.Tensor]:
+        size, tiles = self.base.config.vision_config.patch_size, self._tiles(record).flatten(0, 1)
+        x = torch.nn.functional.unfold(self.crops(record)[0], size, stride=size).mT  # (images · tiles, patches, …)
+        x = torch.nn.functional.pad(x, (0, 0, 1, 0), value=torch.nan).unflatten(2, (3, -1))
+        items = x.unflatten(0, tiles.shape)  # (images, tiles, CLS and patches, 3, pixels)
+        return [item[shown].flatten(0, 1) for item, shown in zip(items, tiles, strict=True) if bool(shown.any())]

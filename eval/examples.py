@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image, Resampling
+from visiontok.adapters.base import find as find_adapter
 
 from visiontok.api import Compression, compress, remember_vision
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.named import Loaded, find_device, load_model, quiet
-from visiontok.overlay import enlargement, frame_of, overlay
+from visiontok.overlay import overlay
 from visiontok.recipe import Recipe
 
 from .compare import Answered
@@ -166,23 +167,17 @@ def _of_method(
 def _drawn(loaded: Loaded, item: Item, compression: Compression, title: str) -> tuple[bytes, str]:
     pictures = [image.open() for image in item.images]
     note = f"The first of {len(pictures)} pictures." if len(pictures) > 1 else ""
-    inputs = loaded.inputs((pictures, item.prompt))
     try:
         made = overlay(
-            pictures[0],
+            pictures,
             compression.ledger,
-            loaded.base.config,
-            loaded.processor.image_processor,
-            inputs["pixel_values"],
+            find_adapter(loaded.base, inside=False),
+            lambda like: loaded.processed((like, item.prompt)),
             title,
         )
     except UnsupportedError:
         return _jpeg(pictures[0]), f"{note} Where its tokens lie is not known: the picture itself.".strip()
-    image, size = made.image, pictures[0].size
-    if frame_of(loaded.base.config, loaded.processor.image_processor, size) is not None:
-        # The picture itself is drawn, above its caption, which is a note here.
-        image = image.crop((0, 0, image.width, size[1] * enlargement(size)))
-    return _jpeg(image), f"{made.caption}. {note}".strip()
+    return _jpeg(made.picture), f"{made.caption}. {note}".strip()
 
 
 def _jpeg(picture: Image) -> bytes:

@@ -42,6 +42,7 @@ LAYERS = {
     "visiontok.options": "options",
     "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
+    "visiontok.places": "overlay",
     "visiontok.api": "api",
     "visiontok.rollout": "api",
     "visiontok.named": "named",
@@ -56,6 +57,11 @@ LAYERS = {
     "visiontok.eval": "eval",
     "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
+    "visiontok.demo.app": "app",
+    "visiontok.demo.fate": "app",
+    "visiontok.demo.page": "app",
+    "visiontok.demo.picture": "app",
+    "visiontok.demo.session": "app",
 }
 
 OPERATORS = {"errors", "kernels", "operators"}
@@ -85,7 +91,7 @@ MAY_IMPORT = {
     "catalogue": {"errors", "method", "recipes"},
     "options": {"errors", "method"},
     "weights": {"errors"},
-    "overlay": {"errors", "engine"},
+    "overlay": {"errors", "engine", "adapters.base", "overlay"},
     "api": API,
     "named": API | {"options", "named", "demo"},
     "run": API | {"package", "overlay", "options", "named", "run", "demo", "calibration"},
@@ -98,6 +104,7 @@ MAY_IMPORT = {
         "run",
         "eval",
         "demo",
+        "app",
         "doctor",
         "conformance",
         "catalogue",
@@ -110,6 +117,7 @@ MAY_IMPORT = {
     "statistics": {"errors", "statistics"},
     "eval": API | {"package", "conventions", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "named", "options", "calibration", "statistics", "demo"},
+    "app": API | {"package", "named", "overlay", "run", "demo", "app"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -186,7 +194,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "named", "run", "cli", "eval", "demo"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo", "app"}
 
 
 @pytest.mark.parametrize(

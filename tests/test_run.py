@@ -99,7 +99,7 @@ def test_every_method(method: str, tmp_path: Path) -> None:
         4 * (144 + text) / (sum(CACHED.get(method, LAYERS[method])) + 4 * text)
     )
     assert data["overlay"]["kept"] == next(n for n in reversed(LAYERS[method]) if n)
-    factor = overlay.enlargement((144, 144))
+    factor = round(overlay.scale_of((144, 144)))
     with Image.open(path) as drawn:
         assert drawn.format == "PNG"
         assert drawn.width == 144 * factor

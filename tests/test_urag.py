@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor
+from visiontok.adapters.base import find as find_adapter
 
 import visiontok
 import visiontok.functional as F
@@ -25,6 +26,7 @@ from visiontok.conformance.checks import CHECKS, Case, Failed, against_oracle, r
 from visiontok.conformance.zoo import BANNED, IMAGE, VIDEO, batch, build
 from visiontok.errors import ConfigError
 from visiontok.method import Stage
+from visiontok.places import find_places
 from visiontok.recipe import of_method
 from visiontok.recipes import find
 from visiontok.recipes.urag import URaG, urag
@@ -424,10 +426,12 @@ def test_the_overlay_of_a_dropped_picture_is_dark() -> None:
     for groups, bright in ((1, 16 if expected("llava", most=1)[0] else 0), (3, 16)):
         with visiontok.compress(model, "urag", layer=CUT, groups=groups) as compression, torch.no_grad():
             model(**inputs)
-        drawn = overlay.overlay(
-            picture, compression.ledger, model.config, processor, inputs["pixel_values"][:1], "urag"
-        )
-        assert (drawn.cells, drawn.kept) == (16, bright)
+        ledger, pictures = compression.ledger, [picture] * len(inputs["pixel_values"])
+        adapter = find_adapter(model.model)
+        crops = find_places(adapter, ledger.units, pictures, lambda like: processor(like, return_tensors="pt"))
+        drawn = overlay.draw_kept(picture, crops[:1], overlay.living(ledger, overlay.last_layer(ledger)))
+        corners = [drawn.image.getpixel((right - 1, bottom - 1)) for _, _, right, bottom in drawn.cells.tolist()]
+        assert (len(corners), corners.count(overlay.KEPT_FRAME)) == (16, bright)
     assert not expected("llava", most=1)[0]  # the case this test is about
 
 

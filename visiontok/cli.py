@@ -104,6 +104,31 @@ def run(
         result.render(_console())
 
 
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="Hugging Face id, folder, or an embedded model: `tiny` (LLaVA), `tiny-qwen` (Qwen3-VL).")
+    ] = "tiny",
+    port: Annotated[int | None, typer.Option(help="Port. Default: the first free one from 7860.")] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    results: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="Results of `visiontok eval` to draw; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a page that asks a question with two settings side by side. Needs the extra `demo`."""
+    try:
+        from visiontok.demo.app import demo_job
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "pandas"):
+            raise
+        raise ConfigError(
+            f"demo: {error.name} is not installed; pip install 'visiontok[demo]', or use `visiontok run`"
+        ) from error
+    demo_job(model=model, port=port, host=host, device=device, results=results or ())
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[

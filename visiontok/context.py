@@ -182,6 +182,7 @@ class Context:
         fidelity: ``fixed``, or ``official`` for the published code's behaviour, bugs included.
         generator: image index u → a seeded CPU generator that depends on seed, prompt and image only, not on the
             place in the batch; beams of one prompt get equal ones.
+        note: takes what :meth:`scored` is given; None if nobody looks.
     """
 
     stage: Literal["pixel", "prompt", "decoder", "cache"]
@@ -213,6 +214,20 @@ class Context:
     question_place: torch.Tensor | None
     fidelity: Literal["fixed", "official"]
     generator: Callable[[int], torch.Generator]
+    note: Callable[[torch.Tensor], None] | None = None
+
+    def scored(self, scores: torch.Tensor) -> torch.Tensor:
+        """Say how important the method finds each token, for those who look at the call (``ledger.choices``).
+
+        Args:
+            scores: (U, N), larger is more important. What is kept may rest on more than that, diversity for one.
+
+        Returns:
+            ``scores``, untouched.
+        """
+        if self.note is not None:
+            self.note(scores.detach())
+        return scores
 
     def question(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The question each image is asked, (U, Q, D), and which tokens of it exist, (U, Q) bool.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,28 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .engine.vision import Units
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one selection did; U images, N visual tokens of the largest.
+
+    Attributes:
+        label: of the stage.
+        layer: decoder layer on whose input it was; None before the language model.
+        candidates: (U, N) bool, who was still there.
+        kept: (U, N) bool, who stayed.
+        scores: (U, N) how important the method found each token, larger is more important; None if it does not say.
+        into: (U, N) long, the kept token that took over each candidate, itself if it stayed; -1 for those that nobody
+            took over, and for all others. None where the method only drops.
+    """
+
+    label: str
+    layer: int | None
+    candidates: torch.Tensor
+    kept: torch.Tensor
+    scores: torch.Tensor | None
+    into: torch.Tensor | None
 
 
 class TokenLedger:
@@ -23,6 +46,9 @@ class TokenLedger:
         depth: number of decoder layers.
         stock: slots per row that each layer of the stock model computes and caches, if these are not the N positions.
 
+    Attributes:
+        choices: the selections before and inside the language model, in order; nothing is noted where all was kept.
+
     In a cross-attention model visual tokens have no place in the prompt: the N positions are the columns of the
     cross-attention states, then the text. A token is alive in all layers or in none, and the slots of a
     cross-attention layer hold visual tokens only, those of the others text only.
@@ -33,6 +59,7 @@ class TokenLedger:
     ) -> None:
         self.visual, self.attended, self.units, self.depth = visual, attended, units, depth
         self.stock = [visual.shape[1]] * depth if stock is None else stock
+        self.choices: list[Choice] = []
         self._alive: list[torch.Tensor] | None = None
         self._widths = self.stock
         self._masses: list[torch.Tensor | None] = [None] * depth
@@ -57,6 +84,12 @@ class TokenLedger:
         """
         self._alive, self._widths, self._masses = alive, widths, masses
         self._frozen, self._cached, self._narrow = frozen, cached, narrow
+
+    def note_heirs(self, into: torch.Tensor) -> None:
+        """(U, N) long: who took over those that the last choice dropped and that no method has merged."""
+        last = self.choices[-1]
+        merged = into if last.into is None else torch.where(last.into >= 0, last.into, into)
+        self.choices[-1] = replace(last, into=torch.where(last.candidates, merged, -1))
 
     def alive(self, layer: int) -> torch.Tensor:
         """(B, N) bool: prompt positions that are alive in decoder layer ``layer``; padding never is.

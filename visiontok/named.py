@@ -108,11 +108,12 @@ class Loaded:
             ConfigError: if the processor or its chat template refuses one of them.
         """
         try:
-            return self._processed(asked).to(self.device, dtype=self.model.dtype)
+            return self.processed(*asked).to(self.device, dtype=self.model.dtype)
         except (ValueError, jinja2.TemplateError) as error:
             raise ConfigError(f"the processor of {self.name} refuses this picture or question: {error}") from error
 
-    def _processed(self, asked: Sequence[tuple[Sequence[Image], Prompt]]) -> Any:
+    def processed(self, *asked: tuple[Sequence[Image], Prompt]) -> Any:
+        """The same as the processor returns it: in float32 and on the host."""
         processor = self.processor
         padded: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(asked) > 1 else {}
         if getattr(processor, "chat_template", None) is None:  # a base model: the bare prompt

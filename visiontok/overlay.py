@@ -1,43 +1,60 @@
-"""Draws which visual tokens were kept: their patches bright, the others darkened.
+"""Draws which visual tokens were kept: their patches bright and framed, the others darkened.
 
-Where a patch lies on the picture depends on how the processor resized and cropped it. That is known for the families
-that see one square crop and for those that see the whole picture; for any other, the first crop is drawn as the model
-saw it, and the caption says so.
+A picture that the model sees twice, whole and in tiles, is drawn twice. What the processor has padded is drawn as well,
+for it has tokens.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from visiontok.errors import UnsupportedError
 from visiontok.ledger import TokenLedger
+from visiontok.places import Crop, find_places, sheets
 
-Box = tuple[float, float, float, float]
-"""(left, top, width, height) in pixels of a picture; may reach beyond its edges."""
-
-# Resized (and padded or cropped) as the image processor's own flags say.
-_ONE_CROP = frozenset({"llava", "vipllava"})
-# The tokens of t = 0 cover the whole picture, stretched: native resolution, one stretched square, or the thumbnail.
-_WHOLE = frozenset(
-    {
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "mistral3", "gemma3", "paligemma", "llava_next",
-        "llava_onevision",
-    }
-)  # fmt: skip
+if TYPE_CHECKING:
+    from visiontok.adapters.base import Adapter
 
 KEPT_FRAME = (255, 190, 0)
 """Colour of the frame around a kept patch."""
+PADDING = (128, 128, 128)
+"""Colour of what the processor has padded."""
+PICKED = (0, 200, 255)
+"""Colour of the frame around a patch that was picked, and of the one that it was merged into."""
 
-_LONG_SIDE = 768  # pixels; smaller pictures are enlarged by a whole factor, or their patches could not be told apart
+_SIDES = 768, 1536  # pixels; a shorter picture is enlarged by a whole factor, or its patches could not be told apart
 _LEAST_CELL = 6  # pixels; no grid lines between smaller cells
+_GAP = 12  # pixels between two sheets
 _FONT_SIZE = 15
+_HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing on which every cell is a visual token.
+
+    Attributes:
+        image: RGB.
+        tokens: (n, 2) long, (unit, token of the unit).
+        cells: (n, 4) long, (left, top, right, bottom) in pixels of the drawing, right and bottom excluded.
+    """
+
+    image: Image.Image
+    tokens: torch.Tensor
+    cells: torch.Tensor
+
+    def token_at(self, x: int, y: int) -> tuple[int, int] | None:
+        """The token drawn at a pixel."""
+        at = torch.tensor([x, y])
+        inside = ((self.cells[:, :2] <= at) & (at < self.cells[:, 2:])).all(1)
+        found: list[list[int]] = self.tokens[inside].tolist()
+        return (found[0][0], found[0][1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -45,13 +62,15 @@ class Overlay:
     """A drawing of the kept tokens.
 
     Attributes:
-        image: the picture with its kept patches, above a strip with the caption.
+        picture: the picture with its kept patches.
+        image: the same above a strip with the caption.
         caption: method, budget, decoder layer, and what is shown.
         layer: decoder layer whose tokens are drawn: the last one that holds visual tokens.
         cells: rectangles on the picture, one per visual token that has a place on it.
         kept: how many of them are drawn bright.
     """
 
+    picture: Image.Image
     image: Image.Image
     caption: str
     layer: int
@@ -66,185 +85,156 @@ class Overlay:
 
 
 def overlay(
-    picture: Image.Image, ledger: TokenLedger, config: Any, image_processor: Any, pixel_values: torch.Tensor, title: str
+    pictures: Sequence[Image.Image],
+    ledger: TokenLedger,
+    adapter: Adapter,
+    processed: Callable[[Sequence[Image.Image]], Mapping[str, Any]],
+    title: str,
 ) -> Overlay:
-    """Draw what is left of the first image of the first prompt row.
+    """Draw what is left of the first picture of a prompt.
 
     Args:
-        picture: the picture as it was given to the processor.
+        pictures: all of the call, which had one prompt, as they were given to the processor.
         ledger: of the compressed call.
-        config: the model's configuration.
-        image_processor: the one that made ``pixel_values``.
-        pixel_values: what went into the vision tower.
+        adapter: of the model.
+        processed: what the call's processor makes of other pictures of these sizes, in float32 and on the host.
         title: method and budget, for the caption.
 
     Raises:
         UnsupportedError: if nothing is known of where this model's tokens lie.
     """
-    mine = ledger.visual[0].cpu() & (ledger.grid()[0, :, 0].cpu() <= 0)
-    place = ledger.grid()[0, mine.to(ledger.visual.device), 1:].cpu()
-    layer = _last_layer(ledger)
-    alive = ledger.alive(layer)[0].cpu()[mine]
-    if not bool((place >= 0).all(1).any()):
-        raise UnsupportedError(
-            f"overlay: the adapter of {config.model_type} does not say where its tokens lie on the picture; leave "
-            "--overlay out, or implement grids() in an adapter (visiontok.adapters.base.Adapter)"
-        )
-    frame = frame_of(config, image_processor, picture.size)
-    note = ""
-    if frame is None:
-        picture = as_seen(pixel_values, image_processor, config.model_type)
-        frame = _patched(config, (0.0, 0.0, float(picture.width), float(picture.height)))
-        note = "; shown is the first crop as the model saw it"
-    rectangles = boxes(place, frame)
-    shown = ~rectangles.isnan().any(1)
-    tokens, kept = int(ledger.visual[0].sum()), int((ledger.alive(layer)[0] & ledger.visual[0]).sum())
-    if int(shown.sum()) < tokens:
-        note += f"; {tokens - int(shown.sum())} tokens that lie on other crops or are no patches are not shown"
-    if layer < ledger.depth - 1:
-        note += f"; none from layer {layer + 1} on"
-    caption = f"{title}: {kept} of {tokens} visual tokens kept in decoder layer {layer}{note}"
-    image = draw(picture, rectangles[shown], alive[shown], caption)
-    return Overlay(image, caption, layer, int(shown.sum()), int(alive[shown].sum()))
+    crops = [crop for crop in find_places(adapter, ledger.units, pictures, processed) if crop.picture == 0]
+    layer = last_layer(ledger)
+    alive = living(ledger, layer)
+    drawing = draw_kept(pictures[0], crops, alive)
+    bright = int(alive[tuple(drawing.tokens.T)].sum())
+    tokens, kept = int(ledger.visual[0].sum()), int(alive.sum())
+    note = f"; {tokens - len(drawing.tokens)} tokens that are none of its patches are not shown"
+    caption = f"{title}: {kept} of {tokens} visual tokens kept in decoder layer {layer}"
+    caption += note if len(drawing.tokens) < tokens else ""
+    caption += f"; none from layer {layer + 1} on" if layer < ledger.depth - 1 else ""
+    return Overlay(drawing.image, _with_caption(drawing.image, caption), caption, layer, len(drawing.tokens), bright)
 
 
-def _last_layer(ledger: TokenLedger) -> int:
+def last_layer(ledger: TokenLedger) -> int:
     """The last decoder layer that holds visual tokens."""
     held = [layer for layer in range(ledger.depth) if bool((ledger.alive(layer) & ledger.visual)[0].any())]
     return held[-1] if held else 0
 
 
-def frame_of(config: Any, image_processor: Any, size: tuple[int, int]) -> Box | None:
-    """The part of a picture that the t = 0 grid of its tokens covers; None where it is not known.
-
-    Args:
-        config: the model's configuration.
-        image_processor: its flags say how pictures are padded, resized and cropped.
-        size: (width, height) of the picture.
-    """
-    if config.model_type in _WHOLE:
-        return (0.0, 0.0, float(size[0]), float(size[1]))
-    if config.model_type not in _ONE_CROP:
-        return None
-    width, height = size
-    left = top = 0.0
-    if getattr(image_processor, "do_pad", False):  # LLaVA pads to a square, the picture in the middle
-        side = max(size)
-        left, top = -float((side - width) // 2), -float((side - height) // 2)
-        width = height = side
-    new_width, new_height = width, height
-    if getattr(image_processor, "do_resize", False):
-        new_width, new_height = _resized(image_processor.size, width, height)
-    crop_width, crop_height = new_width, new_height
-    if getattr(image_processor, "do_center_crop", False):
-        crop_width, crop_height = (int(_entry(image_processor.crop_size, side)) for side in ("width", "height"))
-    # int() rounds towards zero, as the processors do, whether they cut off or pad.
-    crop_left, crop_top = int((new_width - crop_width) / 2), int((new_height - crop_height) / 2)
-    across, down = width / new_width, height / new_height
-    crop = (left + crop_left * across, top + crop_top * down, crop_width * across, crop_height * down)
-    return _patched(config, crop)
+def living(ledger: TokenLedger, layer: int) -> torch.Tensor:
+    """(U, N) bool on the host: visual tokens that are alive in a decoder layer."""
+    units = ledger.units
+    return (units.gather(ledger.alive(layer)[..., None])[..., 0] & units.valid).cpu()
 
 
-def _patched(config: Any, crop: Box) -> Box:
-    """The part of a crop that its patches cover: all of it, but for what is left over at the right and below."""
-    vision = config.vision_config
-    pixels, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if not isinstance(pixels, int) or not isinstance(patch, int):
-        return crop
-    covered = pixels // patch * patch / pixels
-    return (crop[0], crop[1], crop[2] * covered, crop[3] * covered)
-
-
-def _resized(size: Any, width: int, height: int) -> tuple[int, int]:
-    shortest = _entry(size, "shortest_edge")
-    if shortest is None:
-        return int(_entry(size, "width")), int(_entry(size, "height"))
-    if width < height:
-        return shortest, int(shortest * height / width)
-    return int(shortest * width / height), shortest
-
-
-def _entry(size: Any, name: str) -> Any:
-    """A processor's sizes are mappings or objects, depending on the version of transformers."""
-    return size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
-
-
-def as_seen(pixel_values: torch.Tensor, image_processor: Any, model_type: str) -> Image.Image:
-    """The first crop, with its normalisation undone.
-
-    Args:
-        pixel_values: (…, 3, H, W).
-        image_processor: has ``image_mean`` and ``image_std``.
-        model_type: for the error.
-
-    Raises:
-        UnsupportedError: if the pixels are not crops.
-    """
-    if pixel_values.ndim < 4 or pixel_values.shape[-3] != 3:
-        raise UnsupportedError(
-            f"overlay: {model_type} packs its pixels in a way visiontok cannot draw "
-            f"(shape {tuple(pixel_values.shape)}); leave --overlay out"
-        )
-    crop = pixel_values.detach().float().cpu().reshape(-1, *pixel_values.shape[-3:])[0]
-    mean, std = (torch.tensor(getattr(image_processor, name)).view(3, 1, 1) for name in ("image_mean", "image_std"))
-    pixels = ((crop * std + mean).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def boxes(place: torch.Tensor, frame: Box) -> torch.Tensor:
-    """Rectangles of the tokens of t = 0.
-
-    Args:
-        place: (n, 3) long, (t, row, column) of all tokens of one image, -1 where unknown.
-        frame: what the grid of t = 0 covers.
-
-    Returns:
-        (n, 4) float, (left, top, right, bottom) on the picture; NaN for tokens without a place on it.
-    """
-    here = (place[:, 0] == 0) & (place >= 0).all(1)
-    cells = torch.full((len(place), 4), torch.nan)
-    rows, columns = (place[here][:, 1:].amax(0) + 1).tolist()
-    left, top, width, height = frame
-    row, column = place[here, 1], place[here, 2]
-    cells[here, 0], cells[here, 2] = left + width * column / columns, left + width * (column + 1) / columns
-    cells[here, 1], cells[here, 3] = top + height * row / rows, top + height * (row + 1) / rows
-    return cells
-
-
-def draw(picture: Image.Image, cells: torch.Tensor, kept: torch.Tensor, caption: str) -> Image.Image:
-    """The picture with its kept cells bright and framed, the others dark, the rest darker, and a caption below.
+def draw_kept(
+    picture: Image.Image, crops: Sequence[Crop], kept: torch.Tensor, picked: Sequence[tuple[int, int]] = ()
+) -> Drawing:
+    """The picture with its kept patches bright and framed, the others dark; no frames where all are kept.
 
     Args:
         picture: RGB.
-        cells: (n, 4), (left, top, right, bottom) on the picture.
-        kept: (n,) bool.
-        caption: text.
-
-    Returns:
-        an RGB image; the picture's part is ``enlargement(picture.size)`` times as large as the picture.
+        crops: where its tokens lie.
+        kept: (U, N) bool.
+        picked: tokens to be framed, (unit, token) each.
     """
-    factor = enlargement(picture.size)
-    bright = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    grey = bright.convert("L").convert("RGB")
-    light, lines, frames = (Image.new("L", bright.size, level) for level in (40, 0, 0))
+    drawing = _canvas(picture, crops)
+    shown = kept[tuple(drawing.tokens.T)]
+    dropped = not bool(shown.all())
+    grey = drawing.image.convert("L").convert("RGB")
+    light, lines, frames = (Image.new("L", drawing.image.size, level) for level in (40, 0, 0))
     fill, faint, strong = (ImageDraw.Draw(plane) for plane in (light, lines, frames))
-    for (left, top, right, bottom), bright_cell in zip((cells * factor).round().int().tolist(), kept, strict=True):
+    for (left, top, right, bottom), bright in zip(drawing.cells.tolist(), shown, strict=True):
         area = (left, top, max(right - 1, left), max(bottom - 1, top))
-        fill.rectangle(area, fill=255 if bright_cell else 90)
+        fill.rectangle(area, fill=255 if bright else 90)
         if min(right - left, bottom - top) >= _LEAST_CELL:
             faint.line([(left, bottom - 1), (left, top), (right - 1, top)], fill=70)
-            if bright_cell:  # or a kept black patch would look dropped
+            if bright and dropped:  # or a kept black patch would look dropped
                 strong.rectangle(area, outline=255)
-    dark = Image.composite(grey, Image.new("RGB", bright.size), light)
-    picture = Image.composite(bright, dark, light.point(lambda value: 255 if value == 255 else 0))
-    picture.paste("white", mask=lines)
-    picture.paste(KEPT_FRAME, mask=frames)
-    return _with_caption(picture, caption)
+    dark = Image.composite(grey, Image.new("RGB", grey.size), light)
+    image = Image.composite(drawing.image, dark, light.point(lambda value: 255 if value == 255 else 0))
+    image.paste("white", mask=lines)
+    image.paste(KEPT_FRAME, mask=frames)
+    return _framed(Drawing(image, drawing.tokens, drawing.cells), picked)
 
 
-def enlargement(size: tuple[int, int]) -> int:
-    """The whole factor by which a picture of this size is enlarged for drawing."""
-    return max(1, round(_LONG_SIDE / max(size)))
+def draw_heat(
+    picture: Image.Image, crops: Sequence[Crop], scores: torch.Tensor, picked: Sequence[tuple[int, int]] = ()
+) -> Drawing:
+    """The picture in grey under the colours of its tokens' ranks, from dark (lowest) to bright.
+
+    Ranks, for the scores of most methods span orders of magnitude.
+
+    Args:
+        picture: RGB.
+        crops: where its tokens lie.
+        scores: (U, N) float; tokens without one (NaN or infinite) stay grey.
+        picked: tokens to be framed, (unit, token) each.
+    """
+    drawing = _canvas(picture, crops)
+    grey = drawing.image.convert("L").convert("RGB")
+    colours = grey.copy()
+    pen = ImageDraw.Draw(colours)
+    mine = scores[tuple(drawing.tokens.T)]
+    known = mine[mine.isfinite()].unique()
+    for (left, top, right, bottom), score in zip(drawing.cells.tolist(), mine, strict=True):
+        if bool(score.isfinite()):
+            rank = float(torch.searchsorted(known, score)) / max(len(known) - 1, 1)
+            pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=heat(rank))
+    return _framed(Drawing(Image.blend(grey, colours, 0.65), drawing.tokens, drawing.cells), picked)
+
+
+def heat(share: float) -> tuple[int, int, int]:
+    """The colour of a number from 0 to 1."""
+    place = min(max(share, 0.0), 1.0) * (len(_HEAT) - 1)
+    low = min(int(place), len(_HEAT) - 2)
+    red, green, blue = (round(a + (place - low) * (b - a)) for a, b in zip(_HEAT[low], _HEAT[low + 1], strict=True))
+    return red, green, blue
+
+
+def scale_of(size: tuple[int, int]) -> float:
+    """By what a picture of this size is enlarged, or reduced, for drawing."""
+    least, most = _SIDES
+    return max(1, round(least / max(size))) if max(size) <= most else most / max(size)
+
+
+def _framed(drawing: Drawing, picked: Sequence[tuple[int, int]]) -> Drawing:
+    pen = ImageDraw.Draw(drawing.image)
+    for token in picked:
+        for left, top, right, bottom in drawing.cells[(drawing.tokens == torch.tensor(token)).all(1)].tolist():
+            pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=PICKED, width=3)
+    return drawing
+
+
+def _canvas(picture: Image.Image, crops: Sequence[Crop]) -> Drawing:
+    """The picture as it is, one sheet beside the other, with room for what was padded."""
+    scale = scale_of(picture.size)
+    size = round(picture.width * scale), round(picture.height * scale)
+    drawn = picture.convert("RGB").resize(
+        size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS, reducing_gap=3.0
+    )
+    panels: list[Image.Image] = []
+    tokens: list[torch.Tensor] = []
+    cells: list[torch.Tensor] = []
+    across = 0
+    for sheet in sheets(crops):
+        places = torch.cat([crop.boxes for crop in sheet]) * scale
+        ends = torch.tensor(size, dtype=torch.float32)
+        low = torch.minimum(places[:, :2].amin(0), torch.zeros(2)).round().long()
+        high = torch.maximum(places[:, 2:].amax(0), ends).round().long()
+        panel = Image.new("RGB", tuple((high - low).tolist()), PADDING)
+        panel.paste(drawn, tuple((-low).tolist()))
+        panels.append(panel)
+        tokens += [torch.stack([torch.full_like(crop.tokens, crop.unit), crop.tokens], 1) for crop in sheet]
+        cells.append(places.round().long() - low.repeat(2) + torch.tensor([across, 0, across, 0]))
+        across += panel.width + _GAP
+    page = Image.new("RGB", (across - _GAP, max(panel.height for panel in panels)), "white")
+    across = 0
+    for panel in panels:
+        page.paste(panel, (across, 0))
+        across += panel.width + _GAP
+    return Drawing(page, torch.cat(tokens), torch.cat(cells))
 
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:

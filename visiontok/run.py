@@ -11,13 +11,14 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from visiontok.adapters.base import find as find_adapter
 from visiontok.api import Compression, compress
 from visiontok.cost import SpeedUp, time_to_first_token_cap
 from visiontok.errors import ConfigError
@@ -30,6 +31,7 @@ from visiontok.stopwatch import Seconds, timed
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
+    from transformers.generation.streamers import BaseStreamer
 
     from visiontok.recipe import Recipe
     from visiontok.report import Report
@@ -337,9 +339,30 @@ def _scene_or_file(image: str | None, ask: str | None, seed: int) -> _Subject:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def _run(loaded: Loaded, picture: Image, question: str, longest: int, compression: Compression | None) -> Side:
-    """One answer from picture to last token."""
-    found = timed(loaded, [([picture], question)], compression=compression, max_new_tokens=longest)
+def timed_answer(
+    loaded: Loaded,
+    picture: Image,
+    question: str,
+    longest: int,
+    compression: Compression | None,
+    *,
+    streamer: BaseStreamer | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Side:
+    """One answer from picture to last token, greedily.
+
+    Args:
+        loaded: the model.
+        picture: what is asked about.
+        question: what is asked.
+        longest: longest answer, in tokens.
+        compression: what is attached to the model; None for the stock model.
+        streamer: gets the prompt, then every token, as ``generate()`` streams them.
+        stop: asked behind every token whether to end there.
+    """
+    found = timed(
+        loaded, [([picture], question)], compression=compression, stop=stop, max_new_tokens=longest, streamer=streamer
+    )
     new = found.output[0, found.inputs["input_ids"].shape[1] :]
     answer = loaded.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     return Side(answer, len(new), found.seconds)
@@ -359,7 +382,7 @@ def _choose(loaded: Loaded, subject: _Subject) -> tuple[str, str | None]:
     """The first question that the embedded model answers rightly as it is: only what works can be seen to break."""
     if loaded.name in TINY and len(subject.questions) > 1:
         for question, expected in subject.questions:
-            if _run(loaded, subject.picture, question, 4, None).answer == expected:
+            if timed_answer(loaded, subject.picture, question, 4, None).answer == expected:
                 return question, expected
     return subject.questions[0]
 
@@ -377,19 +400,19 @@ def _compare(
     question, expected = _choose(loaded, subject)
     inputs = loaded.inputs(([picture], question))
     # A warm-up of each, short; what can go wrong with the recipe or the drawing goes wrong here, before the long part.
-    _run(loaded, picture, question, 2, None)
+    timed_answer(loaded, picture, question, 2, None)
     with compress(loaded.model, recipe) as compression:
-        _run(loaded, picture, question, 2, compression)
+        timed_answer(loaded, picture, question, 2, compression)
         drawn = None
         if overlay is not None:
-            drawn = _draw(loaded, picture, inputs, compression, overlay)
+            drawn = _draw(loaded, picture, question, compression, overlay)
         text_ids = inputs["input_ids"][~compression.ledger.visual][None]
     _text_prefill(loaded, text_ids)
     stock, compressed, text_only = [], [], []
     for _ in range(repeats):  # interleaved, so that a drift of the clock rate hits both alike
-        stock.append(_run(loaded, picture, question, longest, None))
+        stock.append(timed_answer(loaded, picture, question, longest, None))
         with compress(loaded.model, recipe) as compression:
-            compressed.append(_run(loaded, picture, question, longest, compression))
+            compressed.append(timed_answer(loaded, picture, question, longest, compression))
             report = compression.report
         text_only.append(_text_prefill(loaded, text_ids))
     sides = [replace(runs[0], seconds=Seconds.median([run.seconds for run in runs])) for runs in (stock, compressed)]
@@ -421,11 +444,15 @@ def _compare(
     )
 
 
-def _draw(loaded: Loaded, picture: Image, inputs: Any, compression: Compression, path: str) -> Drawn:
+def _draw(loaded: Loaded, picture: Image, question: str, compression: Compression, path: str) -> Drawn:
     report = compression.report
     title = f"{report.recipe} ({report.requested})"
     made = draw_overlay(
-        picture, compression.ledger, loaded.base.config, loaded.processor.image_processor, inputs["pixel_values"], title
+        [picture],
+        compression.ledger,
+        find_adapter(loaded.base, inside=False),
+        lambda like: loaded.processed((like, question)),
+        title,
     )
     made.save(str(Path(path).expanduser()))
     return Drawn(path, made.caption, made.layer, made.kept)

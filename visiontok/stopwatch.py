@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +77,8 @@ class Stopwatch(transformers.StoppingCriteria):
     They only look: what they see is handed on untouched, so the stock model stays stock.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded, self.clock, self.first_token = loaded, Clock(), 0.0
+    def __init__(self, loaded: Loaded, stop: Callable[[], bool] | None = None) -> None:
+        self.loaded, self.stop, self.clock, self.first_token = loaded, stop, Clock(), 0.0
         self._hooks: list[Any] = []
 
     def mark(self, name: str) -> None:
@@ -119,12 +119,13 @@ class Stopwatch(transformers.StoppingCriteria):
             self.loaded.base.__dict__["get_image_features"] = self._covered
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        """Called after every token; never stops."""
+        """Called after every token; stops where the caller wants to."""
         if not self.first_token:
             input_ids[:, -1].tolist()  # wait until it is known
             self.first_token = time.perf_counter()
             self.__exit__()  # decoding is not to be slowed down, nor compiled with hooks in it
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        ends = self.stop is not None and self.stop()
+        return torch.full((len(input_ids),), ends, device=input_ids.device)  # type: ignore[return-value]
 
     def between(self, start: str, end: str) -> float:
         """Seconds between two marks; 0 where a part did not run."""
@@ -137,6 +138,7 @@ def timed(
     *,
     compression: Compression | None = None,
     shorten: Recipe | None = None,
+    stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Timed:
     """Answers to a batch of questions, from the pictures to the last token, greedily.
@@ -146,13 +148,14 @@ def timed(
         asked: pictures and question of each row.
         compression: what is attached to the model.
         shorten: a recipe of prompt stages that makes the inputs shorter instead; nothing is attached then.
+        stop: asked behind every token whether to end there.
         **options: of ``generate()``.
 
     Raises:
         ConfigError: if a vision memory is on the model, which would take the tower's work away.
     """
     refuse_memory(loaded.model)
-    watch = Stopwatch(loaded)
+    watch = Stopwatch(loaded, stop)
     loaded.synchronize()
     start = time.perf_counter()
     inputs = loaded.inputs(*asked)

@@ -65,10 +65,16 @@ def _among(ctx: Context, left: list[int]) -> Context:
     """The same question about some of the images."""
     index = torch.tensor(left, device=ctx.valid.device)
     mine: dict[str, Any] = {name: x[index] for name in _PER_IMAGE if (x := getattr(ctx, name)) is not None}
-    read, draw = ctx.attention._read, ctx.generator
+    read, draw, note = ctx.attention._read, ctx.generator, ctx.note
+
+    def among_all(scores: torch.Tensor) -> None:
+        if note is not None:
+            note(scores.new_full(ctx.valid.shape, torch.nan).index_copy(0, index.to(scores.device), scores))
+
     return replace(
         ctx,
         **mine,
         attention=Attention(lambda stat, layer: read(stat, layer)[index]),
         generator=lambda u: draw(left[u]),
+        note=among_all,
     )

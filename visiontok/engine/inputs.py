@@ -274,7 +274,7 @@ def shorten(
             f"{family}: generate() of transformers {transformers.__version__} takes neither encoded images nor "
             f"{'DeepStack features' if embeddable else 'embeddings'}; {remedy}"
         )
-    outputs = _encode(adapter.base, inputs)
+    outputs = encode(adapter.base, inputs)
     masks = {m: ids == token for m, token in adapter.placeholders().items() if m in outputs}
     visual = functools.reduce(torch.logical_or, masks.values())
     embeds = adapter.base.get_input_embeddings()(ids.masked_fill(visual, 0))  # a placeholder may lie outside its table
@@ -364,7 +364,7 @@ def _is_input(base: Any, name: str) -> bool:
     return "output" not in name and any(e is not None and name in inspect.signature(e).parameters for e in encoders)
 
 
-def _encode(base: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def encode(base: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Modality → what its ``get_…_features`` makes of the inputs, called as ``generate`` does."""
     begin_forward()
     outputs = {}

@@ -17,6 +17,7 @@ from ..context import Attention, Context
 from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
+from ..ledger import Choice
 from ..method import Mass, Selection, Stage, resolve_layer
 from .answer import answered
 from .call import Prefill, counted
@@ -314,6 +315,7 @@ class StagePolicy:
             size = torch.zeros_like(size).scatter_add(1, torch.where(merged, into, here), size)
             present = present & ~merged
         group = nearest_kept(features.detach(), keep, present, most=max([1, *call.counts]))
+        call.trace.ledger.note_heirs(group)  # type: ignore[union-attr]  # a prefill has one
         call.mass = absorb(features[..., :1].detach(), group, size, 0.0)[1]
         joined = keep & (call.mass > size)  # a token that nobody joins keeps its value to the last bit
         if mass.beta:
@@ -352,7 +354,11 @@ class StagePolicy:
             return None
         ctx = self._context(call, stage, layer, states, valid, counts)
         reserved = self._reserved(call, stage, ctx)
-        whole, ctx = ctx, replace(ctx, valid=ctx.valid & ~reserved, count=ctx.count - reserved.sum(1))
+        scores: list[torch.Tensor] = []
+        whole, ctx = (
+            ctx,
+            replace(ctx, valid=ctx.valid & ~reserved, count=ctx.count - reserved.sum(1), note=scores.append),
+        )
         selection = answered(stage, ctx, call.counts)
         keep, name = selection.keep, stage.label
         keep = keep.to(ctx.valid.device) & ctx.valid | reserved
@@ -389,6 +395,10 @@ class StagePolicy:
             )
         if features is not None and stage.reserve:  # what is reserved was no part of any merging
             features = torch.where(reserved[..., None], whole.features, features)
+        if stage.kind != "route":
+            heirs = None if into is None else torch.where(keep, torch.arange(keep.shape[1], device=keep.device), into)
+            choice = Choice(name, layer, valid, keep, scores[-1] if scores else None, heirs)
+            call.trace.ledger.choices.append(choice)  # type: ignore[union-attr]  # a prefill has one
         return Selection(keep=keep, features=features, into=into, weights=selection.weights)
 
     def _reserved(self, call: Prefill, stage: Stage, ctx: Context) -> torch.Tensor:

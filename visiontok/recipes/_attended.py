@@ -52,7 +52,7 @@ class Attended(Method):
     def attention(self, ctx: Context) -> Tensor:
         """(U, N) the scores."""
         scores: Tensor = getattr(ctx.attention, self._statistic)(-1 if self.layer is None else self.layer)
-        return scores
+        return ctx.scored(scores)
 
     @property
     def _statistic(self) -> str:

@@ -71,4 +71,4 @@ class Aim(Method):
         return (merge, *pyramid, Stage(kind="exit", layer=self.exit))
 
     def select(self, ctx: Context) -> Tensor:
-        return topk(ctx.attention.flow(-1), ctx.count, ctx.valid)
+        return topk(ctx.scored(ctx.attention.flow(-1)), ctx.count, ctx.valid)

@@ -127,6 +127,7 @@ class CDPruner(Method):
         else:
             pair = _load(self.clip, self.tokenizer or "") if isinstance(self.clip, str) else self.clip
             relevance = self._in_clip(ctx, pair)
+        relevance = ctx.scored(relevance)
         return cdpruner(ctx.features, relevance, ctx.count, valid=ctx.valid, official=ctx.fidelity == "official").keep
 
     @staticmethod

@@ -160,4 +160,4 @@ class EADP(Method):
             text_valid=asked,
             valid=ctx.valid,
         )
-        return eadp(ctx.features, weight, ctx.count, valid=ctx.valid).keep
+        return eadp(ctx.features, ctx.scored(weight), ctx.count, valid=ctx.valid).keep

@@ -125,10 +125,10 @@ class Erase(Method):
         kept = torch.tensor([max(s, self.final) for s in shares], device=entropy.device, dtype=torch.float64)
         if self.part == "prompt":
             count = (ctx.count * kept[complexity] / kept[0] + 1e-9).floor().long().clamp_min(1)
-            return topk(torch.where(patches, entropy, -1.0), count, ctx.valid)
+            return topk(ctx.scored(torch.where(patches, entropy, -1.0)), count, ctx.valid)
         if self.part == "shallow":
             simple = (ctx.valid.sum(1) * self.final / kept[complexity] - 1e-9).ceil().long()
             count = torch.where(complexity >= 2, simple, ctx.valid.sum(1)).clamp_min(1)
         else:
             count = ctx.count
-        return topk(ctx.attention.text_rows(-1), count, ctx.valid)
+        return topk(ctx.scored(ctx.attention.text_rows(-1)), count, ctx.valid)

@@ -65,7 +65,8 @@ class Explain(Method):
         return Needs(relevance=self.scores is None)
 
     def select(self, ctx: Context) -> Tensor:
-        return topk(ctx.attention.relevance() if self.scores is None else self._given(ctx), ctx.count, ctx.valid)
+        scores = ctx.attention.relevance() if self.scores is None else self._given(ctx)
+        return topk(ctx.scored(scores), ctx.count, ctx.valid)
 
     def _given(self, ctx: Context) -> Tensor:
         """(U, N) the scores that were given.

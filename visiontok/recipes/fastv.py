@@ -67,4 +67,4 @@ class FastV(Method):
         return (Stage(kind="cut", method=self, layer=self.layer),)
 
     def select(self, ctx: Context) -> Tensor:
-        return fastv(ctx.attention.last_row(-1), ctx.count, valid=ctx.valid)
+        return fastv(ctx.scored(ctx.attention.last_row(-1)), ctx.count, valid=ctx.valid)

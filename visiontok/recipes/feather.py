@@ -114,7 +114,7 @@ class Feather(Method):
         return (first, *(replace(stage, method=replace(self, part="later")) for stage in others))
 
     def select(self, ctx: Context) -> Tensor:
-        scores, left = ctx.attention.unturned_row(-1), 1 - self.reduction
+        scores, left = ctx.scored(ctx.attention.unturned_row(-1)), 1 - self.reduction
         if self.part == "later":
             official = (ctx.valid.sum(-1).double() * left * left + 1e-9).long().clamp_min(1)
             return topk(scores, official if ctx.fidelity == "official" else ctx.count, ctx.valid)

@@ -99,6 +99,6 @@ class GemFilter(Method):
         return Needs(decoder_ahead=(self.layer,))
 
     def select(self, ctx: Context) -> Tensor:
-        logits = ctx.attention.ahead(self.layer)
+        logits = ctx.scored(ctx.attention.ahead(self.layer))
         official = ctx.fidelity == "official"
         return gemfilter(logits, ctx.count, width=self.width, official=official, valid=ctx.valid)

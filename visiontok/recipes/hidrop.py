@@ -98,4 +98,4 @@ class HiDrop(Method):
         return [n, *super().shared_out(n, average, cuts=cuts[1:], shape=shape[1:], **limits)]
 
     def select(self, ctx: Context) -> Tensor:
-        return topk(ctx.attention.last_row(0), ctx.count, ctx.valid)
+        return topk(ctx.scored(ctx.attention.last_row(0)), ctx.count, ctx.valid)

@@ -138,7 +138,7 @@ class HiPrune(Method):
 
     def select(self, ctx: Context) -> Tensor:
         middle = ctx.attention.received(1 / 3 if self.object_layer is None else self.object_layer)
-        deep = ctx.attention.received(-1 if self.deep_layer is None else self.deep_layer)
+        deep = ctx.scored(ctx.attention.received(-1 if self.deep_layer is None else self.deep_layer))
         if ctx.fidelity == "fixed":
             return hiprune(middle, deep, ctx.need_grid(), ctx.count, alpha=self.alpha, valid=ctx.valid)
         if not ctx.has_cls:

@@ -138,7 +138,7 @@ class IDPruner(VectorMethod):
             scores = torch.where(scores < 0, torch.nan, scores)  # what has no patch must not stretch the scale
         if self.background is not None:
             features = foreground(features, self.background, ctx.valid)
-        return idpruner(features, scores, ctx.count, balance=self.balance, valid=ctx.valid).keep
+        return idpruner(features, ctx.scored(scores), ctx.count, balance=self.balance, valid=ctx.valid).keep
 
     @staticmethod
     def _trained(ctx: Context, path: str) -> Tensor:

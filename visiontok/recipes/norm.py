@@ -57,4 +57,6 @@ class Norm(VectorMethod):
         return labelled("norm", self.space)
 
     def select(self, ctx: Context) -> Tensor:
-        return norm(self.vectors(ctx), ctx.count, valid=ctx.valid)
+        vectors = self.vectors(ctx)
+        ctx.scored(length(vectors))
+        return norm(vectors, ctx.count, valid=ctx.valid)

@@ -69,4 +69,4 @@ class PyramidDrop(Method):
         return geometric(n, average, cuts=cuts, **limits)
 
     def select(self, ctx: Context) -> Tensor:
-        return topk(ctx.attention.last_row(0), ctx.count, ctx.valid)
+        return topk(ctx.scored(ctx.attention.last_row(0)), ctx.count, ctx.valid)

@@ -138,6 +138,7 @@ class SparseVLM(Method):
         scores = (ctx.attention.text_heads(-1).mean(2) * asks[:, None]).sum(-1) / asks.sum(-1, keepdim=True).clamp_min(
             1
         )
+        ctx.scored(scores)
         if not self.recycled:
             return Selection(keep=topk(scores, ctx.count, ctx.valid))
         here = ctx.valid.sum(-1)

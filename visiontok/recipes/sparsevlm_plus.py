@@ -101,4 +101,5 @@ class SparseVLMPlus(Method):
         asks, _ = rating(ctx)
         attention = ctx.attention
         heads, pull = attention.text_heads(-1), attention.rotary_pull()
-        return topk(sparsevlm_plus(heads, asks, pull, share=self.heads, valid=ctx.valid), ctx.count, ctx.valid)
+        scores = sparsevlm_plus(heads, asks, pull, share=self.heads, valid=ctx.valid)
+        return topk(ctx.scored(scores), ctx.count, ctx.valid)

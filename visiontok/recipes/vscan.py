@@ -148,7 +148,7 @@ class VScan(Method):
         keep, features, into = vscan(
             ctx.features,
             read(5 / 24 if self.shallow_layer is None else self.shallow_layer),
-            read(-1 if self.deep_layer is None else self.deep_layer),
+            ctx.scored(read(-1 if self.deep_layer is None else self.deep_layer)),
             ctx.need_grid(),
             ctx.count,
             window=self.window or 6,

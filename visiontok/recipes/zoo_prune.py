@@ -94,4 +94,4 @@ class ZooPrune(Method):
         step = None if self.derivative == "exact" else self.step
         scores = sensitivity(project, inputs, directions, step=step)
         scores = torch.where((inputs != 0).any(-1), scores, torch.nan)  # what has no patch has no sensitivity
-        return zoo_prune(ctx.features, scores, ctx.count, valid=ctx.valid).keep
+        return zoo_prune(ctx.features, ctx.scored(scores), ctx.count, valid=ctx.valid).keep

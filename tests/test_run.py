@@ -103,7 +103,8 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     with Image.open(path) as drawn:
         assert drawn.format == "PNG"
         assert drawn.width == 144 * factor
-        assert _frames(drawn, 12 * factor) == data["overlay"]["kept"]
+        kept = data["overlay"]["kept"]
+        assert _frames(drawn, 12 * factor) == (0 if kept == 144 else kept)  # no frames where nothing is dropped
         assert drawn.info["Description"] == data["overlay"]["caption"]
 
 

@@ -17,6 +17,8 @@ from torch import nn
 
 from visiontok.errors import ConfigError, UnsupportedError
 
+from .parts import Part, by_count
+
 # model_type → module that defines its adapter
 _FAMILIES = {
     "llava": "llava",
@@ -100,6 +102,8 @@ class Adapter:
             vision tower runs inside the base model's forward, and :meth:`columns` is needed.
         fixed_pictures: why its vision tower cannot be given smaller pictures; empty where it can, and then
             :meth:`shapes` and :meth:`smaller` must fit it.
+        fixed_units: why its vision tower cannot be given some units of a picture; empty where it can, and then
+            :meth:`shapes`, :meth:`units` and :meth:`parts` must fit it.
         notes: what a user should know about budgets on this family.
     """
 
@@ -115,6 +119,7 @@ class Adapter:
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
+    fixed_units: ClassVar[str] = "no way to give its vision tower some units of a picture is known"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -173,6 +178,33 @@ class Adapter:
             "pixel_values": downsampled(seen, rows * patch, columns * patch),
             "interpolate_pos_encoding": True,
         }
+
+    def units(self, record: Record) -> list[torch.Tensor]:
+        """The normalised pixels of each unit before the tower runs: ``record`` has no output yet.
+
+        Returns:
+            per item (t, rows, columns, 3, m, P), of :meth:`shapes`: the P pixels of the m patches of a unit. Frames
+            that the tower merges are one behind the other in P; an image, which repeats its own, has one.
+        """
+        patch, pictures = self.base.config.vision_config.patch_size, record.inputs["pixel_values"]
+        patches = torch.nn.functional.unfold(pictures, patch, stride=patch).mT.unflatten(2, (3, 1, -1))
+        return [x.unflatten(0, shape) for x, shape in zip(patches, self.shapes(record), strict=True)]
+
+    def parts(self, record: Record, kept: Sequence[torch.Tensor]) -> list[Part]:
+        """How the tower is made to encode some units of each item.
+
+        Args:
+            record: a run that is to come.
+            kept: per item (units,) bool on the host; at least one each.
+
+        Returns:
+            one or more runs, which cover all items.
+        """
+        tower = getattr(self.base, self.tower)
+        embeddings = next(module for name, module in tower.named_modules() if name.split(".")[-1] == "embeddings")
+        depth = self.base.config.vision_config.num_hidden_layers
+        pixels = record.inputs["pixel_values"]
+        return by_count(embeddings, "pixel_values", pixels, kept, int(self.cls_token), depth)
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""

@@ -15,6 +15,7 @@ class PaliGemmaAdapter(Adapter):
     model_types = ("paligemma",)
     own_mask = True
     fixed_pictures = ""
+    fixed_units = ""
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

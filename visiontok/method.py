@@ -110,6 +110,7 @@ class Card:
         departures: where this implementation differs from paper or code, and why.
         defaults: defaults per model family and budget.
         cost: extra work, in O-notation.
+        gives: of a pixel method, what the tower gets: ``smaller`` pictures, or some ``units`` of each.
         budget: whether the method takes ``keep``.
         stochastic: whether the outcome depends on ``seed``.
         contract: the serving contract.
@@ -128,6 +129,7 @@ class Card:
     departures: str = "none"
     defaults: str = "-"
     cost: str = "-"
+    gives: Literal["smaller", "units"] = "smaller"
     budget: bool = True
     stochastic: bool = False
     contract: Contract = Contract()
@@ -229,6 +231,41 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image or a video before the vision tower, in units: what becomes one token of the language model.
+
+    Attributes:
+        pixels: (t, rows, columns, 3, m, P) float32, not normalised, 0 … 1: the P pixels of the m patches of each unit.
+        count: units that may stay; all of them without a budget.
+        budgeted: whether there is one.
+    """
+
+    pixels: torch.Tensor
+    count: int
+    budgeted: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of units."""
+        t, rows, columns = self.pixels.shape[:3]
+        return t, rows, columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A pixel method's answer: which units of a picture the tower gets.
+
+    Attributes:
+        keep: (t, rows, columns) bool.
+        source: (t, rows, columns) long or None; the kept unit, by its index in ``keep`` flattened, that each unit is
+            represented by, of kept ones themselves. By default it is the last kept one before it.
+    """
+
+    keep: torch.Tensor
+    source: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mass:
     """Mass attention: a kept token speaks for the tokens of its image that it replaces.
 
@@ -283,7 +320,7 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
+        kind: ``pixel`` gives the vision tower less, smaller pictures or some units of them; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
             out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
@@ -387,8 +424,8 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. A cache
-    method is asked once per decoder layer, and may answer for each head.
+    also implement :meth:`picture` or :meth:`units`; their candidates are the tokens that the tower made of what it got.
+    A cache method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -456,6 +493,14 @@ class Method:
         """
         raise NotImplementedError
 
+    def units(self, picture: Picture) -> Kept:
+        """Pixel methods whose card says ``gives="units"``: which units of a picture the vision tower gets.
+
+        Returns:
+            at least one unit, and ``picture.count`` of them if the contract says ``count_from_grid``.
+        """
+        raise NotImplementedError
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, as plain values."""
         types = _types(type(self))
@@ -520,6 +565,14 @@ def _named(wanted: Any) -> str:
         return f"a list, each {_named(args[0])}"
     names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return names.get(wanted, f"a {getattr(wanted, '__name__', wanted)}")
+
+
+@dataclass(frozen=True)
+class UnitMethod(Method):
+    """Base of pixel methods that let some units of each picture into the tower: all that comes out of it stays."""
+
+    def select(self, ctx: Context) -> torch.Tensor:
+        return ctx.valid
 
 
 @dataclass(frozen=True)

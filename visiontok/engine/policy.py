@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from visiontok.adapters.parts import Part
+
 from ..allocators import layer_average
 from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
-from ..method import Mass, Selection, Stage, resolve_layer
+from ..method import Kept, Mass, Picture, Selection, Stage, resolve_layer
 from .answer import answered
 from .call import Prefill, counted
 from .evict import thin
@@ -130,6 +132,8 @@ class StagePolicy:
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
         behind = {layer + 1 for layer in self.routes if layer + 1 < depth}  # who passed one by is back
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts) | self.routes.keys() | behind)
+        # what stays of a picture that its pixels decide about is no part of a budget
+        self._sharing = [s for s in self._selecting if s is not self.pixel or _takes_budget(s)]
         self.selects = bool(self._selecting or self.routes or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
@@ -169,7 +173,12 @@ class StagePolicy:
         for stage in (*self._selecting, *self.routes.values()):
             stage.method.check()  # type: ignore[union-attr]
         if self.pixel is not None:
-            if self.adapter.fixed_pictures:
+            if self._gives_units and self.adapter.fixed_units:
+                raise UnsupportedError(
+                    f"{self._model}: {self.pixel.label} needs a vision tower that takes some units of a picture, but "
+                    f"{self.adapter.fixed_units}; drop tokens behind the tower"
+                )
+            if not self._gives_units and self.adapter.fixed_pictures:
                 raise UnsupportedError(
                     f"{self._model}: {self.pixel.label} needs a vision tower that takes smaller pictures, but "
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
@@ -190,6 +199,11 @@ class StagePolicy:
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
+
+    @property
+    def _gives_units(self) -> bool:
+        method = None if self.pixel is None else self.pixel.method
+        return method is not None and method.card.gives == "units"
 
     def shows_state(self, layer: int) -> bool:
         """Whether a tap of ``layer`` must see the call; see :class:`visiontok.engine.attach.Policy`."""
@@ -465,7 +479,7 @@ class StagePolicy:
         return self.tower.read(call, stat, layer) if found is None else found
 
     def _budgeted(self, stage: Stage) -> bool:
-        return stage.keep is not None or self.average is not None
+        return stage.keep is not None or (self.average is not None and (stage is not self.pixel or _takes_budget(stage)))
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""
@@ -476,7 +490,7 @@ class StagePolicy:
     def _allowed(self, stage: Stage, sizes: list[int], tiles: list[int]) -> list[int]:
         """The same, where the budget follows from the tokens and the tiles of each image alone."""
         keep = stage.keep
-        if self.average is not None:
+        if self.average is not None and self._budgeted(stage):
             return [self._share(stage, n) for n in sizes]
         if keep is None:
             return sizes
@@ -521,12 +535,12 @@ class StagePolicy:
             return n
         average = budget.value * n if budget.kind == "ratio" else min(float(budget.value), n)
         start, stop = self.hidden.index(False), self.depth - self.hidden[::-1].index(False)
-        cuts = [start] * len(self.prompt_stages) + sorted(self.cuts)
-        own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._selecting]
-        first, *others = (s.method for s in self._selecting)
+        cuts = [start] * (len(self._sharing) - len(self.cuts)) + sorted(self.cuts)
+        own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._sharing]
+        first, *others = (s.method for s in self._sharing)
         spread = layer_average if any(type(m) is not type(first) for m in others) else first.shared_out  # type: ignore[union-attr]
         counts = spread(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
-        return counts[self._selecting.index(stage)]
+        return counts[self._sharing.index(stage)]
 
     def _generator(self, call: Prefill, unit: int) -> torch.Generator:
         ids = b"" if call.prompts is None else repr(call.prompts[call.units.rows[unit]]).encode()
@@ -545,11 +559,28 @@ class StagePolicy:
         stage: Any = self.pixel
         shapes = self.adapter.shapes(record)
         allowed = self._allowed(stage, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
+        if self._gives_units:
+            return self._some_units(stage, record, allowed)
         resized = [self._resized(stage, shape, k) for shape, k in zip(shapes, allowed, strict=True)]
         if resized == shapes:
             return None
         changes = self.adapter.smaller(record, resized)
-        return Smaller(record.modality, record.inputs | changes, changes, list(zip(shapes, resized, strict=True)))
+        return Smaller.resized(record, changes, list(zip(shapes, resized, strict=True)))
+
+    def _some_units(self, stage: Any, record: Record, allowed: list[int]) -> Smaller:
+        """The units of each picture that the tower gets; a whole picture is one of all its units."""
+        mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in self.adapter.pixel_statistics)
+        kept, sources = [], []
+        with torch.no_grad():
+            for pixels, count in zip(self.adapter.units(record), allowed, strict=True):
+                shown = pixels.float() * std.to(pixels.device) + mean.to(pixels.device)
+                picture = Picture(pixels=shown, count=count, budgeted=self._budgeted(stage))
+                answer = _answer(stage, picture)
+                kept.append(answer.keep.flatten().cpu())
+                sources.append(None if answer.source is None else answer.source.flatten().cpu())
+        if all(bool(mask.all()) for mask in kept):  # the stock call
+            return Smaller.units(record, [Part(list(range(len(kept))), {})], kept, [None] * len(kept))
+        return Smaller.units(record, self.adapter.parts(record, kept), kept, sources)
 
     def _resized(self, stage: Stage, shape: Shape, count: int) -> Shape:
         frames, *size = shape
@@ -575,13 +606,39 @@ class StagePolicy:
         allowed = self._allowed(stage, units.sizes, units.tiles)
         for u, (source, size, count) in enumerate(zip(units.source, units.sizes, allowed, strict=True)):
             smaller = None if source is None else call.records[source[0]].smaller
-            if smaller is None and count < size:
+            if smaller is None and (count < size or self._gives_units):
                 raise UnsupportedError(
                     f"{self._model}: {stage.label} acts on pixels, but the features of this call were made without "
                     "it; pass pixels"
                 )
             made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
         return None if made.sum(1).tolist() == units.sizes else made
+
+
+def _takes_budget(stage: Stage) -> bool:
+    return stage.method is not None and stage.method.card.budget
+
+
+def _answer(stage: Stage, picture: Picture) -> Kept:
+    """Which units of a picture stay, checked."""
+    answer, name = stage.method.units(picture), stage.label  # type: ignore[union-attr]
+    keep, source = answer.keep, answer.source
+    if keep.dtype != torch.bool or keep.shape != picture.shape:
+        raise ConfigError(
+            f"{name}: units() returned {tuple(keep.shape)} {keep.dtype}; it must return a bool mask {picture.shape}"
+        )
+    number = int(keep.sum())
+    if not number:
+        raise ConfigError(f"{name}: units() kept no unit of a picture; keep at least one")
+    fixed = picture.budgeted and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
+    if (fixed and number != picture.count) or number > picture.count:
+        raise ConfigError(
+            f"{name}: units() kept {number} units, against a budget of {picture.count}; keep "
+            + ("as many, or set count_from_grid=False" if fixed else "no more")
+        )
+    if source is not None and (source.shape != keep.shape or not bool(keep.flatten()[source].all())):
+        raise ConfigError(f"{name}: Kept.source names a unit that is not kept; give the places of kept units")
+    return answer
 
 
 def _in_entry(

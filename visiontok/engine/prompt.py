@@ -73,7 +73,18 @@ def run_prompt_stages(
 
 def _vision_inputs(config: Any, record: Encoded) -> tuple[VisionInputs, VisionInputs]:
     stock = VisionInputs.from_call(config, record.inputs)
-    return stock, stock if record.smaller is None else VisionInputs.from_call(config, record.smaller.inputs)
+    smaller = record.smaller
+    if smaller is None or not any(part.changes for part in smaller.parts):
+        return stock, stock
+    lengths = [part.lengths for part in smaller.parts if part.lengths is not None]
+    if not lengths:
+        return stock, VisionInputs.from_call(config, smaller.inputs)
+    area = stock.patches // sum(map(len, smaller.kept))
+    return stock, VisionInputs(
+        grids=tuple((1, 1, int(mask.sum()) * area) for mask in smaller.kept),
+        embedded=VisionInputs.from_call(config, smaller.inputs).computed,
+        lengths=tuple(sum(layer, ()) for layer in zip(*lengths, strict=True)),
+    )
 
 
 def _units(adapter: Adapter, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:

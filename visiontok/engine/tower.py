@@ -132,10 +132,9 @@ class TowerReadings:
         """(U, N, m, C) the m patches that the projector makes a token of."""
         values = []
         for record in call.records:
-            x = record.encoder_features
-            if x is None:
+            if not record.encoder_features:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
-            patches = [x if x.ndim == 3 else x[None]]
+            patches = [x if x.ndim == 3 else x[None] for x in record.encoder_features]
             values.append(_placed(record, functools.partial(self.adapter.group, patches=patches)))
         return self._by_unit(call, values, missing=0.0)
 
@@ -143,7 +142,7 @@ class TowerReadings:
         """(U, N, …) what the picture shows at each token, not normalised."""
         mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
         values = [
-            [x.float() * std.to(x.device) + mean.to(x.device) for x in _placed(record, self.adapter.pixels)]
+            [x.float() * std.to(x.device) + mean.to(x.device) for x in _shown(record, self.adapter)]
             for record in call.records
         ]
         return self._by_unit(call, values, missing=0.0)
@@ -196,10 +195,16 @@ def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[
     return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
 
 
+def _shown(record: Encoded, adapter: Adapter) -> list[torch.Tensor]:
+    """Per item (n, 3, P) normalised pixels of its tokens."""
+    whole = record.smaller is None or record.smaller.whole
+    return adapter.pixels(record) if whole else _placed(record, adapter.pixels)
+
+
 def _projector_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     record = current_record()
     if record is not None and kwargs is not None:
-        record.encoder_features = args[0] if args else next(iter(kwargs.values()))
+        record.encoder_features.append(args[0] if args else next(iter(kwargs.values())))
 
 
 def _joined(x: torch.Tensor) -> torch.Tensor:

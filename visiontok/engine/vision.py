@@ -30,8 +30,8 @@ class Encoded:
         inputs: its keyword arguments (pixels, grids, sizes).
         output: what it returned.
         attention: (statistic, tower layer) → one (batch, patches) tensor per attention call, in call order.
-        encoder_features: the projector's input as the model made it, if a method needs it.
-        clock: when it began and ended.
+        encoder_features: the projector's input as the model made it, in call order, if a method needs it.
+        clock: when it began, when a pixel stage had chosen, and when it ended.
         smaller: what the tower was given instead, at a pixel stage; ``inputs`` and ``output`` are then as if it had
             not been: the caller's pictures, and a feature for each of their tokens.
     """
@@ -40,7 +40,7 @@ class Encoded:
     inputs: dict[str, Any]
     output: Any = None
     attention: dict[tuple[str, int], list[torch.Tensor]] = field(default_factory=dict)
-    encoder_features: torch.Tensor | None = None
+    encoder_features: list[torch.Tensor] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
 
@@ -97,7 +97,10 @@ class FeatureRecorder:
         record = Encoded(self.modality, inputs)
         record.clock.mark("start")
         stage = next((stage for stage in self.pictures if stage.serves()), None)
-        smaller = record.smaller = None if stage is None else stage.smaller(record)
+        if stage is not None:
+            record.smaller = stage.smaller(record)
+            record.clock.mark("chosen")
+        smaller = record.smaller
         _thread.current = record
         try:
             output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)

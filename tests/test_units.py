@@ -86,7 +86,10 @@ def encoded(model: Any, given: dict[str, Any], kept: Sequence[torch.Tensor] | No
 
 
 def levels(output: Any) -> list[list[torch.Tensor]]:
-    return [list(output.pooler_output), *(list(x) for x in getattr(output, "deepstack_features", None) or ())]
+    """Per level the features of each item; up to transformers 5.17 DeepStack has one tensor for all items."""
+    first, deep = list(output.pooler_output), getattr(output, "deepstack_features", None) or ()
+    sizes = [len(item) for item in first]
+    return [first, *(list(x.split(sizes) if torch.is_tensor(x) else x) for x in deep)]
 
 
 def draw(model: Any, given: dict[str, Any], seed: int = 5) -> list[torch.Tensor]:

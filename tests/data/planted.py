@@ -181,6 +181,18 @@ class OnePlace(LlavaAdapter):
         return [grid.clamp_max(2) for grid in super().grids(record)]
 
 
+class UnitsTransposed(LlavaAdapter):
+    def units(self, record):
+        return [pixels.transpose(1, 2) for pixels in super().units(record)]
+
+
+class OtherPlaces(Qwen3VLAdapter):
+    def parts(self, record, kept):
+        [part] = super().parts(record, kept)
+        part.changes["interp_indices"] = part.changes["interp_indices"].roll(4, 0)
+        return [part]
+
+
 class Shifted(LlavaAdapter):
     def group(self, record, patches):
         return [group.roll(1, 0) for group in super().group(record, patches)]

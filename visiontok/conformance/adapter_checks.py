@@ -17,10 +17,11 @@ from visiontok.adapters.base import Adapter
 from ..api import Compression, base_model
 from ..budget import Budget
 from ..engine.probe import attention_modules
-from ..engine.vision import FeatureRecorder, record_of
+from ..engine.pixels import Smaller
+from ..engine.vision import Encoded, FeatureRecorder, record_of
 from ..errors import UnsupportedError
 from ..recipe import Recipe
-from .checks import Failed, NotApplicable, against_oracle, gap, generate
+from .checks import CLOSE, Failed, NotApplicable, against_oracle, gap, generate
 from .schedules import SCHEDULES, cut, leave, prompt
 
 # What the language model reads; the rest of the inputs are for the tower.
@@ -253,6 +254,46 @@ def patches(case: AdapterCase) -> None:
                 raise Failed(f"group(): disturbed patches change the tokens {tokens}, it brings them to {said}")
 
 
+def units(case: AdapterCase) -> None:
+    """Given some units of each picture, the tower makes their tokens of their pixels and of no others."""
+    if case.own.fixed_units:
+        raise NotApplicable(case.own.fixed_units)
+    record: Any = Encoded("image", {k: v for k, v in case.inputs.items() if k not in TEXT_INPUTS})
+    shapes = case.own.shapes(record)
+    whole = [torch.ones(t * h * w, dtype=torch.bool) for t, h, w in shapes]
+    with torch.no_grad():
+        plain, everything = case.encode(case.pixels)[0], _some(case, record, whole)
+    if not torch.equal(everything, plain):
+        raise Failed(f"parts(): all units make other features than the stock tower (by {gap(everything, plain):.2g})")
+    g = torch.Generator().manual_seed(0)
+    some = [torch.rand(len(mask), generator=g) < 0.5 for mask in whole]
+    for mask in some:
+        mask[-1] = True
+    kept = torch.cat(some)
+    with case.isolated(), torch.no_grad():
+        plain, alone = case.encode(case.pixels)[0], _some(case, record, some)
+        if (far := gap(alone[kept], plain[kept])) > CLOSE:
+            raise Failed(f"parts(): kept units are not what they are in the whole picture (by {far:.2g})")
+    pixels = case.pixels.clone().requires_grad_()
+    record.inputs |= {"pixel_values": pixels}
+    (slope,) = torch.autograd.grad(_some(case, record, some)[kept].square().sum(), pixels)
+    shown = case.own.units(Encoded("image", record.inputs | {"pixel_values": slope}))  # type: ignore[arg-type]
+    if [tuple(x.shape[:3]) for x in shown] != list(shapes):
+        raise Failed(f"units() has the shapes {[tuple(x.shape[:3]) for x in shown]}, shapes() says {shapes}")
+    seen = torch.cat([x.flatten(3).any(-1).flatten() for x in shown])
+    if wrong := (seen != kept).nonzero().flatten().tolist():
+        said = "dropped, but its pixels" if seen[wrong[0]] else "kept, but no pixel of it"
+        raise Failed(f"units(): unit {wrong[0]} is {said} made a difference to the features of those that are kept")
+
+
+def _some(case: AdapterCase, record: Any, kept: list[torch.Tensor]) -> torch.Tensor:
+    """(T, D) features of all places, of which those of ``kept`` units are their own."""
+    smaller = Smaller.units(record, case.own.parts(record, kept), kept, [None] * len(kept))
+    method = type(case.base).get_image_features
+    output = smaller.encode(method, case.base, record.inputs | {"return_dict": True})
+    return torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
+
+
 def cls_token(case: AdapterCase) -> None:
     """The tower's first token is a CLS token, which no pixel changes, exactly if it says so."""
     with case.isolated() as seen:
@@ -272,6 +313,7 @@ ADAPTER_CHECKS = {
     "grids": grids,
     "geometry": geometry,
     "patches to tokens": patches,
+    "units": units,
     "CLS token": cls_token,
 }
 

@@ -18,6 +18,7 @@ from ..api import Callback, Compression, base_model
 from ..budget import Budget
 from ..errors import ConfigError
 from ..ledger import TokenLedger
+from ..method import Picture
 from ..recipe import Recipe
 from ..report import Report
 from . import zoo
@@ -73,7 +74,12 @@ class Case:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """Two left-padded prompts of two images each."""
-        return zoo.batch(self.architecture, self.model)
+        return self.batch()
+
+    def batch(self, **more: Any) -> dict[str, Any]:
+        """Prompts as :func:`visiontok.conformance.zoo.batch` makes them; with margins where pixels decide."""
+        margins = any(m.card.stage == "pixel" and not m.card.budget for m in self.selecting)
+        return zoo.batch(self.architecture, self.model, margins=margins, **more)
 
     @functools.cached_property
     def selecting(self) -> list[Any]:
@@ -157,7 +163,7 @@ def rows(case: Case) -> None:
     """A prompt alone gives the tokens and logits that it gives in a left-padded batch."""
     together = case.plain
     for b, mask in enumerate(case.inputs["attention_mask"].bool()):
-        single = case.run(case.asking, zoo.batch(case.architecture, case.model, pad=0, only=b))
+        single = case.run(case.asking, case.batch(pad=0, only=b))
         for layer in range(together.ledger.depth):
             held, mine = (run.ledger.cached(layer) for run in (together, single))
             if not torch.equal(held[b, mask], mine[0]):
@@ -237,6 +243,10 @@ def something_dropped(case: Case) -> None:
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
+        still = Picture(pixels=torch.full((2, 4, 4, 3, 1, 16), 0.5), count=32, budgeted=False)
+        by_pixels = [m for m in case.selecting if m.card.gives == "units" and not m.card.budget]
+        if any(not bool(method.units(still).keep.all()) for method in by_pixels):
+            raise NotApplicable("it drops units of a video that stands still, but none of these images")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
         raise Failed(f"{asked} it silently keeps and computes every visual token in every layer")
 
@@ -247,7 +257,7 @@ def one_token(case: Case) -> None:
     if recipe.average is not None:
         raise NotApplicable("its budget is an average over layers")
     for number in ([2, 0], [0, 1]):
-        inputs = zoo.batch(case.architecture, case.model, images=number)
+        inputs = case.batch(images=number)
         run = case.run(recipe, inputs)
         kept = [image.cached[-1] for image in run.report.images]
         if case.whole_groups:
@@ -336,7 +346,7 @@ def question(case: Case) -> None:
     for asked in case.questions():
         if not asked.contract.question_independent:
             raise NotApplicable("its contract says question_independent=False")
-    other = case.run(case.asking, zoo.batch(case.architecture, case.model, seed=1))
+    other = case.run(case.asking, case.batch(seed=1))
     if not _alike(case.plain, other):
         raise Failed(
             "another question keeps other tokens, though the contract says question_independent=True: declare "

@@ -574,6 +574,10 @@ class StagePolicy:
         with torch.no_grad():
             for pixels, count in zip(self.adapter.units(record), allowed, strict=True):
                 shown = pixels.float() * std.to(pixels.device) + mean.to(pixels.device)
+                if not bool(shown.isfinite().all()):
+                    raise ConfigError(
+                        f"pixels contain NaN or infinity, so {stage.label} has nothing to decide by; check the pictures"
+                    )
                 picture = Picture(pixels=shown, count=count, budgeted=self._budgeted(stage))
                 answer = _answer(stage, picture)
                 kept.append(answer.keep.flatten().cpu())

@@ -32,7 +32,7 @@ class Background(UnitMethod):
         formula="keep a unit if R_i ≤ share for one of its patches, R_i = share of pixels with |g - m| < near, m the "
         "commonest grey",
         stage="pixel",
-        needs="pixels; a vision tower that takes some units of a picture",
+        needs="a vision tower that takes some units of a picture",
         official="The first of DocPrune's three stages; no public code. Thresholds per number of pages are not "
         "published; that any patch keeps its unit is the choice of an independent reconstruction.",
         departures="Thresholds are ours. The commonest grey is that of the picture as the processor made it, of all "

@@ -20,7 +20,7 @@ class PixelEntropy(UnitMethod):
         venue="preprint",
         formula="top-K of h_i = -Σ_g p_ig·ln p_ig over grey levels g",
         stage="pixel",
-        needs="pixels; a vision tower that takes some units of a picture",
+        needs="a vision tower that takes some units of a picture",
         official="The scorer of ERASE's first stage, which runs behind the tower.",
         departures="Before the tower, and with a budget in the place of ERASE's levels of complexity.",
         defaults="no option",

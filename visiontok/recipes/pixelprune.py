@@ -29,7 +29,7 @@ class PixelPrune(UnitMethod):
         formula="drop i if max|P_i - p_i| ≤ τ; p_i = up if corner ~ left and corner ≁ up, else left, all as "
         "reconstructed",
         stage="pixel",
-        needs="pixels; a vision tower that takes some units of a picture",
+        needs="a vision tower that takes some units of a picture",
         official="Qwen3-VL and Qwen3.5 alone: patches of 16 pixels, statistics of 1/2, images of one frame. A Python "
         "loop over units where τ > 0. Run-length, connected-component and random selectors, and cuts inside and "
         "behind the tower, beside it.",

@@ -31,7 +31,7 @@ class Temporal(UnitMethod):
         venue="NeurIPS 2024",
         formula="drop i in frame t if mean|P_t,i - P_r,i| ≤ τ, r the frame that began the run of i",
         stage="pixel",
-        needs="pixels of a video; a vision tower that takes some units of each frame",
+        needs="a vision tower that takes some units of each frame",
         official="RLT adds a learned embedding of the length of a run and fine-tunes; it compares with the frame "
         "before. VideoLLaMA3's processor does so, too, and cuts behind the tower; a frame of which nothing is left "
         "keeps its first unit.",

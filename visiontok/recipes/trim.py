@@ -29,7 +29,7 @@ class Trim(UnitMethod):
         formula="from each edge inwards, drop rows and columns while max|P_i - c| ≤ τ for all their units, c the "
         "colour of the first pixel (top, left) or of the last (bottom, right)",
         stage="pixel",
-        needs="pixels; a vision tower that takes some units of a picture",
+        needs="a vision tower that takes some units of a picture",
         official="-",
         defaults="tau=0",
         departures="A picture of one colour keeps its first unit. Margins of a video are those of all its frames.",

@@ -574,7 +574,7 @@ class StagePolicy:
         with torch.no_grad():
             for pixels, count in zip(self.adapter.units(record), allowed, strict=True):
                 shown = pixels.float() * std.to(pixels.device) + mean.to(pixels.device)
-                if not bool(shown.isfinite().all()):
+                if not bool(torch.stack(shown.aminmax()).isfinite().all()):  # both ends are NaN if any value is
                     raise ConfigError(
                         f"pixels contain NaN or infinity, so {stage.label} has nothing to decide by; check the pictures"
                     )

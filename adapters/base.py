@@ -17,7 +17,7 @@ from torch import nn
 
 from visiontok.errors import ConfigError, UnsupportedError
 
-from .parts import Part, by_count
+from .parts import Layers, Part, by_count
 
 # model_type → module that defines its adapter
 _FAMILIES = {
@@ -104,6 +104,8 @@ class Adapter:
             :meth:`shapes` and :meth:`smaller` must fit it.
         fixed_units: why its vision tower cannot be given some units of a picture; empty where it can, and then
             :meth:`shapes`, :meth:`units` and :meth:`parts` must fit it.
+        fixed_layers: why no unit can leave its vision tower on the way; empty where it can, and then :meth:`shapes` and
+            :meth:`layers` must fit it.
         notes: what a user should know about budgets on this family.
     """
 
@@ -120,6 +122,7 @@ class Adapter:
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
     fixed_units: ClassVar[str] = "no way to give its vision tower some units of a picture is known"
+    fixed_layers: ClassVar[str] = "no way to drop units inside its vision tower is known"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -205,6 +208,14 @@ class Adapter:
         depth = self.base.config.vision_config.num_hidden_layers
         pixels = record.inputs["pixel_values"]
         return by_count(embeddings, "pixel_values", pixels, kept, int(self.cls_token), depth)
+
+    def layers(self, record: Record) -> Layers:
+        """The tower's layers, and what reads what they make, for a run that is to come."""
+        tower = getattr(self.base, self.tower)
+        blocks = next(module for name, module in tower.named_modules() if name.split(".")[-1] == "layers")
+        sizes = [t * h * w for t, h, w in self.shapes(record)]
+        projector = self.base.get_submodule(self.projector or "")
+        return Layers(blocks, [projector], ("layer_norm2", "mlp"), 1, int(self.cls_token), sizes, lambda _: None)
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""

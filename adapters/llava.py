@@ -39,6 +39,11 @@ class LlavaAdapter(Adapter):
         """As for smaller pictures; Pixtral packs them in a way of its own."""
         return self.fixed_pictures
 
+    @property
+    def fixed_layers(self) -> str:  # type: ignore[override]
+        """As for smaller pictures."""
+        return self.fixed_pictures
+
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""
         patch, sizes = self.base.config.vision_config.patch_size, record.inputs.get("image_sizes")

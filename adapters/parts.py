@@ -9,6 +9,7 @@ hook behind the embeddings lets the kept ones through.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,11 @@ def behind_embeddings(embeddings: nn.Module, places: torch.Tensor, prefix: int) 
         prefix: leading tokens that are no patches, which all pass.
     """
 
-    def gather(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    thread = threading.get_ident()
+
+    def gather(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if threading.get_ident() != thread:
+            return None
         index = places.to(output.device)[..., None].expand(-1, -1, output.shape[-1])
         return torch.cat([output[:, :prefix], output[:, prefix:].gather(1, index)], 1)
 
@@ -139,3 +144,26 @@ def by_count(
             )
         )
     return parts
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a vision tower, for units that leave it on the way.
+
+    Attributes:
+        blocks: the layers, in order.
+        readers: modules whose first argument is what some layer made: mergers, the projector.
+        mlp: of a layer, the attribute names of the norm before its MLP and of the MLP.
+        area: patches per unit.
+        prefix: leading tokens that are no patches.
+        sizes: units of each item.
+        order: the raster index of each unit in the order in which the tower of a run has them; None if in order.
+    """
+
+    blocks: Sequence[nn.Module]
+    readers: Sequence[nn.Module]
+    mlp: tuple[str, str]
+    area: int
+    prefix: int
+    sizes: Sequence[int]
+    order: Callable[[Any], torch.Tensor | None]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from .base import HALF_STATISTICS, Adapter, Record, Shape, downsampled, raster
-from .parts import Part, hooked, packed
+from .parts import Layers, Part, hooked, packed
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -23,6 +24,7 @@ class QwenVLAdapter(Adapter):
     projector = "visual.merger"
     fixed_pictures = ""
     fixed_units = ""
+    fixed_layers = ""
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]
@@ -77,6 +79,14 @@ class QwenVLAdapter(Adapter):
         within = functools.partial(self._within, record, kept)
         return [Part(list(range(len(kept))), changes | told, lengths, within)]
 
+    def layers(self, record: Record) -> Layers:
+        visual = self.base.visual
+        readers = [*getattr(visual, "deepstack_merger_list", ()), visual.merger]
+        sizes = [t * h * w for t, h, w in self.shapes(record)]
+        return Layers(
+            visual.blocks, readers, ("norm2", "mlp"), visual.spatial_merge_size**2, 0, sizes, self._unit_order
+        )
+
     def _within(self, record: Record, kept: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         """The hooks that the tower needs beside its keyword arguments."""
         return contextlib.nullcontext()
@@ -109,6 +119,7 @@ class Glm4vAdapter(QwenVLAdapter):
     """GLM-4V, GLM-4.5V, GLM-4.6V, GLM-OCR: the frames of a video stand at image placeholders."""
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
+    fixed_layers = "a convolution reads its last layer, before which units that left would have to come back"
 
     def placeholders(self) -> dict[str, int]:
         return dict.fromkeys(("image", "video"), self.base.config.image_token_id)
@@ -121,7 +132,11 @@ class Glm4vAdapter(QwenVLAdapter):
         merge, thw = self.base.visual.spatial_merge_size, self._thw(record)
         lengths = torch.tensor([int(mask.sum()) * merge**2 for mask in kept])
 
-        def tell(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        thread = threading.get_ident()
+
+        def tell(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if threading.get_ident() != thread:
+                return None
             states, _, _, *coordinates = args
             return states, lengths.to(states.device), thw.to(states.device), *coordinates
 

@@ -349,11 +349,15 @@ class VisionInputs:
             padded to one (Pixtral). Defaults to the patches of `grids`.
         lengths: Per tower layer the lengths of its attention sequences, class tokens included, where these are not
             those of whole pictures; defaults to what `grids` make.
+        mlp: Per tower layer the tokens its MLP computes, where these are fewer than those that attend.
+        projected: Lengths of the sequences the projector gets, where these are not those of the last layer.
     """
 
     grids: tuple[tuple[int, int, int], ...]
     embedded: int | None = None
     lengths: tuple[tuple[int, ...], ...] | None = None
+    mlp: tuple[int, ...] | None = None
+    projected: tuple[int, ...] | None = None
 
     @property
     def patches(self) -> int:
@@ -582,9 +586,12 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         raise ConfigError(f"lengths has {len(lengths)} entries for {depth} tower layers; give one list per layer")
     return VisionFlops(
         embedding=_linear(inputs.computed, _patch_width(vision), block.width),
-        layers=tuple(block.flops(sum(layer), sum(n * n for n in layer)) for layer in lengths),
+        layers=tuple(
+            block.flops(sum(layer), sum(n * n for n in layer)) - (sum(layer) - rows) * block.mlp
+            for layer, rows in zip(lengths, inputs.mlp or map(sum, lengths), strict=True)
+        ),
         head=_pooling_head(vision, block, lengths[-1]),
-        projector=_projector(config, block.width, lengths[-1], inputs),
+        projector=_projector(config, block.width, inputs.projected or lengths[-1], inputs),
     )
 
 

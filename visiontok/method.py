@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
+StageKind = Literal["pixel", "encoder", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -102,7 +102,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
+        stage: ``"pixel"``, ``"encoder"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -121,7 +121,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "encoder", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -266,6 +266,41 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """The units of an image or video on the input of a layer of the vision tower.
+
+    Attributes:
+        states: (n, m, D), the m patches of each of the n units that the tower got.
+        before: the same on the input of the layer before; None on that of the first.
+        received: (n, m) attention that each patch receives in the layer before, mean over heads and the patches of its
+            own picture or window; None unless declared as ``vision_received`` of that layer.
+        count: units that may stay.
+        budgeted: whether there is a budget; without, all may.
+    """
+
+    states: torch.Tensor
+    before: torch.Tensor | None
+    received: torch.Tensor | None
+    count: int
+    budgeted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuild:
+    """How units that leave a tower come back behind it, so that all tokens reach the language model.
+
+    A patch that left has its last state and, on top, what its nearest kept patches have moved since, on average.
+
+    Attributes:
+        neighbours: how many, by Euclidean distance on the input of the layer where they leave.
+        layers: tower layers from there on whose attention sees them so; their MLP sees kept ones alone.
+    """
+
+    neighbours: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mass:
     """Mass attention: a kept token speaks for the tokens of its image that it replaces.
 
@@ -320,21 +355,22 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``pixel`` gives the vision tower less, smaller pictures or some units of them; ``prompt`` selects before the language model; ``cut`` selects on
-            the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
+        kind: ``pixel`` gives the vision tower less, smaller pictures or some units of them; ``encoder`` selects on the
+            input of layer ``layer`` of the tower; ``prompt`` selects before the language model; ``cut`` selects on the
+            input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
             out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
             through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
             the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
             comes behind the prompt.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
+        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
             in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
-        method: who selects, for ``pixel``, ``prompt``, ``cut``, ``route`` and ``cache``.
+        method: who selects, for ``pixel``, ``encoder``, ``prompt``, ``cut``, ``route`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
             as many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``encoder``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -353,7 +389,7 @@ class Stage:
     shrink: float | None = None
 
     def __post_init__(self) -> None:
-        before = self.kind in ("pixel", "prompt")
+        before = self.kind in ("pixel", "encoder", "prompt")
         speaks = before or self.kind == "cut"
         selects = speaks or self.kind in ("route", "cache")
         if self.kind not in get_args(StageKind):
@@ -362,11 +398,12 @@ class Stage:
             raise ConfigError(
                 f"method={self.method!r}: a {self.kind} stage " + ("needs a method" if selects else "has no method")
             )
-        if self.method is not None and (self.kind == "pixel") != (self.method.card.stage == "pixel"):
+        places = {"pixel": "before", "encoder": "inside"}
+        mine = places.get(self.kind, "behind")
+        if self.method is not None and (acts := places.get(self.method.card.stage, "behind")) != mine:
             raise ConfigError(
-                f"method={self.method.card.name!r}: it acts "
-                + ("behind" if self.kind == "pixel" else "before")
-                + f" the vision tower, which is no place for a {self.kind} stage"
+                f"method={self.method.card.name!r}: it acts {acts} the vision tower, which is no place for a "
+                f"{self.kind} stage"
             )
         if before and self.method is not None and not self.method.card.contract.keeps_some:
             raise ConfigError(
@@ -379,9 +416,10 @@ class Stage:
                 + ("tokens, not what a cache keeps of each head" if self.kind == "cache" else "what a cache keeps")
                 + f", which is no answer for a {self.kind} stage"
             )
-        if (self.layer is None) != before and self.kind != "cache":
+        layered = self.kind == "encoder" or not before
+        if (self.layer is not None) != layered and self.kind != "cache":
             raise ConfigError(
-                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
+                f"layer={self.layer!r}: a {self.kind} stage " + ("needs a layer" if layered else "has no layer")
             )
         if self.until is None and self.kind == "skip":
             raise ConfigError("until=None: a skip stage needs until, the first layer after it")
@@ -424,7 +462,7 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture` or :meth:`units`; their candidates are the tokens that the tower made of what it got.
+    also implement :meth:`picture` or :meth:`units`, encoder methods :meth:`stay`; their candidates are the tokens that the tower made of what it got.
     A cache method is asked once per decoder layer, and may answer for each head.
     """
 
@@ -501,6 +539,18 @@ class Method:
         """
         raise NotImplementedError
 
+    @property
+    def rebuild(self) -> Rebuild | None:
+        """Encoder methods: how what leaves the tower comes back; None if it is dropped."""
+        return None
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        """Encoder methods: (n,) bool, which units of an image or video stay in the vision tower.
+
+        At least one, and ``encoding.count`` of them if the contract says ``count_from_grid``.
+        """
+        raise NotImplementedError
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, as plain values."""
         types = _types(type(self))
@@ -569,7 +619,7 @@ def _named(wanted: Any) -> str:
 
 @dataclass(frozen=True)
 class UnitMethod(Method):
-    """Base of pixel methods that let some units of each picture into the tower: all that comes out of it stays."""
+    """Base of methods that let some units of each picture through the tower: all that comes out of it stays."""
 
     def select(self, ctx: Context) -> torch.Tensor:
         return ctx.valid

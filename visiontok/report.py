@@ -252,11 +252,19 @@ def _overdrawn(stage: Stage, images: tuple[ImageReport, ...]) -> str:
 def _joined(config: Any, runs: list[VisionInputs]) -> VisionInputs:
     """All runs of the tower together."""
     grids = tuple(grid for run in runs for grid in run.grids)
-    lengths = None
-    if any(run.lengths is not None for run in runs):
-        layers = zip(*(attention_lengths(config, run) for run in runs), strict=True)
-        lengths = tuple(tuple(itertools.chain(*layer)) for layer in layers)
-    return VisionInputs(grids, sum(run.computed for run in runs) if runs else None, lengths)
+    embedded = sum(run.computed for run in runs) if runs else None
+    if all(run.lengths is None for run in runs):
+        return VisionInputs(grids, embedded)
+    lengths = [attention_lengths(config, run) for run in runs]
+    return VisionInputs(
+        grids,
+        embedded,
+        lengths=tuple(tuple(itertools.chain(*layer)) for layer in zip(*lengths, strict=True)),
+        mlp=tuple(map(sum, zip(*(run.mlp or map(sum, mine) for run, mine in zip(runs, lengths, strict=True)), strict=True))),
+        projected=tuple(
+            itertools.chain(*(run.projected or mine[-1] for run, mine in zip(runs, lengths, strict=True)))
+        ),
+    )
 
 
 def _bytes(n: int) -> str:

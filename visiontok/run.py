@@ -444,7 +444,7 @@ def _run(loaded: Loaded, picture: Image, question: str, longest: int, compressio
     loaded.synchronize()
     end = time.perf_counter()
     selection = 0.0
-    if compression is not None and any(stage.kind in ("pixel", "prompt") for stage in compression.recipe.stages):
+    if compression is not None and any(stage.kind in ("pixel", "encoder", "prompt") for stage in compression.recipe.stages):
         selection = compression.report.seconds["selection"] or 0.0
     vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
     whole = watch.first_token - start
@@ -553,6 +553,8 @@ def _notes(
     if pixel is not None:
         gets = "smaller pictures" if pixel.card.gives == "smaller" else "some units of the picture"
         notes.append(f"the vision tower gets {gets}, which saves more than the cap knows of")
+    elif any(stage.kind == "encoder" for stage in recipe.stages):
+        notes.append("units leave the vision tower, which saves more than the cap knows of")
     elif speed_up.time_to_first_token > speed_up.cap:
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
     if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):

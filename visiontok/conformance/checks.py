@@ -149,7 +149,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut", "cache")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "encoder", "prompt", "cut", "cache")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -413,7 +413,7 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
-    pixels = any(stage.kind == "pixel" for stage in recipe.stages)
+    pixels = any(stage.kind in ("pixel", "encoder") for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
         with encodings(base_model(model)) if pixels else nullcontext() as features:
             out = generate(model, inputs, banned)

@@ -9,7 +9,7 @@ import torch
 
 from ..api import Callback
 from ..context import Attention, Context
-from ..method import Card, Contract, Kept, Method, Needs, Picture, Selection, Tower
+from ..method import Card, Contract, Encoding, Kept, Method, Needs, Picture, Rebuild, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
@@ -75,6 +75,15 @@ class Spy(Method):
     def units(self, picture: Picture) -> Kept:
         """The method's."""
         return self.method.units(picture)
+
+    @property
+    def rebuild(self) -> Rebuild | None:
+        """The method's."""
+        return self.method.rebuild
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        """The method's."""
+        return self.method.stay(encoding)
 
     def select(self, ctx: Context) -> Selection:
         """Ask the method, and see what it does besides answering."""

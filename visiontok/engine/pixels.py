@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,10 @@ class PixelStage(Protocol):
 
     def smaller(self, record: Record) -> Smaller | None:
         """What the tower is to be given instead; None for what it was given."""
+        ...
+
+    def inside(self, record: Record) -> AbstractContextManager[None]:
+        """What stands around the tower's run."""
         ...
 
 

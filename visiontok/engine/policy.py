@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +25,14 @@ from .answer import answered
 from .call import Prefill, counted
 from .evict import thin
 from .host import stops_host, upload
+from .inside import Inside
 from .narrow import first_channels, narrow_mlp
 from .pixels import Smaller
 from .probe import Tap
 from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_of
 from .rotary import rotary_tables
 from .route import scale_branch
-from .tower import TowerReadings
+from .tower import TowerReadings, describe_tower
 from .vision import BeforeTower
 
 if TYPE_CHECKING:
@@ -69,16 +71,21 @@ class StagePolicy:
         if len(pixels) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in pixels)} both act on the pixels; keep one")
         self.pixel = next(iter(pixels), None)
-        if self.pixel is not None and self.pixel.keep is not None and self.pixel.keep.kind == "flops":
-            raise ConfigError(
-                f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
-                "depend; give tokens or a ratio"
-            )
+        for stage in stages:
+            if stage.kind in ("pixel", "encoder") and stage.keep is not None and stage.keep.kind == "flops":
+                raise ConfigError(
+                    f"keep={stage.keep}: {stage.label} acts before the prompt is read, on whose length FLOPs depend; "
+                    "give tokens or a ratio"
+                )
+        encoders = [s for s in stages if s.kind == "encoder"]
+        if len(encoders) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in encoders)} both act in the tower; keep one")
+        self.encoder = next(iter(encoders), None)
         caches = [s for s in stages if s.kind == "cache"]
         if len(caches) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
         self.cache_stage = next(iter(caches), None)
-        self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
+        self.prompt_stages = pixels + encoders + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
         for stage in stages:
@@ -133,7 +140,7 @@ class StagePolicy:
         behind = {layer + 1 for layer in self.routes if layer + 1 < depth}  # who passed one by is back
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts) | self.routes.keys() | behind)
         # what stays of a picture that its pixels decide about is no part of a budget
-        self._sharing = [s for s in self._selecting if s is not self.pixel or _takes_budget(s)]
+        self._sharing = [s for s in self._selecting if not self._in_tower(s) or _takes_budget(s)]
         self.selects = bool(self._selecting or self.routes or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
@@ -183,6 +190,9 @@ class StagePolicy:
                     f"{self._model}: {self.pixel.label} needs a vision tower that takes smaller pictures, but "
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
+        if self.encoder is not None:
+            self._layer_in_tower = self._find_layer(self.encoder)
+        if self.pixel is not None or self.encoder is not None:
             attachment.add(BeforeTower(self.adapter.base, self))
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
@@ -199,6 +209,31 @@ class StagePolicy:
     @property
     def _model(self) -> str:
         return self.adapter.base.config.model_type
+
+    def _in_tower(self, stage: Stage) -> bool:
+        """Whether a stage acts before the tower or inside it."""
+        return stage.kind in ("pixel", "encoder")
+
+    def _find_layer(self, stage: Stage) -> int:
+        """The tower layer of an encoder stage.
+
+        Raises:
+            UnsupportedError: if no unit can leave this tower.
+            ConfigError: if the layer lies outside, or behind the one that the features are read from.
+        """
+        if self.adapter.fixed_layers:
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} needs a vision tower that units can leave, but "
+                f"{self.adapter.fixed_layers}; drop tokens behind the tower"
+            )
+        tower = describe_tower(self.adapter)
+        found = resolve_layer(_layer(stage), tower.depth, name="tower layer", lowest=1)
+        if found > tower.feature_layer:
+            raise ConfigError(
+                f"layer={stage.layer}: the visual features of {self._model} are what tower layer {tower.feature_layer} "
+                "makes, so units that leave behind it save nothing; cut earlier"
+            )
+        return found
 
     @property
     def _gives_units(self) -> bool:
@@ -224,7 +259,7 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            if stage is self.pixel:
+            if self._in_tower(stage):
                 encoded = self._encoded(call, stage)
                 if encoded is None:
                     continue
@@ -443,7 +478,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
+            stage=stage.kind if self._in_tower(stage) else "prompt" if layer is None else "decoder",  # type: ignore[arg-type]
             layer=layer,
             depth=self.depth,
             features=features,
@@ -479,7 +514,9 @@ class StagePolicy:
         return self.tower.read(call, stat, layer) if found is None else found
 
     def _budgeted(self, stage: Stage) -> bool:
-        return stage.keep is not None or (self.average is not None and (stage is not self.pixel or _takes_budget(stage)))
+        return stage.keep is not None or (
+            self.average is not None and (not self._in_tower(stage) or _takes_budget(stage))
+        )
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""
@@ -557,6 +594,8 @@ class StagePolicy:
     def smaller(self, record: Record) -> Smaller | None:
         """The pictures that the tower gets instead; see :class:`visiontok.engine.pixels.PixelStage`."""
         stage: Any = self.pixel
+        if stage is None:
+            return None
         shapes = self.adapter.shapes(record)
         allowed = self._allowed(stage, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
         if self._gives_units:
@@ -566,6 +605,20 @@ class StagePolicy:
             return None
         changes = self.adapter.smaller(record, resized)
         return Smaller.resized(record, changes, list(zip(shapes, resized, strict=True)))
+
+    @contextlib.contextmanager
+    def inside(self, record: Any) -> Iterator[None]:
+        """The hooks by which units leave the tower; see :class:`visiontok.engine.inside.Inside`."""
+        if self.encoder is None:
+            yield
+            return
+        shapes = self.adapter.shapes(record)
+        allowed = self._allowed(self.encoder, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
+        layers = self.adapter.layers(record)
+        budgeted = self._budgeted(self.encoder)
+        record.inside = Inside(record, layers, self.encoder, self._layer_in_tower, allowed, budgeted=budgeted)
+        with record.inside.hooks():
+            yield
 
     def _some_units(self, stage: Any, record: Record, allowed: list[int]) -> Smaller:
         """The units of each picture that the tower gets; a whole picture is one of all its units."""
@@ -604,18 +657,26 @@ class StagePolicy:
         return frames, rows, columns
 
     def _encoded(self, call: Prefill, stage: Stage) -> torch.Tensor | None:
-        """(U, N) bool on the host, tokens that the tower made; None if it was given every picture whole."""
+        """(U, N) bool on the host, tokens of which the tower made features of their own, as far as a stage and those
+        before it decide; None if of all."""
         units = call.units
         made = torch.zeros(units.valid.shape, dtype=torch.bool)
         allowed = self._allowed(stage, units.sizes, units.tiles)
         for u, (source, size, count) in enumerate(zip(units.source, units.sizes, allowed, strict=True)):
-            smaller = None if source is None else call.records[source[0]].smaller
-            if smaller is None and (count < size or self._gives_units):
+            record = None if source is None else call.records[source[0]]
+            smaller, inside = (None, None) if record is None else (record.smaller, record.inside)
+            asked: Any = inside if stage is self.encoder else smaller
+            if asked is None and (count < size or self._gives_units or stage is self.encoder):
                 raise UnsupportedError(
                     f"{self._model}: {stage.label} acts on pixels, but the features of this call were made without "
                     "it; pass pixels"
                 )
-            made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
+            here = torch.ones(size, dtype=torch.bool)
+            if source is not None and smaller is not None:
+                here = smaller.kept[source[1]].clone()
+            if source is not None and stage is self.encoder and inside is not None and inside.dropped:
+                here[here.clone()] = inside.kept[source[1]]
+            made[u, :size] = here
         return None if made.sum(1).tolist() == units.sizes else made
 
 

@@ -122,6 +122,8 @@ class TowerReadings:
             calls = record.attention.get((stat, index))
             if calls is None:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
+            if record.inside is not None:
+                calls = record.inside.spread(calls)
             patches = [c.reshape(*c.shape[:2], -1) for c in calls]
             groups = _placed(record, functools.partial(self.adapter.group, patches=patches))
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])

@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .clock import Clock
 from .host import stops_host, upload
+from .inside import Inside
 from .pixels import PixelStage, Smaller
 
 Modality = Literal["image", "video"]
@@ -43,6 +45,7 @@ class Encoded:
     encoder_features: list[torch.Tensor] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
+    inside: Inside | None = None
 
 
 class _Thread(threading.local):
@@ -103,7 +106,8 @@ class FeatureRecorder:
         smaller = record.smaller
         _thread.current = record
         try:
-            output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
+            with nullcontext() if stage is None else stage.inside(record):
+                output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
         finally:
             _thread.current = None
         record.clock.mark("end")

@@ -106,6 +106,7 @@ class Adapter:
             :meth:`shapes`, :meth:`units` and :meth:`parts` must fit it.
         fixed_layers: why no unit can leave its vision tower on the way; empty where it can, and then :meth:`shapes` and
             :meth:`layers` must fit it.
+        no_rebuild: why such units cannot be reconstructed behind the tower; empty where they can.
         notes: what a user should know about budgets on this family.
     """
 
@@ -123,6 +124,7 @@ class Adapter:
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
     fixed_units: ClassVar[str] = "no way to give its vision tower some units of a picture is known"
     fixed_layers: ClassVar[str] = "no way to drop units inside its vision tower is known"
+    no_rebuild: ClassVar[str] = "its projector does not read what a tower layer makes as it is"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:

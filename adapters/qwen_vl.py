@@ -25,6 +25,7 @@ class QwenVLAdapter(Adapter):
     fixed_pictures = ""
     fixed_units = ""
     fixed_layers = ""
+    no_rebuild = ""
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]

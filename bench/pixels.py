@@ -33,10 +33,51 @@ TRANSFORMERS: Any = T  # its config classes take more keywords than their signat
 IMAGE, START, END = 31990, 31991, 31992
 STOCK, CAP = "stock", "cap: no visual token behind the tower"
 OVERHEAD_BAR = 0.02
-WORDS = (
-    "the tower reads every patch of a page although most of it is paper and what is printed repeats itself so a rule "
-    "that an image coder would use tells which units carry anything new and which can be made again from others"
-).split()
+WORDS = [
+    "the",
+    "tower",
+    "reads",
+    "every",
+    "patch",
+    "of",
+    "a",
+    "page",
+    "although",
+    "most",
+    "of",
+    "it",
+    "is",
+    "paper",
+    "and",
+    "what",
+    "is",
+    "printed",
+    "repeats",
+    "itself",
+    "so",
+    "a",
+    "rule",
+    "that",
+    "an",
+    "image",
+    "coder",
+    "would",
+    "use",
+    "tells",
+    "which",
+    "units",
+    "carry",
+    "anything",
+    "new",
+    "and",
+    "which",
+    "can",
+    "be",
+    "made",
+    "again",
+    "from",
+    "others",
+]
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,20 @@ units get attention segments of their own, so the kept ones see exactly each oth
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import transformers
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import vision_utils
+from visiontok.adapters.base import find
 
 import visiontok
 from visiontok import Card, Contract
 from visiontok._window import minor
-from visiontok.adapters.base import Record, find
-from visiontok.adapters.parts import Part
 from visiontok.conformance.zoo import BANNED, GRIDS, IMAGE, batch, build
 from visiontok.engine.pixels import Smaller
 from visiontok.engine.vision import Encoded

@@ -260,10 +260,10 @@ def _joined(config: Any, runs: list[VisionInputs]) -> VisionInputs:
         grids,
         embedded,
         lengths=tuple(tuple(itertools.chain(*layer)) for layer in zip(*lengths, strict=True)),
-        mlp=tuple(map(sum, zip(*(run.mlp or map(sum, mine) for run, mine in zip(runs, lengths, strict=True)), strict=True))),
-        projected=tuple(
-            itertools.chain(*(run.projected or mine[-1] for run, mine in zip(runs, lengths, strict=True)))
+        mlp=tuple(
+            map(sum, zip(*(run.mlp or map(sum, mine) for run, mine in zip(runs, lengths, strict=True)), strict=True))
         ),
+        projected=tuple(itertools.chain(*(run.projected or mine[-1] for run, mine in zip(runs, lengths, strict=True)))),
     )
 
 

@@ -16,8 +16,8 @@ from visiontok.adapters.base import Adapter
 
 from ..api import Compression, base_model
 from ..budget import Budget
-from ..engine.probe import attention_modules
 from ..engine.pixels import Smaller
+from ..engine.probe import attention_modules
 from ..engine.vision import Encoded, FeatureRecorder, record_of
 from ..errors import UnsupportedError
 from ..recipe import Recipe

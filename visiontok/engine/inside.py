@@ -78,7 +78,7 @@ class Inside:
                 norm, mlp = (getattr(blocks[index], name) for name in self._layers.mlp)
                 handles.append(norm.register_forward_pre_hook(self._before_mlp))
                 handles.append(mlp.register_forward_hook(functools.partial(self._after_mlp, index)))
-                handles.append(blocks[index].register_forward_hook(self._leave))
+                handles.append(blocks[index].register_forward_hook(self._leave, prepend=True))
         for reader in self._layers.readers:
             handles.append(reader.register_forward_pre_hook(self._read, prepend=True, with_kwargs=True))
         try:
@@ -303,7 +303,9 @@ def _nearest(gone: torch.Tensor, kept: torch.Tensor, k: int) -> torch.Tensor:
     """(R, k) long: the nearest rows of ``kept`` by Euclidean distance; fewer if there are fewer."""
     exact: Callable[[torch.Tensor], torch.Tensor] = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # noqa: E731
     there = exact(kept)
-    found = [torch.cdist(exact(rows), there).topk(min(k, len(kept)), largest=False).indices for rows in gone.split(_CHUNK)]
+    found = [
+        torch.cdist(exact(rows), there).topk(min(k, len(kept)), largest=False).indices for rows in gone.split(_CHUNK)
+    ]
     return torch.cat(found)
 
 

@@ -226,6 +226,11 @@ class StagePolicy:
                 f"{self._model}: {stage.label} needs a vision tower that units can leave, but "
                 f"{self.adapter.fixed_layers}; drop tokens behind the tower"
             )
+        if stage.method.rebuild is not None and self.adapter.no_rebuild:  # type: ignore[union-attr]
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} brings back what left the tower, but {self.adapter.no_rebuild}; use "
+                "'tower_cut'"
+            )
         tower = describe_tower(self.adapter)
         found = resolve_layer(_layer(stage), tower.depth, name="tower layer", lowest=1)
         if found > tower.feature_layer:

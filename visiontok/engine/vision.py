@@ -107,7 +107,9 @@ class FeatureRecorder:
         _thread.current = record
         try:
             with nullcontext() if stage is None else stage.inside(record):
-                output = method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
+                output = (
+                    method(self.base, *args, **kwargs) if smaller is None else smaller.encode(method, self.base, given)
+                )
         finally:
             _thread.current = None
         record.clock.mark("end")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-
 _BLOCKS = 16
 """Pieces of a unit whose smallest and largest values decide most comparisons without a look at the others."""
 

@@ -74,8 +74,10 @@ def inapplicable(recipe: Recipe, card: Card) -> set[str]:
         excused |= {"identity", "budget", "K = 1"}
     if card.stochastic:
         excused |= {"permutation"}
-    if card.name == "temporal":  # images have one frame
-        excused |= {"no silent no-op", "image alone", "permutation", "NaN", "padding", "inputs untouched", "question"}
+    if card.name in ("temporal", "ipcv"):  # images have one frame; what left is back before it could be asked about
+        excused |= {"image alone", "permutation", "NaN", "padding", "inputs untouched", "question"}
+    if card.name == "temporal":
+        excused |= {"no silent no-op"}
     for claims in (mine.contract for mine in (card, *methods)):
         named = {
             "image alone": claims.per_image, "question": claims.question_independent,
@@ -112,9 +114,11 @@ def refusal(card: Card, architecture: str) -> str:
     """Why an architecture cannot have a method; empty if it can."""
     if card.name == "yopo" and architecture == "qwen3_vl_moe":
         return "Qwen3VLMoeTextSparseMoeBlock of decoder layer 0 has experts"
-    if card.stage != "pixel":
+    if card.stage not in ("pixel", "encoder"):
         return ""
     adapter = find(build(architecture).model)
+    if card.stage == "encoder":
+        return adapter.fixed_layers or (adapter.no_rebuild if card.name == "ipcv" else "")
     return adapter.fixed_units if card.gives == "units" else adapter.fixed_pictures
 
 
@@ -179,5 +183,6 @@ def test_every_adapter(architecture: str, check: str) -> None:
     model = build(architecture)
     case = AdapterCase(adapter_class(architecture), model, batch(architecture, model))
     result = try_check(check, architecture, ADAPTER_CHECKS[check], case)
-    reason = case.own.fixed_units if check == "units" else ""
+    own = {"units": case.own.fixed_units, "layers": case.own.fixed_layers}
+    reason = own.get(check, "")
     assert (result.outcome, result.sentence) == ("n/a" if reason else "pass", reason)

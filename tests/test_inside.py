@@ -174,7 +174,7 @@ def test_nothing_left_is_the_stock_tower(name: str, method: Given) -> None:
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 @torch.no_grad()
 def test_what_left_comes_back_as_its_neighbours_moved(name: str, video: bool, stabilised: int) -> None:
-    """A loop that says IPCV once more: full attention of restored rows, the MLP of kept ones, neighbours of one item."""
+    """A loop that says IPCV once more: attention of all rows, the MLP of kept ones, neighbours of one item."""
     model, inputs = given(name, video)
     tower, k, cut = model.model.visual, 3, 1
     got = encode(model, inputs, Given(layer=cut, back=Rebuild(neighbours=k, layers=stabilised)))
@@ -186,7 +186,8 @@ def test_what_left_comes_back_as_its_neighbours_moved(name: str, video: bool, st
     told: list[dict[str, Any]] = []
     hooks = [
         b.register_forward_pre_hook(
-            lambda m, args, kwargs: (states.append(args[0]), told.append(dict(kwargs))) and None, with_kwargs=True
+            lambda m, args, kwargs: [states.append(args[0]), told.append(dict(kwargs))][0],  # None
+            with_kwargs=True,
         )
         for b in tower.blocks
     ]

@@ -363,8 +363,9 @@ class Stage:
             through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
             the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
             comes behind the prompt.
-        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
-            in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
+        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A
+            ``cache`` stage acts in every layer from it on, by default in all; with a layer, its method may read what a
+            cut there may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
         method: who selects, for ``pixel``, ``encoder``, ``prompt``, ``cut``, ``route`` and ``cache``.
@@ -462,8 +463,8 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture` or :meth:`units`, encoder methods :meth:`stay`; their candidates are the tokens that the tower made of what it got.
-    A cache method is asked once per decoder layer, and may answer for each head.
+    also implement :meth:`picture` or :meth:`units`, encoder methods :meth:`stay`; their candidates are the tokens that
+    the tower made of what it got. A cache method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ..engine.pixels import Smaller
 from ..engine.probe import attention_modules
 from ..engine.vision import Encoded, FeatureRecorder, record_of
 from ..errors import UnsupportedError
+from ..method import Card, Contract, Encoding, Stage, UnitMethod
 from ..recipe import Recipe
 from .checks import CLOSE, Failed, NotApplicable, against_oracle, gap, generate
 from .schedules import SCHEDULES, cut, leave, prompt
@@ -286,6 +287,54 @@ def units(case: AdapterCase) -> None:
         raise Failed(f"units(): unit {wrong[0]} is {said} made a difference to the features of those that are kept")
 
 
+def layers(case: AdapterCase) -> None:
+    """Units that leave the tower at a layer are those that are meant, and nothing behind it sees them."""
+    if case.own.fixed_layers:
+        raise NotApplicable(case.own.fixed_layers)
+    record: Any = Encoded("image", {k: v for k, v in case.inputs.items() if k not in TEXT_INPUTS})
+    sizes = [t * h * w for t, h, w in case.own.shapes(record)]
+    if list(case.own.layers(record).sizes) != sizes:
+        raise Failed(
+            f"layers() says that the items have {list(case.own.layers(record).sizes)} units, they have {sizes}"
+        )
+    kept = torch.cat([torch.arange(n) % 3 != 1 for n in sizes])
+    for method, what in ((_Thirds(everything=True), "all units"), (_Thirds(), "two units of three")):
+        with case.isolated(), Compression(case.model, _in_tower(method), adapter=case.adapter):
+            alone = case.encode(case.pixels)[0]
+        with case.isolated():
+            plain = case.encode(case.pixels)[0]
+        if (far := gap(alone[kept], plain[kept])) > CLOSE:
+            raise Failed(f"layers(): where {what} stay, they are not what they are in the whole picture (by {far:.2g})")
+    with Compression(case.model, _in_tower(_Thirds()), adapter=case.adapter):
+        alone = case.encode(case.pixels)[0]
+    if not bool((alone[kept] != case.encode(case.pixels)[0][kept]).any()):
+        raise Failed("layers(): nothing changes where every third unit leaves the tower")
+
+
+@dataclass(frozen=True)
+class _Thirds(UnitMethod):
+    """Two units of three, or all."""
+
+    everything: bool = False
+    card: ClassVar[Card] = Card(
+        name="thirds",
+        title="two units of three",
+        paper="-",
+        venue="-",
+        stage="encoder",
+        needs="-",
+        budget=False,
+        contract=Contract(count_from_grid=False, sync_free=False),
+    )
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        return (torch.arange(len(encoding.states)) % 3 != 1) | self.everything
+
+
+def _in_tower(method: UnitMethod) -> Recipe:
+    return Recipe(stages=(Stage(kind="encoder", method=method, layer=1),))
+
+
 def _some(case: AdapterCase, record: Any, kept: list[torch.Tensor]) -> torch.Tensor:
     """(T, D) features of all places, of which those of ``kept`` units are their own."""
     smaller = Smaller.units(record, case.own.parts(record, kept), kept, [None] * len(kept))
@@ -314,6 +363,7 @@ ADAPTER_CHECKS = {
     "geometry": geometry,
     "patches to tokens": patches,
     "units": units,
+    "layers": layers,
     "CLS token": cls_token,
 }
 

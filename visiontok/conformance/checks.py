@@ -239,6 +239,11 @@ def something_dropped(case: Case) -> None:
         raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
     ledger = case.plain.ledger
     saves = ledger.narrow() or any(bool(ledger.frozen(layer).any()) for layer in range(ledger.depth))
+    if any(method.rebuild is not None for method in case.selecting):
+        costs = case.plain.report.account
+        if costs.vision is not None and costs.vision == costs.vision_stock:
+            raise Failed("units of no picture leave the vision tower")
+        saves = True
     if not ledger.dropped and not saves:
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):

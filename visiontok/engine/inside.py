@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,18 +69,18 @@ class Inside:
     def hooks(self) -> Iterator[None]:
         """The hooks, for as long as the tower runs."""
         blocks = self._layers.blocks
-        handles = []
-        for index in range(self._layer - 1, len(blocks)):
-            enter = functools.partial(self._enter, index)
-            handles.append(blocks[index].register_forward_pre_hook(enter, with_kwargs=True))
+        handles = [
+            blocks[index].register_forward_pre_hook(functools.partial(self._enter, index), with_kwargs=True)
+            for index in range(self._layer - 1, len(blocks))
+        ]
         if self._rebuild is not None:
             for index in range(self._layer, min(self._layer + self._rebuild.layers, len(blocks))):
                 norm, mlp = (getattr(blocks[index], name) for name in self._layers.mlp)
                 handles.append(norm.register_forward_pre_hook(self._before_mlp))
                 handles.append(mlp.register_forward_hook(functools.partial(self._after_mlp, index)))
                 handles.append(blocks[index].register_forward_hook(self._leave, prepend=True))
-        for reader in self._layers.readers:
-            handles.append(reader.register_forward_pre_hook(self._read, prepend=True, with_kwargs=True))
+        readers = self._layers.readers
+        handles += [r.register_forward_pre_hook(self._read, prepend=True, with_kwargs=True) for r in readers]
         try:
             yield
         finally:
@@ -229,10 +229,8 @@ class Inside:
             first = torch.arange(prefix, device=x.device).expand(len(rows), -1)
             self._rows = torch.cat([first, rows + prefix], 1)
         if self._rebuild is not None:
-            if order is not None:
-                owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order.cpu()]
-            else:
-                owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+            owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+            owner = owner if order is None else owner[order.cpu()]
             owner = owner.repeat_interleave(area).to(x.device) if x.ndim == 2 else None
             self._known = _Known(x, mask, prefix, owner, self._rebuild.neighbours)
 
@@ -301,11 +299,10 @@ _CHUNK = 1024  # rows whose distances to all kept ones are held at once
 
 def _nearest(gone: torch.Tensor, kept: torch.Tensor, k: int) -> torch.Tensor:
     """(R, k) long: the nearest rows of ``kept`` by Euclidean distance; fewer if there are fewer."""
-    exact: Callable[[torch.Tensor], torch.Tensor] = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))  # noqa: E731
-    there = exact(kept)
-    found = [
-        torch.cdist(exact(rows), there).topk(min(k, len(kept)), largest=False).indices for rows in gone.split(_CHUNK)
-    ]
+    exact = torch.promote_types(kept.dtype, torch.float32)
+    there, found = kept.to(exact), []
+    for rows in gone.to(exact).split(_CHUNK):
+        found.append(torch.cdist(rows, there).topk(min(k, len(kept)), largest=False).indices)
     return torch.cat(found)
 
 

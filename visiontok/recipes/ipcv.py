@@ -26,7 +26,7 @@ class Ipcv(UnitMethod):
     """
 
     drop: float = 0.65
-    layer: Layer = 3
+    layer: Layer = 3 / 32
     stabilised: int = 7
     neighbours: int = 10
 
@@ -44,7 +44,7 @@ class Ipcv(UnitMethod):
         bugs="The first patch of a frame counts to the frame before.",
         departures="Whole units, by the mean of their patches, of each image or video by itself; neighbours are of the "
         "same image or video. All tokens reach the language model; add a recipe that drops some.",
-        defaults="The published setting: drop=0.65, layer=3, stabilised=7, neighbours=10.",
+        defaults="The published setting: drop=0.65, layer 3 of 32, stabilised=7, neighbours=10.",
         cost="O(R·K·D) distances between R patches that leave and K that stay; saves the MLP of the stabilised layers "
         "and everything behind them",
         budget=False,

@@ -254,8 +254,8 @@ def table(found: dict[str, Samples], setting: str, command: str) -> tuple[str, l
         "it saves."
     )
     told = (
-        "Medians over the rounds; speed-ups are medians of the ratios within a round, the processor, equal for all, left "
-        f"out. The cap of every method behind the tower is {capped:.2f}. `ipcv` brings all tokens back behind the tower."
+        "Medians over the rounds; speed-ups are medians of the ratios within a round, the processor, equal for all, "
+        f"left out. The cap of every method behind the tower is {capped:.2f}. `ipcv` brings all tokens back behind it."
     )
     lines += ["", told, "", *([f"**Missed**: {each}" for each in missed] or [met])]
     return "\n".join(lines) + "\n", missed

@@ -300,10 +300,9 @@ _CHUNK = 1024  # rows whose distances to all kept ones are held at once
 def _nearest(gone: torch.Tensor, kept: torch.Tensor, k: int) -> torch.Tensor:
     """(R, k) long: the nearest rows of ``kept`` by Euclidean distance; fewer if there are fewer."""
     exact = torch.promote_types(kept.dtype, torch.float32)
-    there, found = kept.to(exact), []
-    for rows in gone.to(exact).split(_CHUNK):
-        found.append(torch.cdist(rows, there).topk(min(k, len(kept)), largest=False).indices)
-    return torch.cat(found)
+    there, most = kept.to(exact), min(k, len(kept))
+    pieces = gone.to(exact).split(_CHUNK)
+    return torch.cat([torch.cdist(rows, there).topk(most, largest=False).indices for rows in pieces])
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Pixel stages: the vision tower is given less, and its features are placed where the whole picture's would be.
 
 The prompt keeps its placeholders and their positions. Of a picture made smaller, each token covers a cell of the
-original grid; the place nearest the middle of the cell keeps the token. Of some units of a picture, each token stands at
-its own place. The other places hold copies, which are dropped before the language model.
+original grid; the place nearest the middle of the cell keeps it. Of some units of a picture, each token stands at its
+own place. The other places hold copies, which are dropped before the language model.
 """
 
 from __future__ import annotations

@@ -74,6 +74,32 @@ def encode(model: Any, inputs: dict[str, Any], method: Method | None) -> list[to
         return levels(getattr(model.model, f"get_{modality}_features")(**inputs, return_dict=True))
 
 
+def units(name: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(units,) bool, which stay; and the raster index of each in the order of the tower."""
+    thw = next(value for key, value in inputs.items() if key.endswith("thw"))
+    unit = torch.cat([torch.arange(n) % 3 != 1 for n in (thw.prod(1) // 4).tolist()])
+    if name != "qwen2_5_vl":
+        return unit, torch.arange(len(unit))
+    order, _ = vision_utils.get_vision_window_index(thw, spatial_merge_size=2, window_size=16, patch_size=4)
+    return unit, order
+
+
+def watched(model: Any, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], list[dict[str, Any]], list[torch.Tensor]]:
+    """What each block of the stock tower is given, and what comes out in the end."""
+    states: list[torch.Tensor] = []
+    told: list[dict[str, Any]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        states.append(args[0])
+        told.append(dict(kwargs))
+
+    hooks = [b.register_forward_pre_hook(note, with_kwargs=True) for b in model.model.visual.blocks]
+    stock = encode(model, inputs, None)
+    for hook in hooks:
+        hook.remove()
+    return states, told, stock
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("video", [False, True], ids=["images", "videos"])
 @pytest.mark.parametrize("name", GRIDS)
@@ -83,42 +109,26 @@ def test_what_stays_is_what_the_segment_oracle_makes_of_it(name: str, video: boo
     model = build(name, attention)
     tower = model.model.visual
     got = encode(model, inputs, Given(layer=1))
-    thw = next(value for key, value in inputs.items() if key.endswith("thw"))
-    pixels = next(value for key, value in inputs.items() if key.startswith("pixel"))
-    sizes = (thw.prod(1) // 4).tolist()
-    unit = torch.cat([torch.arange(n) % 3 != 1 for n in sizes])  # in raster order
-
-    x, ids = tower.patch_embed(pixels), vision_utils.get_vision_position_ids(thw, 2)
-    full = vision_utils.get_vision_cu_seqlens(thw)
-    if name == "qwen3_vl":
-        at, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-            thw, num_grid_per_side=8, mode="bilinear", align_corners=True, spatial_merge_size=2
-        )
-        x = x + (tower.pos_embed(at) * weights[..., None]).sum(1).to(x.dtype)
-    cos, sin = tower.rotary_pos_emb(x, ids)
-    order, windows = torch.arange(len(unit)), full
-    if name == "qwen2_5_vl":
-        order, windows = vision_utils.get_vision_window_index(thw, spatial_merge_size=2, window_size=16, patch_size=4)
-    rows = (order[:, None] * 4 + torch.arange(4)).flatten()
-    x, cos, sin = x[rows], cos[rows], sin[rows]
-    patch = unit[order].repeat_interleave(4)
+    unit, order = units(name, inputs)
+    states, told, stock = watched(model, inputs)
+    patch, x = unit[order].repeat_interleave(4), states[0]
     found: dict[int, torch.Tensor] = {}
     for index, block in enumerate(tower.blocks):
-        borders = windows if name == "qwen2_5_vl" and index != 2 else full
-        segment = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff().long())
+        segment = torch.repeat_interleave(
+            torch.arange(len(told[index]["cu_seqlens"]) - 1), told[index]["cu_seqlens"].diff()
+        )
         key = segment * 2 + (~patch).long() * (index >= 1)
         sorted_, counts = key.argsort(stable=True), torch.unique(key, return_counts=True)[1]
-        cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        out = block(x[sorted_], cu_seqlens=cu, max_seqlen=None, position_embeddings=(cos[sorted_], sin[sorted_]))
-        x = torch.empty_like(out).index_copy_(0, sorted_, out)
-        found[index] = x
+        tables = tuple(t[sorted_] for t in told[index]["position_embeddings"])
+        borders = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        out = block(x[sorted_], **told[index] | {"cu_seqlens": borders, "position_embeddings": tables})
+        x = found[index] = torch.empty_like(out).index_copy_(0, sorted_, out)
     merged = tower.merger(x)
     oracle = [torch.empty_like(merged).index_copy_(0, order, merged)]
     if name == "qwen3_vl":
         oracle += [
             m(found[i]) for i, m in zip(tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True)
         ]
-    stock = encode(model, inputs, None)
     for mine, theirs, whole in zip(got, oracle, stock, strict=True):
         assert torch.equal(mine[unit], theirs[unit])
         assert mine.shape == whole.shape
@@ -179,24 +189,10 @@ def test_what_left_comes_back_as_its_neighbours_moved(name: str, video: bool, st
     tower, k, cut = model.model.visual, 3, 1
     got = encode(model, inputs, Given(layer=cut, back=Rebuild(neighbours=k, layers=stabilised)))
     thw = next(value for key, value in inputs.items() if key.endswith("thw"))
-    sizes = (thw.prod(1) // 4).tolist()
-    unit = torch.cat([torch.arange(n) % 3 != 1 for n in sizes])
-    item = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    states: list[torch.Tensor] = []
-    told: list[dict[str, Any]] = []
-    hooks = [
-        b.register_forward_pre_hook(
-            lambda m, args, kwargs: [states.append(args[0]), told.append(dict(kwargs))][0],  # None
-            with_kwargs=True,
-        )
-        for b in tower.blocks
-    ]
-    encode(model, inputs, None)
-    for hook in hooks:
-        hook.remove()
-    order = torch.arange(len(unit))
-    if name == "qwen2_5_vl":
-        order, _ = vision_utils.get_vision_window_index(thw, spatial_merge_size=2, window_size=16, patch_size=4)
+    sizes = thw.prod(1) // 4
+    item = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    unit, order = units(name, inputs)
+    states, told, _ = watched(model, inputs)
     stays = unit[order].repeat_interleave(4)
     owner = item[order].repeat_interleave(4)
     start = states[cut]

@@ -278,7 +278,7 @@ def units(case: AdapterCase) -> None:
     pixels = case.pixels.clone().requires_grad_()
     record.inputs |= {"pixel_values": pixels}
     (slope,) = torch.autograd.grad(_some(case, record, some)[kept].square().sum(), pixels)
-    shown = case.own.units(Encoded("image", record.inputs | {"pixel_values": slope}))  # type: ignore[arg-type]
+    shown = case.own.units(Encoded("image", record.inputs | {"pixel_values": slope}))
     if [tuple(x.shape[:3]) for x in shown] != list(shapes):
         raise Failed(f"units() has the shapes {[tuple(x.shape[:3]) for x in shown]}, shapes() says {shapes}")
     seen = torch.cat([x.flatten(3).any(-1).flatten() for x in shown])

@@ -102,7 +102,8 @@ class FeatureRecorder:
         stage = next((stage for stage in self.pictures if stage.serves()), None)
         if stage is not None:
             record.smaller = stage.smaller(record)
-            record.clock.mark("chosen")
+            if record.smaller is not None:
+                record.clock.mark("chosen")
         smaller = record.smaller
         _thread.current = record
         try:

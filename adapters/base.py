@@ -17,6 +17,8 @@ from torch import nn
 
 from visiontok.errors import ConfigError, UnsupportedError
 
+from .parts import Layers, Part, by_count
+
 # model_type → module that defines its adapter
 _FAMILIES = {
     "llava": "llava",
@@ -102,6 +104,11 @@ class Adapter:
             :meth:`shapes` and :meth:`smaller` must fit it.
         inseparable: why its vision tower cannot be given the pictures of a call one by one; empty where it can, and
             then :meth:`alone` must fit it.
+        fixed_units: why its vision tower cannot be given some units of a picture; empty where it can, and then
+            :meth:`shapes`, :meth:`units` and :meth:`parts` must fit it.
+        fixed_layers: why no unit can leave its vision tower on the way; empty where it can, and then :meth:`shapes` and
+            :meth:`layers` must fit it.
+        no_rebuild: why such units cannot be reconstructed behind the tower; empty where they can.
         notes: what a user should know about budgets on this family.
     """
 
@@ -118,6 +125,9 @@ class Adapter:
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
     inseparable: ClassVar[str] = "no way to give its vision tower the pictures of a call one by one is known"
+    fixed_units: ClassVar[str] = "no way to give its vision tower some units of a picture is known"
+    fixed_layers: ClassVar[str] = "no way to drop units inside its vision tower is known"
+    no_rebuild: ClassVar[str] = "its projector does not read what a tower layer makes as it is"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -192,6 +202,41 @@ class Adapter:
             {name: x[i : i + 1] if torch.is_tensor(x) else x for name, x in inputs.items()}
             for i in range(len(inputs["pixel_values"]))
         ]
+
+    def units(self, record: Record) -> list[torch.Tensor]:
+        """The normalised pixels of each unit before the tower runs: ``record`` has no output yet.
+
+        Returns:
+            per item (t, rows, columns, 3, m, P), of :meth:`shapes`: the P pixels of the m patches of a unit. Frames
+            that the tower merges are one behind the other in P; an image, which repeats its own, has one.
+        """
+        patch, pictures = self.base.config.vision_config.patch_size, record.inputs["pixel_values"]
+        patches = torch.nn.functional.unfold(pictures, patch, stride=patch).mT.unflatten(2, (3, 1, -1))
+        return [x.unflatten(0, shape) for x, shape in zip(patches, self.shapes(record), strict=True)]
+
+    def parts(self, record: Record, kept: Sequence[torch.Tensor]) -> list[Part]:
+        """How the tower is made to encode some units of each item.
+
+        Args:
+            record: a run that is to come.
+            kept: per item (units,) bool on the host; at least one each.
+
+        Returns:
+            one or more runs, which cover all items.
+        """
+        tower = getattr(self.base, self.tower)
+        embeddings = next(module for name, module in tower.named_modules() if name.split(".")[-1] == "embeddings")
+        depth = self.base.config.vision_config.num_hidden_layers
+        pixels = record.inputs["pixel_values"]
+        return by_count(embeddings, "pixel_values", pixels, kept, int(self.cls_token), depth)
+
+    def layers(self, record: Record) -> Layers:
+        """The tower's layers, and what reads what they make, for a run that is to come."""
+        tower = getattr(self.base, self.tower)
+        blocks = next(module for name, module in tower.named_modules() if name.split(".")[-1] == "layers")
+        sizes = [t * h * w for t, h, w in self.shapes(record)]
+        projector = self.base.get_submodule(self.projector or "")
+        return Layers(blocks, [projector], ("layer_norm2", "mlp"), 1, int(self.cls_token), sizes, lambda _: None)
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""

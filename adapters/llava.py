@@ -39,6 +39,23 @@ class LlavaAdapter(Adapter):
     def alone(self, record: Record) -> list[dict[str, Any]]:
         return [unpadded(one) for one in super().alone(record)]
 
+    @property
+    def fixed_units(self) -> str:  # type: ignore[override]
+        """As for smaller pictures; Pixtral packs them in a way of its own."""
+        return self.fixed_pictures
+
+    @property
+    def fixed_layers(self) -> str:  # type: ignore[override]
+        """As for smaller pictures."""
+        return self.fixed_pictures
+
+    @property
+    def no_rebuild(self) -> str:  # type: ignore[override]
+        """One layer alone must be read, and not the last, behind which a norm may stand."""
+        layer = getattr(self.base.config, "vision_feature_layer", None)
+        single = isinstance(layer, int) and layer not in (-1, self.base.config.vision_config.num_hidden_layers)
+        return "" if single else Adapter.no_rebuild
+
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""
         patch, sizes = self.base.config.vision_config.patch_size, record.inputs.get("image_sizes")

@@ -16,6 +16,8 @@ class PaliGemmaAdapter(Adapter):
     own_mask = True
     fixed_pictures = ""
     inseparable = ""
+    fixed_units = ""
+    fixed_layers = ""
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

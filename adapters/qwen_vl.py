@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from .base import HALF_STATISTICS, Adapter, Record, Shape, downsampled, raster
+from .parts import Layers, Part, hooked, packed
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -20,6 +24,9 @@ class QwenVLAdapter(Adapter):
     projector = "visual.merger"
     fixed_pictures = ""
     inseparable = ""
+    fixed_units = ""
+    fixed_layers = ""
+    no_rebuild = ""
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]
@@ -60,6 +67,37 @@ class QwenVLAdapter(Adapter):
         patches = record.inputs["pixel_values"].split(thw.prod(1).tolist())
         return [{**record.inputs, "pixel_values": x, "image_grid_thw": thw[i : i + 1]} for i, x in enumerate(patches)]
 
+    def units(self, record: Record) -> list[torch.Tensor]:
+        vision, merge, shapes = self.base.config.vision_config, self.base.visual.spatial_merge_size, self.shapes(record)
+        patches = record.inputs[_PIXELS[record.modality]]
+        frames = patches.view(-1, merge**2, 3, vision.temporal_patch_size, vision.patch_size**2)
+        frames = frames if record.modality == "video" else frames[:, :, :, :1]
+        pixels = frames.flatten(3).transpose(1, 2).split([t * h * w for t, h, w in shapes])
+        return [x.unflatten(0, shape) for x, shape in zip(pixels, shapes, strict=True)]
+
+    def parts(self, record: Record, kept: Sequence[torch.Tensor]) -> list[Part]:
+        visual, pixels = self.base.visual, record.inputs[_PIXELS[record.modality]]
+        merge = visual.spatial_merge_size
+        told, lengths = packed(visual, self._thw(record).cpu(), kept)
+        rows = torch.cat(list(kept)).repeat_interleave(merge**2).nonzero()[:, 0]
+        # With positions and borders told, the grid only says how many tokens each item has.
+        grid = torch.tensor([(1, merge, merge * int(mask.sum())) for mask in kept])
+        changes = {_PIXELS[record.modality]: pixels[rows.to(pixels.device)], f"{record.modality}_grid_thw": grid}
+        within = functools.partial(self._within, record, kept)
+        return [Part(list(range(len(kept))), changes | told, lengths, within)]
+
+    def layers(self, record: Record) -> Layers:
+        visual = self.base.visual
+        readers = [*getattr(visual, "deepstack_merger_list", ()), visual.merger]
+        sizes = [t * h * w for t, h, w in self.shapes(record)]
+        return Layers(
+            visual.blocks, readers, ("norm2", "mlp"), visual.spatial_merge_size**2, 0, sizes, self._unit_order
+        )
+
+    def _within(self, record: Record, kept: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """The hooks that the tower needs beside its keyword arguments."""
+        return contextlib.nullcontext()
+
     def group(self, record: Record, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = [len(g) for g in self.grids(record)]
         x = torch.cat([p.flatten(0, 1) for p in patches])
@@ -88,9 +126,28 @@ class Glm4vAdapter(QwenVLAdapter):
     """GLM-4V, GLM-4.5V, GLM-4.6V, GLM-OCR: the frames of a video stand at image placeholders."""
 
     model_types = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
+    fixed_layers = "a convolution reads its last layer, before which units that left would have to come back"
 
     def placeholders(self) -> dict[str, int]:
         return dict.fromkeys(("image", "video"), self.base.config.image_token_id)
+
+    def _within(self, record: Record, kept: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Learned positions are interpolated by coordinates in the true size of the picture that a patch belongs to."""
+        embeddings = getattr(self.base.visual, "embeddings", None)
+        if embeddings is None:  # GLM-OCR has rotary positions alone
+            return contextlib.nullcontext()
+        merge, thw = self.base.visual.spatial_merge_size, self._thw(record)
+        lengths = torch.tensor([int(mask.sum()) * merge**2 for mask in kept])
+
+        thread = threading.get_ident()
+
+        def tell(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if threading.get_ident() != thread:
+                return None
+            states, _, _, *coordinates = args
+            return states, lengths.to(states.device), thw.to(states.device), *coordinates
+
+        return hooked(embeddings.register_forward_pre_hook(tell))
 
 
 class Qwen25VLAdapter(QwenVLAdapter):
@@ -104,6 +161,9 @@ class Qwen25VLAdapter(QwenVLAdapter):
     def _unit_order(self, record: Record) -> torch.Tensor:
         from transformers.vision_utils import get_vision_window_index
 
+        if "window_index" in record.inputs:  # some units alone
+            told: torch.Tensor = record.inputs["window_index"]
+            return told
         visual = self.base.visual
         order, _ = get_vision_window_index(
             self._thw(record),

@@ -24,7 +24,7 @@ def scripts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
         yield
-    for name in ("prefill", "overhead", "batches", "selection", "methods", "bias"):
+    for name in ("prefill", "overhead", "batches", "selection", "methods", "bias", "pixels"):
         sys.modules.pop(name, None)
 
 
@@ -285,3 +285,31 @@ def test_all_ways_to_attend_with_a_bias_are_timed_and_right(tmp_path: Path) -> N
     assert [row["way"] for row in rows] == ["without a bias", "mask of numbers", "columns"] * 2
     assert all(row["error"] is None or row["error"] < 1e-6 for row in rows)
     assert out.read_text().count("| columns |") == 4
+
+
+@pytest.mark.slow  # the image processor imports torchvision, which takes seconds
+def test_a_page_goes_through_every_case(tmp_path: Path) -> None:
+    pixels = importlib.import_module("pixels")
+    out = tmp_path / "pixels.md"
+    small = ["--side", "256", "--tower", "4", "64", "--text", "2", "128", "--rounds", "1"]
+    assert pixels.main([*small, "--out", str(out)]) == 0
+    rows = {cells[1].strip(): cells for line in out.read_text().splitlines() if len(cells := line.split("|")) > 9}
+    kept = {case.name: int(rows[case.name][2]) for case in pixels.CASES}
+    assert kept["stock"] == kept["ipcv"] == 64
+    assert kept["pixel_entropy, a quarter"] == kept["resize, a quarter"] == 16
+    assert 0 < kept["pixelprune, τ = 0.05"] <= kept["pixelprune, τ = 0"] < 64
+
+
+def test_what_a_pixel_method_takes_is_held_against_what_it_saves_of_the_tower() -> None:
+    pixels = importlib.import_module("pixels")
+
+    def samples(choice: float, tower: float) -> object:
+        return pixels.Samples([choice], [tower], [1.0], 9, 2.0)
+
+    lossless, lossy = "pixelprune, τ = 0", "pixelprune, τ = 0.05"
+    found = {pixels.STOCK: samples(0, 9.0), pixels.CAP: samples(0, 4.0), lossless: samples(0.5, 3.0)}
+    text, missed = pixels.table(found | {lossy: samples(0.09, 4.0)}, "", "")
+    assert missed == []
+    assert "| 9 | 90.0 | 4.00 | 1.00 | 5.09 | 1.96 | 2.00 | 1.80% |" in text
+    _, missed = pixels.table(found | {lossless: samples(0, 4.0), lossy: samples(0.1, 4.0)}, "", "")
+    assert [line.split(":")[0] for line in missed] == [lossless, lossy]

@@ -105,6 +105,13 @@ def test_what_a_method_does_not_claim_is_not_held_against_it() -> None:
         ("RowsForColumns", "geometry", "becomes the token that it places at [0,"),
         ("OnePlace", "grids", "grids() puts two tokens of image 0 on one place"),
         ("Shifted", "patches to tokens", "group(): disturbed patches change the tokens"),
+        ("UnitsTransposed", "units", "made a difference to the features of those that are kept"),
+        (
+            "WindowsForgotten",
+            "layers",
+            "where two units of three stay, they are not what they are in the whole picture",
+        ),
+        ("OtherPlaces", "units", "parts(): all units make other features than the stock tower"),
         ("NoClsToken", "CLS token", "cls_token=False, but the tower's first token is the same for all pixels"),
         ("FalseClsToken", "CLS token", "cls_token=True, but the tower's first token changes with the pixels"),
         ("NoOwnMask", "schedules", "schedule 'prompt': the model raises"),
@@ -130,7 +137,8 @@ def test_a_sound_adapter_passes() -> None:
     for target in ("paligemma", f"{AYA}:AyaAdapter"):
         matrix = check(target)
         assert matrix.failures == []
-        assert [r.check for r in matrix.results if r.outcome == "pass"] == list(ADAPTER_CHECKS)
+        claims = [name for name in ADAPTER_CHECKS if target == "paligemma" or name not in ("units", "layers")]
+        assert [r.check for r in matrix.results if r.outcome == "pass"] == claims
 
 
 @pytest.mark.parametrize(("broken", "seen"), [("merging", {"identity", "oracle"}), ("nan", {"NaN"})])

@@ -25,9 +25,10 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """Where a method acts: ``pixel``, ``prompt``, ``decoder`` or ``cache``, or several of them."""
+    """Where a method acts: ``pixel``, ``encoder``, ``prompt``, ``decoder`` or ``cache``, or several of them."""
     kinds = (stage.kind for stage in recipes.find(name)().stages())
-    return list(dict.fromkeys(kind if kind in ("pixel", "prompt", "cache") else "decoder" for kind in kinds))
+    outside = ("pixel", "encoder", "prompt", "cache")
+    return list(dict.fromkeys(kind if kind in outside else "decoder" for kind in kinds))
 
 
 def published(card: Card) -> str:

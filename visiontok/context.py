@@ -148,7 +148,7 @@ class Context:
     smaller picture's tokens are ``valid``, and the others have the features of the token that covers them.
 
     Attributes:
-        stage: ``pixel``, ``prompt``, ``decoder`` or ``cache``.
+        stage: ``pixel``, ``encoder``, ``prompt``, ``decoder`` or ``cache``.
         layer: decoder layer of the cut or the route, or whose cache is chosen from; None at the others.
         depth: decoder layers of the model.
         features: (U, N, D).
@@ -185,7 +185,7 @@ class Context:
         note: takes what :meth:`scored` is given; None if nobody looks.
     """
 
-    stage: Literal["pixel", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "encoder", "prompt", "decoder", "cache"]
     layer: int | None
     depth: int = 0
     features: torch.Tensor

@@ -347,10 +347,17 @@ class VisionInputs:
             patch columns.
         embedded: Patches the patch embedding computes; more than the grids hold where images of different sizes are
             padded to one (Pixtral). Defaults to the patches of `grids`.
+        lengths: Per tower layer the lengths of its attention sequences, class tokens included, where these are not
+            those of whole pictures; defaults to what `grids` make.
+        mlp: Per tower layer the tokens its MLP computes, where these are fewer than those that attend.
+        projected: Lengths of the sequences the projector gets, where these are not those of the last layer.
     """
 
     grids: tuple[tuple[int, int, int], ...]
     embedded: int | None = None
+    lengths: tuple[tuple[int, ...], ...] | None = None
+    mlp: tuple[int, ...] | None = None
+    projected: tuple[int, ...] | None = None
 
     @property
     def patches(self) -> int:
@@ -361,6 +368,11 @@ class VisionInputs:
     def computed(self) -> int:
         """Patches that are embedded."""
         return self.patches if self.embedded is None else self.embedded
+
+    @property
+    def entered(self) -> int:
+        """Patches that enter the tower's layers; where these see whole pictures, all that are embedded."""
+        return self.computed if self.lengths is None else self.patches
 
     @classmethod
     def from_call(cls, config: Any, call: Mapping[str, Any]) -> VisionInputs:
@@ -516,6 +528,8 @@ def attention_lengths(config: Any, inputs: VisionInputs) -> list[list[int]]:
     """
     vision = config.vision_config
     _, depth = _tower_block(vision)
+    if inputs.lengths is not None:
+        return [list(layer) for layer in inputs.lengths]
     if vision.model_type == "pixtral":
         return [[inputs.patches] if inputs.grids else []] * depth
     if vision.model_type in _CROSS_TOWERS:  # all tiles of an image together, each padded to a multiple of 8
@@ -572,9 +586,12 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         raise ConfigError(f"lengths has {len(lengths)} entries for {depth} tower layers; give one list per layer")
     return VisionFlops(
         embedding=_linear(inputs.computed, _patch_width(vision), block.width),
-        layers=tuple(block.flops(sum(layer), sum(n * n for n in layer)) for layer in lengths),
+        layers=tuple(
+            block.flops(sum(layer), sum(n * n for n in layer)) - (sum(layer) - rows) * block.mlp
+            for layer, rows in zip(lengths, inputs.mlp or map(sum, lengths), strict=True)
+        ),
         head=_pooling_head(vision, block, lengths[-1]),
-        projector=_projector(config, block.width, lengths[-1], inputs),
+        projector=_projector(config, block.width, inputs.projected or lengths[-1], inputs),
     )
 
 
@@ -721,8 +738,8 @@ class Account:
     Args:
         vision_stock: Tower and projector of the stock model.
         vision: Tower and projector as run.
-        patches_stock: Patches that the tower of the stock model embeds.
-        patches: Patches embedded as run.
+        patches_stock: Patches that enter the tower of the stock model.
+        patches: Patches that enter it as run.
         decoder_stock: Decoder layers, stock, one integer per layer.
         decoder: Decoder layers as run.
         decoder_text: Decoder layers if only text had entered; behind the cap.
@@ -838,8 +855,8 @@ def account(
     return Account(
         vision_stock=vision_stock,
         vision=vision,
-        patches_stock=inputs.computed,
-        patches=(ran or inputs).computed,
+        patches_stock=inputs.entered,
+        patches=(ran or inputs).entered,
         decoder_stock=layers[0],
         decoder=layers[1],
         decoder_text=layers[2],

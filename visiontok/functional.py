@@ -23,6 +23,7 @@ from .scorers.attention import (
     attention_rows,
     attention_share,
 )
+from .scorers.background import background
 from .scorers.blur import blur
 from .scorers.entropy import pixel_entropy
 from .scorers.heads import head_entropy
@@ -48,8 +49,10 @@ from .selectors.maxmin import maxmin
 from .selectors.maxsum import maxsum
 from .selectors.mmr import mmr
 from .selectors.pivots import least_similar
+from .selectors.predictive import predictive
 from .selectors.product import product
 from .selectors.quota import quota
+from .selectors.runs import runs
 from .selectors.soft import soft_topk
 from .selectors.spaced import spaced
 from .selectors.suppress import suppress
@@ -71,6 +74,7 @@ __all__ = [
     "attention_logits",
     "attention_rows",
     "attention_share",
+    "background",
     "bipartite",
     "blur",
     "cells",
@@ -99,12 +103,14 @@ __all__ = [
     "neighbours",
     "norm",
     "pixel_entropy",
+    "predictive",
     "product",
     "quota",
     "rank",
     "rank_within",
     "relevance",
     "residual",
+    "runs",
     "sensitivity",
     "soft_topk",
     "spaced",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
+StageKind = Literal["pixel", "encoder", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -102,7 +102,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
+        stage: ``"pixel"``, ``"encoder"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -110,6 +110,7 @@ class Card:
         departures: where this implementation differs from paper or code, and why.
         defaults: defaults per model family and budget.
         cost: extra work, in O-notation.
+        gives: of a pixel method, what the tower gets: ``smaller`` pictures, or some ``units`` of each.
         budget: whether the method takes ``keep``.
         stochastic: whether the outcome depends on ``seed``.
         contract: the serving contract.
@@ -120,7 +121,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "encoder", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -128,6 +129,7 @@ class Card:
     departures: str = "none"
     defaults: str = "-"
     cost: str = "-"
+    gives: Literal["smaller", "units"] = "smaller"
     budget: bool = True
     stochastic: bool = False
     contract: Contract = Contract()
@@ -229,6 +231,76 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image or a video before the vision tower, in units: what becomes one token of the language model.
+
+    Attributes:
+        pixels: (t, rows, columns, 3, m, P) float32, not normalised, 0 … 1: the P pixels of the m patches of each unit.
+        count: units that may stay; all of them without a budget.
+        budgeted: whether there is one.
+    """
+
+    pixels: torch.Tensor
+    count: int
+    budgeted: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of units."""
+        t, rows, columns = self.pixels.shape[:3]
+        return t, rows, columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A pixel method's answer: which units of a picture the tower gets.
+
+    Attributes:
+        keep: (t, rows, columns) bool.
+        source: (t, rows, columns) long or None; the kept unit, by its index in ``keep`` flattened, that each unit is
+            represented by, of kept ones themselves. By default it is the last kept one before it.
+    """
+
+    keep: torch.Tensor
+    source: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """The units of an image or video on the input of a layer of the vision tower.
+
+    Attributes:
+        states: (n, m, D), the m patches of each of the n units that the tower got.
+        before: the same on the input of the layer before; None on that of the first.
+        received: (n, m) attention that each patch receives in the layer before, mean over heads and the patches of its
+            own picture or window; None unless declared as ``vision_received`` of that layer.
+        count: units that may stay.
+        budgeted: whether there is a budget; without, all may.
+    """
+
+    states: torch.Tensor
+    before: torch.Tensor | None
+    received: torch.Tensor | None
+    count: int
+    budgeted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuild:
+    """How units that leave a tower come back behind it, so that all tokens reach the language model.
+
+    A patch that left has its last state and, on top, what its nearest kept patches have moved since, on average.
+
+    Attributes:
+        neighbours: how many, by Euclidean distance on the input of the layer where they leave.
+        layers: tower layers from there on whose attention sees them so; their MLP sees kept ones alone.
+    """
+
+    neighbours: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mass:
     """Mass attention: a kept token speaks for the tokens of its image that it replaces.
 
@@ -283,21 +355,23 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
-            the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
+        kind: ``pixel`` gives the vision tower less, smaller pictures or some units of them; ``encoder`` selects on the
+            input of layer ``layer`` of the tower; ``prompt`` selects before the language model; ``cut`` selects on the
+            input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
             out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
             through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
             the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
             comes behind the prompt.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
-            in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
+        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A
+            ``cache`` stage acts in every layer from it on, by default in all; with a layer, its method may read what a
+            cut there may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
-        method: who selects, for ``pixel``, ``prompt``, ``cut``, ``route`` and ``cache``.
+        method: who selects, for ``pixel``, ``encoder``, ``prompt``, ``cut``, ``route`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
             as many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``encoder``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -316,7 +390,7 @@ class Stage:
     shrink: float | None = None
 
     def __post_init__(self) -> None:
-        before = self.kind in ("pixel", "prompt")
+        before = self.kind in ("pixel", "encoder", "prompt")
         speaks = before or self.kind == "cut"
         selects = speaks or self.kind in ("route", "cache")
         if self.kind not in get_args(StageKind):
@@ -325,11 +399,12 @@ class Stage:
             raise ConfigError(
                 f"method={self.method!r}: a {self.kind} stage " + ("needs a method" if selects else "has no method")
             )
-        if self.method is not None and (self.kind == "pixel") != (self.method.card.stage == "pixel"):
+        places = {"pixel": "before", "encoder": "inside"}
+        mine = places.get(self.kind, "behind")
+        if self.method is not None and (acts := places.get(self.method.card.stage, "behind")) != mine:
             raise ConfigError(
-                f"method={self.method.card.name!r}: it acts "
-                + ("behind" if self.kind == "pixel" else "before")
-                + f" the vision tower, which is no place for a {self.kind} stage"
+                f"method={self.method.card.name!r}: it acts {acts} the vision tower, which is no place for a "
+                f"{self.kind} stage"
             )
         if before and self.method is not None and not self.method.card.contract.keeps_some:
             raise ConfigError(
@@ -342,9 +417,10 @@ class Stage:
                 + ("tokens, not what a cache keeps of each head" if self.kind == "cache" else "what a cache keeps")
                 + f", which is no answer for a {self.kind} stage"
             )
-        if (self.layer is None) != before and self.kind != "cache":
+        layered = self.kind == "encoder" or not before
+        if (self.layer is not None) != layered and self.kind != "cache":
             raise ConfigError(
-                f"layer={self.layer!r}: a {self.kind} stage " + ("has no layer" if before else "needs a layer")
+                f"layer={self.layer!r}: a {self.kind} stage " + ("needs a layer" if layered else "has no layer")
             )
         if self.until is None and self.kind == "skip":
             raise ConfigError("until=None: a skip stage needs until, the first layer after it")
@@ -387,8 +463,8 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. A cache
-    method is asked once per decoder layer, and may answer for each head.
+    also implement :meth:`picture` or :meth:`units`, encoder methods :meth:`stay`; their candidates are the tokens that
+    the tower made of what it got. A cache method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -456,6 +532,26 @@ class Method:
         """
         raise NotImplementedError
 
+    def units(self, picture: Picture) -> Kept:
+        """Pixel methods whose card says ``gives="units"``: which units of a picture the vision tower gets.
+
+        Returns:
+            at least one unit, and ``picture.count`` of them if the contract says ``count_from_grid``.
+        """
+        raise NotImplementedError
+
+    @property
+    def rebuild(self) -> Rebuild | None:
+        """Encoder methods: how what leaves the tower comes back; None if it is dropped."""
+        return None
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        """Encoder methods: (n,) bool, which units of an image or video stay in the vision tower.
+
+        At least one, and ``encoding.count`` of them if the contract says ``count_from_grid``.
+        """
+        raise NotImplementedError
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, as plain values."""
         types = _types(type(self))
@@ -520,6 +616,14 @@ def _named(wanted: Any) -> str:
         return f"a list, each {_named(args[0])}"
     names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return names.get(wanted, f"a {getattr(wanted, '__name__', wanted)}")
+
+
+@dataclass(frozen=True)
+class UnitMethod(Method):
+    """Base of methods that let some units of each picture through the tower: all that comes out of it stays."""
+
+    def select(self, ctx: Context) -> torch.Tensor:
+        return ctx.valid
 
 
 @dataclass(frozen=True)

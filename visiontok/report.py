@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cost import Account, VisionInputs, account
+from .cost import Account, VisionInputs, account, attention_lengths
 from .engine.probe import TAKE_BIAS, takes_columns
 from .method import Stage
 from .recipe import Recipe
@@ -110,8 +111,8 @@ class Report:
         known = [inputs for inputs in trace.inputs if inputs is not None]
         costs = account(
             config,
-            _joined([given for given, _ in known]),
-            ran=_joined([ran for _, ran in known]),
+            _joined(config, [given for given, _ in known]),
+            ran=_joined(config, [ran for _, ran in known]),
             stock=ledger.stock,
             kept=ledger.tokens(),
             computed=ledger.computed(),
@@ -255,10 +256,22 @@ def _overdrawn(stage: Stage, images: tuple[ImageReport, ...]) -> str:
     return ""
 
 
-def _joined(runs: list[VisionInputs]) -> VisionInputs:
+def _joined(config: Any, runs: list[VisionInputs]) -> VisionInputs:
     """All runs of the tower together."""
     grids = tuple(grid for run in runs for grid in run.grids)
-    return VisionInputs(grids, sum(run.computed for run in runs) if runs else None)
+    embedded = sum(run.computed for run in runs) if runs else None
+    if all(run.lengths is None for run in runs):
+        return VisionInputs(grids, embedded)
+    lengths = [attention_lengths(config, run) for run in runs]
+    return VisionInputs(
+        grids,
+        embedded,
+        lengths=tuple(tuple(itertools.chain(*layer)) for layer in zip(*lengths, strict=True)),
+        mlp=tuple(
+            map(sum, zip(*(run.mlp or map(sum, mine) for run, mine in zip(runs, lengths, strict=True)), strict=True))
+        ),
+        projected=tuple(itertools.chain(*(run.projected or mine[-1] for run, mine in zip(runs, lengths, strict=True)))),
+    )
 
 
 def _bytes(n: int) -> str:

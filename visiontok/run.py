@@ -466,8 +466,12 @@ def _notes(
         notes.append("selection inside the language model is counted as prefill")
     if any(stage.kind == "cache" for stage in recipe.stages):
         notes.append("tokens that leave the cache behind the prefill are not counted as dropped, and save none of it")
-    if any(stage.kind == "pixel" for stage in recipe.stages):
-        notes.append("the vision tower gets smaller pictures, which saves more than the cap knows of")
+    pixel = next((stage.method for stage in recipe.stages if stage.kind == "pixel"), None)
+    if pixel is not None:
+        gets = "smaller pictures" if pixel.card.gives == "smaller" else "some units of the picture"
+        notes.append(f"the vision tower gets {gets}, which saves more than the cap knows of")
+    elif any(stage.kind == "encoder" for stage in recipe.stages):
+        notes.append("units leave the vision tower, which saves more than the cap knows of")
     elif speed_up.time_to_first_token > speed_up.cap:
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
     if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from visiontok.adapters.gemma3 import Gemma3Adapter
 from visiontok.adapters.llava import LlavaAdapter
-from visiontok.adapters.qwen_vl import Qwen3VLAdapter
+from visiontok.adapters.qwen_vl import Qwen3VLAdapter, Qwen25VLAdapter
 
 from visiontok import Card, Context, Contract, Method, Recipe, Selection, Stage
 from visiontok.functional import rank, topk
@@ -179,6 +179,23 @@ class RowsForColumns(LlavaAdapter):
 class OnePlace(LlavaAdapter):
     def grids(self, record):
         return [grid.clamp_max(2) for grid in super().grids(record)]
+
+
+class UnitsTransposed(LlavaAdapter):
+    def units(self, record):
+        return [pixels.transpose(1, 2) for pixels in super().units(record)]
+
+
+class WindowsForgotten(Qwen25VLAdapter):
+    def layers(self, record):
+        return replace(super().layers(record), order=lambda run: None)
+
+
+class OtherPlaces(Qwen3VLAdapter):
+    def parts(self, record, kept):
+        [part] = super().parts(record, kept)
+        part.changes["interp_indices"] = part.changes["interp_indices"].roll(4, 0)
+        return [part]
 
 
 class Shifted(LlavaAdapter):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,11 +16,13 @@ from visiontok.adapters.base import Adapter
 
 from ..api import Compression, base_model
 from ..budget import Budget
+from ..engine.pixels import Smaller
 from ..engine.probe import attention_modules
-from ..engine.vision import FeatureRecorder, record_of
+from ..engine.vision import Encoded, FeatureRecorder, record_of
 from ..errors import UnsupportedError
+from ..method import Card, Contract, Encoding, Stage, UnitMethod
 from ..recipe import Recipe
-from .checks import Failed, NotApplicable, against_oracle, gap, generate
+from .checks import CLOSE, Failed, NotApplicable, against_oracle, gap, generate
 from .schedules import SCHEDULES, cut, leave, prompt
 
 # What the language model reads; the rest of the inputs are for the tower.
@@ -253,6 +255,94 @@ def patches(case: AdapterCase) -> None:
                 raise Failed(f"group(): disturbed patches change the tokens {tokens}, it brings them to {said}")
 
 
+def units(case: AdapterCase) -> None:
+    """Given some units of each picture, the tower makes their tokens of their pixels and of no others."""
+    if case.own.fixed_units:
+        raise NotApplicable(case.own.fixed_units)
+    record: Any = Encoded("image", {k: v for k, v in case.inputs.items() if k not in TEXT_INPUTS})
+    shapes = case.own.shapes(record)
+    whole = [torch.ones(t * h * w, dtype=torch.bool) for t, h, w in shapes]
+    with torch.no_grad():
+        plain, everything = case.encode(case.pixels)[0], _some(case, record, whole)
+    if not torch.equal(everything, plain):
+        raise Failed(f"parts(): all units make other features than the stock tower (by {gap(everything, plain):.2g})")
+    g = torch.Generator().manual_seed(0)
+    some = [torch.rand(len(mask), generator=g) < 0.5 for mask in whole]
+    for mask in some:
+        mask[-1] = True
+    kept = torch.cat(some)
+    with case.isolated(), torch.no_grad():
+        plain, alone = case.encode(case.pixels)[0], _some(case, record, some)
+        if (far := gap(alone[kept], plain[kept])) > CLOSE:
+            raise Failed(f"parts(): kept units are not what they are in the whole picture (by {far:.2g})")
+    pixels = case.pixels.clone().requires_grad_()
+    record.inputs |= {"pixel_values": pixels}
+    (slope,) = torch.autograd.grad(_some(case, record, some)[kept].square().sum(), pixels)
+    shown = case.own.units(Encoded("image", record.inputs | {"pixel_values": slope}))
+    if [tuple(x.shape[:3]) for x in shown] != list(shapes):
+        raise Failed(f"units() has the shapes {[tuple(x.shape[:3]) for x in shown]}, shapes() says {shapes}")
+    seen = torch.cat([x.flatten(3).any(-1).flatten() for x in shown])
+    if wrong := (seen != kept).nonzero().flatten().tolist():
+        said = "dropped, but its pixels" if seen[wrong[0]] else "kept, but no pixel of it"
+        raise Failed(f"units(): unit {wrong[0]} is {said} made a difference to the features of those that are kept")
+
+
+def layers(case: AdapterCase) -> None:
+    """Units that leave the tower at a layer are those that are meant, and nothing behind it sees them."""
+    if case.own.fixed_layers:
+        raise NotApplicable(case.own.fixed_layers)
+    record: Any = Encoded("image", {k: v for k, v in case.inputs.items() if k not in TEXT_INPUTS})
+    sizes = [t * h * w for t, h, w in case.own.shapes(record)]
+    if list(case.own.layers(record).sizes) != sizes:
+        raise Failed(
+            f"layers() says that the items have {list(case.own.layers(record).sizes)} units, they have {sizes}"
+        )
+    kept = torch.cat([torch.arange(n) % 3 != 1 for n in sizes])
+    for method, what in ((_Thirds(everything=True), "all units"), (_Thirds(), "two units of three")):
+        with case.isolated(), Compression(case.model, _in_tower(method), adapter=case.adapter):
+            alone = case.encode(case.pixels)[0]
+        with case.isolated():
+            plain = case.encode(case.pixels)[0]
+        if (far := gap(alone[kept], plain[kept])) > CLOSE:
+            raise Failed(f"layers(): where {what} stay, they are not what they are in the whole picture (by {far:.2g})")
+    with Compression(case.model, _in_tower(_Thirds()), adapter=case.adapter):
+        alone = case.encode(case.pixels)[0]
+    if not bool((alone[kept] != case.encode(case.pixels)[0][kept]).any()):
+        raise Failed("layers(): nothing changes where every third unit leaves the tower")
+
+
+@dataclass(frozen=True)
+class _Thirds(UnitMethod):
+    """Two units of three, or all."""
+
+    everything: bool = False
+    card: ClassVar[Card] = Card(
+        name="thirds",
+        title="two units of three",
+        paper="-",
+        venue="-",
+        stage="encoder",
+        needs="-",
+        budget=False,
+        contract=Contract(count_from_grid=False, sync_free=False),
+    )
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        return (torch.arange(len(encoding.states)) % 3 != 1) | self.everything
+
+
+def _in_tower(method: UnitMethod) -> Recipe:
+    return Recipe(stages=(Stage(kind="encoder", method=method, layer=1),))
+
+
+def _some(case: AdapterCase, record: Any, kept: list[torch.Tensor]) -> torch.Tensor:
+    """(T, D) features of all places, of which those of ``kept`` units are their own."""
+    smaller = Smaller.units(record, case.own.parts(record, kept), kept, [None] * len(kept))
+    method = type(case.base).get_image_features
+    output = smaller.encode(method, case.base, record.inputs | {"return_dict": True})
+    return torch.cat([item.reshape(-1, item.shape[-1]) for item in output.pooler_output])
+
+
 def cls_token(case: AdapterCase) -> None:
     """The tower's first token is a CLS token, which no pixel changes, exactly if it says so."""
     with case.isolated() as seen:
@@ -272,6 +362,8 @@ ADAPTER_CHECKS = {
     "grids": grids,
     "geometry": geometry,
     "patches to tokens": patches,
+    "units": units,
+    "layers": layers,
     "CLS token": cls_token,
 }
 

@@ -18,6 +18,7 @@ from ..api import Callback, Compression, base_model
 from ..budget import Budget
 from ..errors import ConfigError
 from ..ledger import TokenLedger
+from ..method import Picture
 from ..recipe import Recipe
 from ..report import Report
 from . import zoo
@@ -73,7 +74,12 @@ class Case:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """Two left-padded prompts of two images each."""
-        return zoo.batch(self.architecture, self.model)
+        return self.batch()
+
+    def batch(self, **more: Any) -> dict[str, Any]:
+        """Prompts as :func:`visiontok.conformance.zoo.batch` makes them; with margins where pixels decide."""
+        margins = any(m.card.stage == "pixel" and not m.card.budget for m in self.selecting)
+        return zoo.batch(self.architecture, self.model, margins=margins, **more)
 
     @functools.cached_property
     def selecting(self) -> list[Any]:
@@ -143,7 +149,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut", "cache")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "encoder", "prompt", "cut", "cache")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -157,7 +163,7 @@ def rows(case: Case) -> None:
     """A prompt alone gives the tokens and logits that it gives in a left-padded batch."""
     together = case.plain
     for b, mask in enumerate(case.inputs["attention_mask"].bool()):
-        single = case.run(case.asking, zoo.batch(case.architecture, case.model, pad=0, only=b))
+        single = case.run(case.asking, case.batch(pad=0, only=b))
         for layer in range(together.ledger.depth):
             held, mine = (run.ledger.cached(layer) for run in (together, single))
             if not torch.equal(held[b, mask], mine[0]):
@@ -233,10 +239,19 @@ def something_dropped(case: Case) -> None:
         raise NotApplicable("its contract says keeps_some=False: it may leave the tokens where they are, or none")
     ledger = case.plain.ledger
     saves = ledger.narrow() or any(bool(ledger.frozen(layer).any()) for layer in range(ledger.depth))
+    if any(method.rebuild is not None for method in case.selecting):
+        costs = case.plain.report.account
+        if costs.vision is not None and costs.vision == costs.vision_stock:
+            raise Failed("units of no picture leave the vision tower")
+        saves = True
     if not ledger.dropped and not saves:
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
+        still = Picture(pixels=torch.full((2, 4, 4, 3, 1, 16), 0.5), count=32, budgeted=False)
+        by_pixels = [m for m in case.selecting if m.card.gives == "units" and not m.card.budget]
+        if any(not bool(method.units(still).keep.all()) for method in by_pixels):
+            raise NotApplicable("it drops units of a video that stands still, but none of these images")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
         raise Failed(f"{asked} it silently keeps and computes every visual token in every layer")
 
@@ -247,7 +262,7 @@ def one_token(case: Case) -> None:
     if recipe.average is not None:
         raise NotApplicable("its budget is an average over layers")
     for number in ([2, 0], [0, 1]):
-        inputs = zoo.batch(case.architecture, case.model, images=number)
+        inputs = case.batch(images=number)
         run = case.run(recipe, inputs)
         kept = [image.cached[-1] for image in run.report.images]
         if case.whole_groups:
@@ -336,7 +351,7 @@ def question(case: Case) -> None:
     for asked in case.questions():
         if not asked.contract.question_independent:
             raise NotApplicable("its contract says question_independent=False")
-    other = case.run(case.asking, zoo.batch(case.architecture, case.model, seed=1))
+    other = case.run(case.asking, case.batch(seed=1))
     if not _alike(case.plain, other):
         raise Failed(
             "another question keeps other tokens, though the contract says question_independent=True: declare "
@@ -403,7 +418,7 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
-    pixels = any(stage.kind == "pixel" for stage in recipe.stages)
+    pixels = any(stage.kind in ("pixel", "encoder") for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
         with encodings(base_model(model)) if pixels else nullcontext() as features:
             out = generate(model, inputs, banned)

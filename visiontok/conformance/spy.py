@@ -9,7 +9,7 @@ import torch
 
 from ..api import Callback
 from ..context import Attention, Context
-from ..method import Card, Contract, Method, Needs, Selection, Tower
+from ..method import Card, Contract, Encoding, Kept, Method, Needs, Picture, Rebuild, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
@@ -71,6 +71,19 @@ class Spy(Method):
     def picture(self, shape: tuple[int, int], count: int) -> tuple[int, int]:
         """The method's."""
         return self.method.picture(shape, count)
+
+    def units(self, picture: Picture) -> Kept:
+        """The method's."""
+        return self.method.units(picture)
+
+    @property
+    def rebuild(self) -> Rebuild | None:
+        """The method's."""
+        return self.method.rebuild
+
+    def stay(self, encoding: Encoding) -> torch.Tensor:
+        """The method's."""
+        return self.method.stay(encoding)
 
     def select(self, ctx: Context) -> Selection:
         """Ask the method, and see what it does besides answering."""

@@ -183,12 +183,15 @@ def prepare(model: Any, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def _image(name: str, model: Any, k: int, dtype: torch.dtype) -> tuple[int, dict[str, torch.Tensor]]:
+def _image(
+    name: str, model: Any, k: int, dtype: torch.dtype, *, margins: bool = False
+) -> tuple[int, dict[str, torch.Tensor]]:
     """Visual tokens and inputs of image number ``k``; sizes differ where the architecture allows."""
     g = torch.Generator().manual_seed(100 + k)
     if name in GRIDS:
         h, w = [(8, 8), (4, 12), (8, 4)][k % 3]
         patches = torch.randn(h * w, 96, generator=g).to(dtype)
+        patches[: 2 * w * margins] = 0.0
         return h * w // 4, {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, h, w]])}
     if name in ANYRES:
         size = torch.tensor([[(64, 64), (40, 64)][k % 2]]).view(1, 2)
@@ -199,6 +202,7 @@ def _image(name: str, model: Any, k: int, dtype: torch.dtype) -> tuple[int, dict
     if name in TILED:
         return 16, {"pixel_values": torch.randn(1, 1, 3, 32, 32, generator=g).to(dtype)}
     pixels = {"pixel_values": torch.randn(1, 3, 32, 32, generator=g).to(dtype)}
+    pixels["pixel_values"][..., : 8 * margins, :] = 0.0
     if name == "mistral3":
         pixels["image_sizes"] = torch.tensor([[32, 32]])
     return 4 if name == "gemma3" else 16, pixels
@@ -214,6 +218,7 @@ def batch(
     text: int = 5,
     seed: int = 0,
     only: int | None = None,
+    margins: bool = False,
 ) -> dict[str, Any]:
     """A left-padded batch of prompts with images between text; rows differ in length.
 
@@ -226,6 +231,7 @@ def batch(
         text: text tokens behind the last image of row 0; row b has 2b more.
         seed: of the text.
         only: one of the rows, which is then alone; all by default.
+        margins: the first row of units of each picture is of one colour, where a tower can be spared them.
     """
     g = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
@@ -239,7 +245,7 @@ def batch(
         prompt: list[int] = [1]
         mine: list[dict[str, torch.Tensor]] = []
         for _ in range(number):
-            n, inputs = _image(name, model, sum(map(len, pictures)) + len(mine), dtype)
+            n, inputs = _image(name, model, sum(map(len, pictures)) + len(mine), dtype, margins=margins)
             prompt += torch.randint(5, 90, (3,), generator=g).tolist() + start + [IMAGE] * n + end
             mine.append(inputs)
         prompts.append(prompt + torch.randint(5, 90, (text + 2 * b,), generator=g).tolist())

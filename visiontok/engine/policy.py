@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from visiontok.adapters.parts import Part
 
 from ..allocators import layer_average
 from ..budget import Budget
@@ -18,18 +21,19 @@ from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
 from ..functional import absorb, coordinates, nearest_kept
 from ..ledger import Choice
-from ..method import Mass, Selection, Stage, resolve_layer
+from ..method import Kept, Mass, Picture, Selection, Stage, resolve_layer
 from .answer import answered
 from .call import Prefill, counted
 from .evict import thin
 from .host import stops_host, upload
+from .inside import Inside
 from .narrow import first_channels, narrow_mlp
 from .pixels import Smaller
 from .probe import Tap
 from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_of
 from .rotary import rotary_tables
 from .route import scale_branch
-from .tower import TowerReadings
+from .tower import TowerReadings, describe_tower
 from .vision import BeforeTower
 
 if TYPE_CHECKING:
@@ -68,16 +72,21 @@ class StagePolicy:
         if len(pixels) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in pixels)} both act on the pixels; keep one")
         self.pixel = next(iter(pixels), None)
-        if self.pixel is not None and self.pixel.keep is not None and self.pixel.keep.kind == "flops":
-            raise ConfigError(
-                f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
-                "depend; give tokens or a ratio"
-            )
+        for stage in stages:
+            if stage.kind in ("pixel", "encoder") and stage.keep is not None and stage.keep.kind == "flops":
+                raise ConfigError(
+                    f"keep={stage.keep}: {stage.label} acts before the prompt is read, on whose length FLOPs depend; "
+                    "give tokens or a ratio"
+                )
+        encoders = [s for s in stages if s.kind == "encoder"]
+        if len(encoders) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in encoders)} both act in the tower; keep one")
+        self.encoder = next(iter(encoders), None)
         caches = [s for s in stages if s.kind == "cache"]
         if len(caches) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
         self.cache_stage = next(iter(caches), None)
-        self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
+        self.prompt_stages = pixels + encoders + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
         for stage in stages:
@@ -131,6 +140,8 @@ class StagePolicy:
         flips = {i for i in range(depth) if hidden[i] != (hidden[i - 1] if i else False)}
         behind = {layer + 1 for layer in self.routes if layer + 1 < depth}  # who passed one by is back
         self.changes: frozenset[int] = frozenset(flips | set(self.cuts) | self.routes.keys() | behind)
+        # what stays of a picture that its pixels decide about is no part of a budget
+        self._sharing = [s for s in self._selecting if not self._in_tower(s) or _takes_budget(s)]
         self.selects = bool(self._selecting or self.routes or caches)
         places = [(0, s) for s in self.prompt_stages] + list(self.cuts.items())
         weighing = [layer for layer, stage in places if stage.mass is not None and stage.mass.beta]
@@ -170,11 +181,19 @@ class StagePolicy:
         for stage in (*self._selecting, *self.routes.values()):
             stage.method.check()  # type: ignore[union-attr]
         if self.pixel is not None:
-            if self.adapter.fixed_pictures:
+            if self._gives_units and self.adapter.fixed_units:
+                raise UnsupportedError(
+                    f"{self._model}: {self.pixel.label} needs a vision tower that takes some units of a picture, but "
+                    f"{self.adapter.fixed_units}; drop tokens behind the tower"
+                )
+            if not self._gives_units and self.adapter.fixed_pictures:
                 raise UnsupportedError(
                     f"{self._model}: {self.pixel.label} needs a vision tower that takes smaller pictures, but "
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
+        if self.encoder is not None:
+            self._layer_in_tower = self._find_layer(self.encoder)
+        if self.pixel is not None or self.encoder is not None:
             attachment.add(BeforeTower(self.adapter.base, self))
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
@@ -197,6 +216,41 @@ class StagePolicy:
     def _model(self) -> str:
         return self.adapter.base.config.model_type
 
+    def _in_tower(self, stage: Stage) -> bool:
+        """Whether a stage acts before the tower or inside it."""
+        return stage.kind in ("pixel", "encoder")
+
+    def _find_layer(self, stage: Stage) -> int:
+        """The tower layer of an encoder stage.
+
+        Raises:
+            UnsupportedError: if no unit can leave this tower.
+            ConfigError: if the layer lies outside, or behind the one that the features are read from.
+        """
+        if self.adapter.fixed_layers:
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} needs a vision tower that units can leave, but "
+                f"{self.adapter.fixed_layers}; drop tokens behind the tower"
+            )
+        if stage.method.rebuild is not None and self.adapter.no_rebuild:  # type: ignore[union-attr]
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} brings back what left the tower, but {self.adapter.no_rebuild}; use "
+                "'tower_cut'"
+            )
+        tower = describe_tower(self.adapter)
+        found = resolve_layer(_layer(stage), tower.depth, name="tower layer", lowest=1)
+        if found > tower.feature_layer:
+            raise ConfigError(
+                f"layer={stage.layer}: the visual features of {self._model} are what tower layer {tower.feature_layer} "
+                "makes, so units that leave behind it save nothing; cut earlier"
+            )
+        return found
+
+    @property
+    def _gives_units(self) -> bool:
+        method = None if self.pixel is None else self.pixel.method
+        return method is not None and method.card.gives == "units"
+
     def shows_state(self, layer: int) -> bool:
         """Whether a tap of ``layer`` must see the call; see :class:`visiontok.engine.attach.Policy`."""
         mine = layer in self.thinned or layer in self.routes or layer in self.narrowed
@@ -216,7 +270,7 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            if stage is self.pixel:
+            if self._in_tower(stage):
                 encoded = self._encoded(call, stage)
                 if encoded is None:
                     continue
@@ -444,7 +498,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
+            stage=stage.kind if self._in_tower(stage) else "prompt" if layer is None else "decoder",  # type: ignore[arg-type]
             layer=layer,
             depth=self.depth,
             features=features,
@@ -480,7 +534,9 @@ class StagePolicy:
         return self.tower.read(call, stat, layer) if found is None else found
 
     def _budgeted(self, stage: Stage) -> bool:
-        return stage.keep is not None or self.average is not None
+        return stage.keep is not None or (
+            self.average is not None and (not self._in_tower(stage) or _takes_budget(stage))
+        )
 
     def _counts(self, stage: Stage, call: Prefill) -> list[int]:
         """Tokens the stage is to leave of each image."""
@@ -491,7 +547,7 @@ class StagePolicy:
     def _allowed(self, stage: Stage, sizes: list[int], tiles: list[int]) -> list[int]:
         """The same, where the budget follows from the tokens and the tiles of each image alone."""
         keep = stage.keep
-        if self.average is not None:
+        if self.average is not None and self._budgeted(stage):
             return [self._share(stage, n) for n in sizes]
         if keep is None:
             return sizes
@@ -536,12 +592,12 @@ class StagePolicy:
             return n
         average = budget.value * n if budget.kind == "ratio" else min(float(budget.value), n)
         start, stop = self.hidden.index(False), self.depth - self.hidden[::-1].index(False)
-        cuts = [start] * len(self.prompt_stages) + sorted(self.cuts)
-        own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._selecting]
-        first, *others = (s.method for s in self._selecting)
+        cuts = [start] * (len(self._sharing) - len(self.cuts)) + sorted(self.cuts)
+        own = [s.keep.value if s.keep is not None and s.keep.kind == "ratio" else 1.0 for s in self._sharing]
+        first, *others = (s.method for s in self._sharing)
         spread = layer_average if any(type(m) is not type(first) for m in others) else first.shared_out  # type: ignore[union-attr]
         counts = spread(n, average, depth=self.depth, cuts=cuts, shape=own, start=start, stop=stop)
-        return counts[self._selecting.index(stage)]
+        return counts[self._sharing.index(stage)]
 
     def _generator(self, call: Prefill, unit: int) -> torch.Generator:
         ids = b"" if call.prompts is None else repr(call.prompts[call.units.rows[unit]]).encode()
@@ -555,16 +611,58 @@ class StagePolicy:
         """Whether the calls of the present thread are this policy's."""
         return self._serves()
 
+    @property
+    def by_unit(self) -> bool:
+        """Whether some units of a picture go into the tower, or leave it on the way."""
+        return self._gives_units or self.encoder is not None
+
     def smaller(self, record: Record) -> Smaller | None:
         """The pictures that the tower gets instead; see :class:`visiontok.engine.pixels.PixelStage`."""
         stage: Any = self.pixel
+        if stage is None:
+            return None
         shapes = self.adapter.shapes(record)
         allowed = self._allowed(stage, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
+        if self._gives_units:
+            return self._some_units(stage, record, allowed)
         resized = [self._resized(stage, shape, k) for shape, k in zip(shapes, allowed, strict=True)]
         if resized == shapes:
             return None
         changes = self.adapter.smaller(record, resized)
-        return Smaller(record.modality, record.inputs | changes, changes, list(zip(shapes, resized, strict=True)))
+        return Smaller.resized(record, changes, list(zip(shapes, resized, strict=True)))
+
+    @contextlib.contextmanager
+    def inside(self, record: Any) -> Iterator[None]:
+        """The hooks by which units leave the tower; see :class:`visiontok.engine.inside.Inside`."""
+        if self.encoder is None:
+            yield
+            return
+        shapes = self.adapter.shapes(record)
+        allowed = self._allowed(self.encoder, [t * h * w for t, h, w in shapes], [t for t, _, _ in shapes])
+        layers = self.adapter.layers(record)
+        budgeted = self._budgeted(self.encoder)
+        record.inside = Inside(record, layers, self.encoder, self._layer_in_tower, allowed, budgeted=budgeted)
+        with record.inside.hooks():
+            yield
+
+    def _some_units(self, stage: Any, record: Record, allowed: list[int]) -> Smaller:
+        """The units of each picture that the tower gets; a whole picture is one of all its units."""
+        mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in self.adapter.pixel_statistics)
+        kept, sources = [], []
+        with torch.no_grad():
+            for pixels, count in zip(self.adapter.units(record), allowed, strict=True):
+                shown = pixels.float() * std.to(pixels.device) + mean.to(pixels.device)
+                if not bool(torch.stack(shown.aminmax()).isfinite().all()):  # both ends are NaN if any value is
+                    raise ConfigError(
+                        f"pixels contain NaN or infinity, so {stage.label} has nothing to decide by; check the pictures"
+                    )
+                picture = Picture(pixels=shown, count=count, budgeted=self._budgeted(stage))
+                answer = _answer(stage, picture)
+                kept.append(answer.keep.flatten().cpu())
+                sources.append(None if answer.source is None else answer.source.flatten().cpu())
+        if all(bool(mask.all()) for mask in kept):  # the stock call
+            return Smaller.units(record, [Part(list(range(len(kept))), {})], kept, [None] * len(kept))
+        return Smaller.units(record, self.adapter.parts(record, kept), kept, sources)
 
     def _resized(self, stage: Stage, shape: Shape, count: int) -> Shape:
         frames, *size = shape
@@ -584,19 +682,53 @@ class StagePolicy:
         return frames, rows, columns
 
     def _encoded(self, call: Prefill, stage: Stage) -> torch.Tensor | None:
-        """(U, N) bool on the host, tokens that the tower made; None if it was given every picture whole."""
+        """(U, N) bool on the host, tokens of which the tower made features of their own, as far as a stage and those
+        before it decide; None if of all."""
         units = call.units
         made = torch.zeros(units.valid.shape, dtype=torch.bool)
         allowed = self._allowed(stage, units.sizes, units.tiles)
         for u, (source, size, count) in enumerate(zip(units.source, units.sizes, allowed, strict=True)):
-            smaller = None if source is None else call.records[source[0]].smaller
-            if smaller is None and count < size:
+            record = None if source is None else call.records[source[0]]
+            smaller, inside = (None, None) if record is None else (record.smaller, record.inside)
+            asked: Any = inside if stage is self.encoder else smaller
+            if asked is None and (count < size or self._gives_units or stage is self.encoder):
                 raise UnsupportedError(
                     f"{self._model}: {stage.label} acts on pixels, but the features of this call were made without "
                     "it; pass pixels"
                 )
-            made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
+            here = torch.ones(size, dtype=torch.bool)
+            if source is not None and smaller is not None:
+                here = smaller.kept[source[1]].clone()
+            if source is not None and stage is self.encoder and inside is not None and inside.dropped:
+                here[here.clone()] = inside.kept[source[1]]
+            made[u, :size] = here
         return None if made.sum(1).tolist() == units.sizes else made
+
+
+def _takes_budget(stage: Stage) -> bool:
+    return stage.method is not None and stage.method.card.budget
+
+
+def _answer(stage: Stage, picture: Picture) -> Kept:
+    """Which units of a picture stay, checked."""
+    answer, name = stage.method.units(picture), stage.label  # type: ignore[union-attr]
+    keep, source = answer.keep, answer.source
+    if keep.dtype != torch.bool or keep.shape != picture.shape:
+        raise ConfigError(
+            f"{name}: units() returned {tuple(keep.shape)} {keep.dtype}; it must return a bool mask {picture.shape}"
+        )
+    number = int(keep.sum())
+    if not number:
+        raise ConfigError(f"{name}: units() kept no unit of a picture; keep at least one")
+    fixed = picture.budgeted and stage.method.card.contract.count_from_grid  # type: ignore[union-attr]
+    if (fixed and number != picture.count) or number > picture.count:
+        raise ConfigError(
+            f"{name}: units() kept {number} units, against a budget of {picture.count}; keep "
+            + ("as many, or set count_from_grid=False" if fixed else "no more")
+        )
+    if source is not None and (source.shape != keep.shape or not bool(keep.flatten()[source].all())):
+        raise ConfigError(f"{name}: Kept.source names a unit that is not kept; give the places of kept units")
+    return answer
 
 
 def _in_entry(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cost import VisionInputs, knows
+from ..cost import VisionInputs, attention_lengths, knows
 from ..ledger import TokenLedger
 from .call import Prefill
 from .trace import Trace
@@ -74,7 +75,23 @@ def run_prompt_stages(
 
 def _vision_inputs(config: Any, record: Encoded) -> tuple[VisionInputs, VisionInputs]:
     stock = VisionInputs.from_call(config, record.inputs)
-    return stock, stock if record.smaller is None else VisionInputs.from_call(config, record.smaller.inputs)
+    ran, smaller, inside = stock, record.smaller, record.inside
+    if smaller is not None and any(part.changes for part in smaller.parts):
+        ran = VisionInputs.from_call(config, smaller.inputs)
+        lengths = [part.lengths for part in smaller.parts if part.lengths is not None]
+        if lengths:
+            area = stock.patches // sum(map(len, smaller.kept))
+            ran = VisionInputs(
+                grids=tuple((1, 1, int(mask.sum()) * area) for mask in smaller.kept),
+                embedded=ran.computed,
+                lengths=tuple(sum(layer, ()) for layer in zip(*lengths, strict=True)),
+            )
+    if inside is not None and (inside.lengths or inside.mlp):
+        whole = attention_lengths(config, ran)
+        left = tuple(inside.lengths.get(layer, tuple(mine)) for layer, mine in enumerate(whole))
+        mlp = tuple(inside.mlp.get(layer, sum(mine)) for layer, mine in enumerate(left))
+        ran = replace(ran, lengths=left, mlp=mlp, projected=tuple(whole[-1]))
+    return stock, ran
 
 
 def _units(adapter: Adapter, masks: Mapping[str, torch.Tensor], records: list[Encoded]) -> Units:

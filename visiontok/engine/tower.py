@@ -134,6 +134,8 @@ class TowerReadings:
             calls = record.attention.get((stat, index))
             if calls is None:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
+            if record.inside is not None:
+                calls = record.inside.spread(calls)
             patches = [c.reshape(*c.shape[:2], -1) for c in calls]
             groups = _placed(record, functools.partial(self.adapter.group, patches=patches))
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
@@ -154,7 +156,7 @@ class TowerReadings:
         """(U, N, …) what the picture shows at each token, not normalised."""
         mean, std = (torch.tensor(x, dtype=torch.float32)[:, None] for x in self.adapter.pixel_statistics)
         values = [
-            [x.float() * std.to(x.device) + mean.to(x.device) for x in _placed(record, self.adapter.pixels)]
+            [x.float() * std.to(x.device) + mean.to(x.device) for x in _shown(record, self.adapter)]
             for record in call.records
         ]
         return self._by_unit(call, values, missing=0.0)
@@ -205,6 +207,12 @@ class TowerReadings:
 def _placed(record: Encoded, read: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Per item (n, …) values of its tokens, which ``read`` takes from what the tower was really given."""
     return read(record) if record.smaller is None else record.smaller.place(read(record.smaller))
+
+
+def _shown(record: Encoded, adapter: Adapter) -> list[torch.Tensor]:
+    """Per item (n, 3, P) normalised pixels of its tokens."""
+    whole = record.smaller is None or record.smaller.whole
+    return adapter.pixels(record) if whole else _placed(record, adapter.pixels)
 
 
 def _joined(x: torch.Tensor) -> torch.Tensor:

@@ -74,11 +74,17 @@ class Trace:
             self.clock.mark("step", again=True)
 
     def seconds(self) -> dict[str, float | None]:
-        """Measured parts: vision tower (projector included), selection before the model, prefill without it, decode."""
-        tower = [c.seconds("start", "end") for c in self.encoders]
+        """Measured parts: choice of a pixel stage, vision tower (projector included), selection before the language
+        model, prefill without it, decode."""
+        chosen = [c.seconds("start", "chosen") for c in self.encoders]
+        tower = [
+            c.seconds("start" if t is None else "chosen", "end") for c, t in zip(self.encoders, chosen, strict=True)
+        ]
         prefill, selection = self.clock.seconds("prefill", "prefilled"), self.clock.seconds("selection", "selected")
         known = prefill is not None and selection is not None
+        pixels = [t for t in chosen if t is not None]
         return {
+            "pixels": sum(pixels) if pixels else None,
             "vision": sum(t for t in tower if t is not None) if tower and not self.remembered else None,
             "selection": selection,
             "prefill": prefill - selection if known else None,  # type: ignore[operator]

@@ -8,6 +8,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .clock import Clock
 from .host import stops_host, upload
+from .inside import Inside
 from .pixels import PixelStage, Smaller
 
 Modality = Literal["image", "video"]
@@ -32,7 +34,8 @@ class Encoded:
         output: what it returned.
         attention: (statistic, tower layer) → one (batch, patches) tensor per attention call, in call order.
         encoder_features: the projector's inputs as the model made them, in call order, if a method needs them.
-        clock: when it began and ended; not marked where a memory had a part in it.
+        clock: when it began, when a pixel stage had chosen, and when it ended; not marked where a memory had a part in
+            it.
         smaller: what the tower was given instead, at a pixel stage; ``inputs`` and ``output`` are then as if it had
             not been: the caller's pictures, and a feature for each of their tokens.
         memory: which this is a run for, of one picture, and whose taps alone may write here; None for any other run.
@@ -46,6 +49,7 @@ class Encoded:
     encoder_features: list[torch.Tensor] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
+    inside: Inside | None = None
     memory: Any = None
     remembered: bool = False
 
@@ -108,18 +112,23 @@ class FeatureRecorder:
             inputs["pixel_values_videos"] = inputs.pop("pixel_values")
         # sizes are read now, while the device has nothing to do, and not behind the tower
         inputs = {name: x.cpu() if _is_sizes(x) and stops_host(x.device) else x for name, x in inputs.items()}
-        record, memory = Encoded(self.modality, inputs), self.memory
+        record = Encoded(self.modality, inputs)
         stage = next((stage for stage in self.pictures if stage.serves()), None)
+        memory = None if stage is not None and stage.by_unit else self.memory  # which takes whole pictures alone
         if memory is None:
             record.clock.mark("start")
-        else:  # what a pixel stage makes of a picture is its own, and not kept
+        else:  # what a stage makes of a picture is its own, and not kept
             method = functools.partial(memory.encode, method, record, stage is None)
-        smaller = record.smaller = None if stage is None else stage.smaller(record)
-        with running(record):
+        if stage is not None:
+            record.smaller = stage.smaller(record)
+            if record.smaller is not None and memory is None:
+                record.clock.mark("chosen")
+        smaller = record.smaller
+        with running(record), nullcontext() if stage is None else stage.inside(record):
             output = method(self.base, **given) if smaller is None else smaller.encode(method, self.base, given)
         if memory is None:
             record.clock.mark("end")
-        if self.users > (memory is not None):  # a memory takes no records
+        if self.users > (self.memory is not None):  # a memory takes no records
             _thread.forward.append(record)
         record.output = output
         if hasattr(output, "__dict__"):

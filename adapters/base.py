@@ -17,6 +17,8 @@ from torch import nn
 
 from visiontok.errors import ConfigError, UnsupportedError
 
+from .encoder import Encoder
+
 # model_type → module that defines its adapter
 _FAMILIES = {
     "llava": "llava",
@@ -100,6 +102,7 @@ class Adapter:
             vision tower runs inside the base model's forward, and :meth:`columns` is needed.
         fixed_pictures: why its vision tower cannot be given smaller pictures; empty where it can, and then
             :meth:`shapes` and :meth:`smaller` must fit it.
+        unmergeable: why tokens cannot be merged in its vision tower; where they can, :meth:`encoder` says where.
         notes: what a user should know about budgets on this family.
     """
 
@@ -115,6 +118,7 @@ class Adapter:
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
+    unmergeable: ClassVar[str] = "its tokens are not known to come from one patch each of a CLIP or SigLIP tower"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -173,6 +177,21 @@ class Adapter:
             "pixel_values": downsampled(seen, rows * patch, columns * patch),
             "interpolate_pos_encoding": True,
         }
+
+    def encoder(self) -> Encoder:
+        """The blocks of the vision tower, for merging tokens between them.
+
+        Raises:
+            UnsupportedError: if tokens cannot be merged there.
+        """
+        raise UnsupportedError(
+            f"{self.base.config.model_type}: tokens cannot be merged in its vision tower, because {self.unmergeable}; "
+            "use a method that merges or drops them behind it, such as 'aim_merge'"
+        )
+
+    def tiles(self, record: Record) -> list[tuple[int, int]]:
+        """Of each item, its language-model tokens and the pictures that the tower makes them of; before it runs."""
+        return [(t * rows * columns, 1) for t, rows, columns in self.shapes(record)]
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""

@@ -9,6 +9,8 @@ import torch
 from visiontok.errors import UnsupportedError
 
 from .base import Adapter, Record, raster
+from .encoder import Encoder
+from .transformers_encoder import tower_encoder
 
 
 class LlavaAdapter(Adapter):
@@ -33,6 +35,19 @@ class LlavaAdapter(Adapter):
                 f"vision_feature_select_strategy={strategy!r} makes its {tower} tower's tokens other than its patches"
             )
         return ""
+
+    @property
+    def unmergeable(self) -> str:  # type: ignore[override]
+        """Features come from one layer of a CLIP or SigLIP tower; nothing else has as many tokens."""
+        config = self.base.config
+        name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
+        if not isinstance(layers := getattr(config, name, -1), int):
+            return f"its features are those of several layers, {name}={list(layers)}, which would have other tokens each"
+        return self.fixed_pictures.replace("interpolate positions", "merge")
+
+    def encoder(self) -> Encoder:
+        found = None if self.unmergeable else tower_encoder(self.base.vision_tower)
+        return super().encoder() if found is None else found
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .base import Adapter, Record, square
+from .encoder import Encoder
+from .transformers_encoder import tower_encoder
 
 
 class PaliGemmaAdapter(Adapter):
@@ -15,6 +17,10 @@ class PaliGemmaAdapter(Adapter):
     model_types = ("paligemma",)
     own_mask = True
     fixed_pictures = ""
+
+    def encoder(self) -> Encoder:
+        found = tower_encoder(self.base.vision_tower)
+        return super().encoder() if found is None else found
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

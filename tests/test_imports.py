@@ -31,6 +31,7 @@ LAYERS = {
     "visiontok.recipe": "recipe",
     "visiontok.adapters": "adapters",
     "visiontok.adapters.base": "adapters.base",
+    "visiontok.adapters.encoder": "adapters.base",
     "visiontok.engine": "engine",
     "visiontok.ledger": "engine",
     "visiontok.cost": "cost",

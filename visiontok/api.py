@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
 _MARK = "_visiontok_compressions"  # attribute of a base model: what is attached, oldest first
-_BEFORE = ("pixel", "prompt")  # stages before the language model
+_BEFORE = ("pixel", "merge", "prompt")  # stages before the language model
 _lock = threading.RLock()  # over attaching and detaching; calls never take it
 
 

@@ -23,9 +23,9 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """Where a method acts: ``pixel``, ``prompt``, ``decoder`` or ``cache``, or several of them."""
+    """Where a method acts: ``pixel``, ``merge``, ``prompt``, ``decoder`` or ``cache``, or several of them."""
     kinds = (stage.kind for stage in recipes.find(name)().stages())
-    return list(dict.fromkeys(kind if kind in ("pixel", "prompt", "cache") else "decoder" for kind in kinds))
+    return list(dict.fromkeys(kind if kind in ("pixel", "merge", "prompt", "cache") else "decoder" for kind in kinds))
 
 
 def published(card: Card) -> str:

@@ -108,6 +108,10 @@ class _Block:
         projections = 2 * self.width * (self.query_width * (queries + out) + 2 * self.kv_width * keys)
         return projections + out * self.mlp + 4 * self.query_width * queries * keys
 
+    def merge_flops(self, tokens: int, pairs: int, behind: int) -> int:
+        """The same for ``tokens`` of which ``behind`` are left between attention and feed-forward part."""
+        return self.flops(tokens, pairs) - (tokens - behind) * self.mlp
+
     def cross_flops(self, text: int, new: int, keys: int) -> int:
         """FLOPs for `text` tokens that attend to `keys` visual ones, `new` of them not cached; without any: skipped."""
         if not keys:
@@ -533,7 +537,13 @@ def knows(config: Any) -> bool:
     return config.model_type in _PROJECTORS | _CROSS_PROJECTORS
 
 
-def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequence[int]] | None = None) -> VisionFlops:
+def vision_flops(
+    config: Any,
+    inputs: VisionInputs,
+    *,
+    lengths: Sequence[Sequence[int]] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
+) -> VisionFlops:
     """FLOPs of vision tower and projector.
 
     A tower layer of width d and MLP width f over sequences of n_i tokens, n in all, costs
@@ -545,6 +555,7 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         inputs: What enters the tower.
         lengths: Sequence lengths per tower layer where an encoder-stage recipe shortens them, class tokens included;
             what leaves the last layer is what the projector gets. Defaults to `attention_lengths(config, inputs)`.
+        behind: The same between attention and MLP of each layer, where tokens merge there. Defaults to `lengths`.
 
     Raises:
         UnsupportedError: Tower or projector is not in the cost model.
@@ -570,11 +581,15 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         lengths = attention_lengths(config, inputs)
     elif len(lengths) != depth:
         raise ConfigError(f"lengths has {len(lengths)} entries for {depth} tower layers; give one list per layer")
+    left = lengths if behind is None else behind
     return VisionFlops(
         embedding=_linear(inputs.computed, _patch_width(vision), block.width),
-        layers=tuple(block.flops(sum(layer), sum(n * n for n in layer)) for layer in lengths),
-        head=_pooling_head(vision, block, lengths[-1]),
-        projector=_projector(config, block.width, lengths[-1], inputs),
+        layers=tuple(
+            block.merge_flops(sum(layer), sum(n * n for n in layer), sum(out))
+            for layer, out in zip(lengths, left, strict=True)
+        ),
+        head=_pooling_head(vision, block, left[-1]),
+        projector=_projector(config, block.width, left[-1], inputs),
     )
 
 
@@ -785,6 +800,7 @@ def account(
     dtype_bytes: int = 2,
     ran: VisionInputs | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
     ahead: Sequence[int] = (),
     computed: Sequence[int] | None = None,
     narrow: Mapping[int, tuple[int, int]] | None = None,
@@ -802,6 +818,7 @@ def account(
         dtype_bytes: Bytes per element of the cache.
         ran: What entered the tower as run, if a pixel-stage recipe made it less.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
+        behind: The same between attention and MLP of each layer, if tokens merge there.
         ahead: Decoder layers, up to the queries, keys and values of which the stock tokens ran before.
         computed: Of `kept`, the tokens that are not frozen: these have keys and values, and nothing else. All by
             default.
@@ -814,7 +831,7 @@ def account(
     vision_stock = vision = None
     try:
         vision_stock = vision_flops(config, inputs)
-        vision = vision_flops(config, ran or inputs, lengths=lengths)
+        vision = vision_flops(config, ran or inputs, lengths=lengths, behind=behind)
     except UnsupportedError as error:
         reasons.append(str(error))
     layers: list[tuple[int, ...] | None] = [None, None, None]

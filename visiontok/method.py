@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
+StageKind = Literal["pixel", "merge", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -102,7 +102,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
+        stage: ``"pixel"``, ``"merge"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -120,7 +120,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "merge", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -208,6 +208,23 @@ class Tower:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merging:
+    """What a method merges of one picture in the layers of a vision tower; one of the two is given.
+
+    Attributes:
+        r: tokens that each layer merges away.
+        thresholds: the cosine above which each layer merges every pair.
+        rounds: whether a layer that is to merge away more than half of its tokens matches several times.
+        proportional: whether log(size) is added to the attention logits of merged tokens.
+    """
+
+    r: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    rounds: bool = True
+    proportional: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """A method's answer when it merges: which tokens stay, and what they become.
 
@@ -283,21 +300,21 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``pixel`` gives the vision tower less; ``prompt`` selects before the language model; ``cut`` selects on
+        kind: ``pixel`` gives the vision tower less; ``merge`` merges tokens in its layers; ``prompt`` selects before the language model; ``cut`` selects on
             the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
             ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
             out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
             through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
             the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
             comes behind the prompt.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A ``cache`` stage acts
+        layer: decoder layer (index or fraction of the depth); None for ``pixel``, ``merge`` and ``prompt``. A ``cache`` stage acts
             in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
-        method: who selects, for ``pixel``, ``prompt``, ``cut``, ``route`` and ``cache``.
+        method: who selects, for ``pixel``, ``merge``, ``prompt``, ``cut``, ``route`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
-            as many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``prompt`` and ``cut``.
+            as many for ``pixel`` and ``merge``.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``merge``, ``prompt`` and ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -316,7 +333,7 @@ class Stage:
     shrink: float | None = None
 
     def __post_init__(self) -> None:
-        before = self.kind in ("pixel", "prompt")
+        before = self.kind in ("pixel", "merge", "prompt")
         speaks = before or self.kind == "cut"
         selects = speaks or self.kind in ("route", "cache")
         if self.kind not in get_args(StageKind):
@@ -330,6 +347,12 @@ class Stage:
                 f"method={self.method.card.name!r}: it acts "
                 + ("behind" if self.kind == "pixel" else "before")
                 + f" the vision tower, which is no place for a {self.kind} stage"
+            )
+        if self.method is not None and (self.kind == "merge") != (self.method.card.stage == "merge"):
+            raise ConfigError(
+                f"method={self.method.card.name!r}: it "
+                + ("merges nothing" if self.kind == "merge" else "merges tokens")
+                + f" inside the vision tower, which is no place for a {self.kind} stage"
             )
         if before and self.method is not None and not self.method.card.contract.keeps_some:
             raise ConfigError(
@@ -387,8 +410,9 @@ class Method:
     """Base of all methods: subclasses are frozen dataclasses whose fields are the options.
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
-    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. A cache
-    method is asked once per decoder layer, and may answer for each head.
+    also implement :meth:`picture`; their candidates are the tokens that the tower made of the smaller pictures. Merge
+    methods also implement :meth:`merging`; their candidates are one token for each that the tower was left with. A
+    cache method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -416,7 +440,7 @@ class Method:
     def stages(self) -> tuple[Stage, ...]:
         """Where in the model the method acts when it is used by name; budgets come later."""
         acts = self.card.stage
-        return (Stage(kind=acts if acts == "pixel" or acts == "cache" else "prompt", method=self),)
+        return (Stage(kind="prompt" if acts == "decoder" else acts, method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
@@ -453,6 +477,21 @@ class Method:
 
         Returns:
             rows and columns, neither larger than in ``shape``, at most ``count`` tokens in all.
+        """
+        raise NotImplementedError
+
+    def merging(self, tokens: int, count: int | None, *, depth: int, layers: int, official: bool) -> Merging:
+        """Merge methods: what each layer of a vision tower merges of one picture.
+
+        Args:
+            tokens: patches of the picture.
+            count: those to be left, at least 1; None where there is no budget.
+            depth: layers up to the one whose output becomes the features; those behind it merge nothing.
+            layers: all layers of the tower.
+            official: with the behaviour of the published code.
+
+        Raises:
+            ConfigError: if an option does not fit the tower.
         """
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cost import Account, VisionInputs, account
+from .cost import Account, VisionInputs, account, attention_lengths
 from .engine.probe import TAKE_BIAS, takes_columns
 from .method import Stage
 from .recipe import Recipe
@@ -107,6 +107,7 @@ class Report:
             config,
             _joined([given for given, _ in known]),
             ran=_joined([ran for _, ran in known]),
+            **_merged_lengths(config, trace),
             stock=ledger.stock,
             kept=ledger.tokens(),
             computed=ledger.computed(),
@@ -252,6 +253,22 @@ def _joined(runs: list[VisionInputs]) -> VisionInputs:
     """All runs of the tower together."""
     grids = tuple(grid for run in runs for grid in run.grids)
     return VisionInputs(grids, sum(run.computed for run in runs) if runs else None)
+
+
+def _merged_lengths(config: Any, trace: Trace) -> dict[str, list[list[int]]]:
+    """Tokens of each picture in the attention and in the MLP of each tower layer; nothing if none merged."""
+    if all(inputs is None for inputs in trace.inputs) or not any(run is not None for run in trace.merged):
+        return {}
+    lengths: dict[str, list[list[int]]] = {}
+    for inputs, run in zip(trace.inputs, trace.merged, strict=True):
+        if inputs is None:
+            continue
+        for name, first in (("lengths", 0), ("behind", 1)):
+            stock = attention_lengths(config, inputs[1])
+            mine = stock if run is None else [[n] * len(run.source) for n in run.widths[first:][: len(stock)]]
+            known = lengths.setdefault(name, [[] for _ in stock])
+            lengths[name] = [a + b for a, b in zip(known, mine, strict=True)]
+    return lengths
 
 
 def _bytes(n: int) -> str:

@@ -444,7 +444,7 @@ def _run(loaded: Loaded, picture: Image, question: str, longest: int, compressio
     loaded.synchronize()
     end = time.perf_counter()
     selection = 0.0
-    if compression is not None and any(stage.kind in ("pixel", "prompt") for stage in compression.recipe.stages):
+    if compression is not None and any(stage.kind in ("pixel", "merge", "prompt") for stage in compression.recipe.stages):
         selection = compression.report.seconds["selection"] or 0.0
     vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
     whole = watch.first_token - start
@@ -551,6 +551,8 @@ def _notes(
         notes.append("tokens that leave the cache behind the prefill are not counted as dropped, and save none of it")
     if any(stage.kind == "pixel" for stage in recipe.stages):
         notes.append("the vision tower gets smaller pictures, which saves more than the cap knows of")
+    elif any(stage.kind == "merge" for stage in recipe.stages):
+        notes.append("tokens merge inside the vision tower, which saves more than the cap knows of")
     elif speed_up.time_to_first_token > speed_up.cap:
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
     if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):

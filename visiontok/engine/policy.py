@@ -16,7 +16,7 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, coordinates, nearest_kept
+from ..functional import absorb, coordinates, middles, nearest_kept
 from ..method import Mass, Selection, Stage, resolve_layer
 from .answer import answered
 from .call import Prefill, counted
@@ -29,6 +29,7 @@ from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_o
 from .rotary import rotary_tables
 from .route import scale_branch
 from .tower import TowerReadings
+from .tower_merge import TowerMerge
 from .vision import BeforeTower
 
 if TYPE_CHECKING:
@@ -72,11 +73,20 @@ class StagePolicy:
                 f"keep={self.pixel.keep}: {self.pixel.label} acts before the prompt is read, on whose length FLOPs "
                 "depend; give tokens or a ratio"
             )
+        merges = [s for s in stages if s.kind == "merge"]
+        if len(merges) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in merges)} both merge in the tower; keep one")
+        self.merging = next(iter(merges), None)
+        if self.merging is not None and self.merging.keep is not None and self.merging.keep.kind == "flops":
+            raise ConfigError(
+                f"keep={self.merging.keep}: {self.merging.label} acts before the prompt is read, on whose length FLOPs "
+                "depend; give tokens or a ratio"
+            )
         caches = [s for s in stages if s.kind == "cache"]
         if len(caches) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
         self.cache_stage = next(iter(caches), None)
-        self.prompt_stages = pixels + [s for s in stages if s.kind == "prompt"]
+        self.prompt_stages = pixels + merges + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
         for stage in stages:
@@ -175,6 +185,9 @@ class StagePolicy:
                     f"{self.adapter.fixed_pictures}; use 'm3_pool', which pools tokens behind the tower"
                 )
             attachment.add(BeforeTower(self.adapter.base, self))
+        if self.merging is not None:
+            allowed = functools.partial(self._allowed, self.merging) if self._budgeted(self.merging) else None
+            TowerMerge(attachment, self.merging, allowed, official=self.fidelity == "official")
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
             attachment.add(Tap(attention_of(attachment, layer), functools.partial(thin, self, layer)))
@@ -210,7 +223,17 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            if stage is self.pixel:
+            into = None
+            if stage is self.merging:
+                into = self._homes(call, alive)
+                if into is None:
+                    continue
+                stand = into == torch.arange(into.shape[1], device=into.device)
+                there = alive & call.units.scatter(stand)
+                answer = self._ask(call, stage, None, embeds, there, self._counts(stage, call))
+                if call.trace.ledger is not None:
+                    call.trace.ledger.merged = into
+            elif stage is self.pixel:
                 encoded = self._encoded(call, stage)
                 if encoded is None:
                     continue
@@ -224,7 +247,7 @@ class StagePolicy:
             if answer.features is not None:
                 embeds = call.units.put(embeds, answer.features, answer.keep)
             if stage.mass is not None:
-                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into)(embeds)
+                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into if into is None else into)(embeds)
         return alive, embeds
 
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -429,7 +452,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage="pixel" if stage is self.pixel else "prompt" if layer is None else "decoder",
+            stage=stage.kind if stage in (self.pixel, self.merging) else "prompt" if layer is None else "decoder",
             layer=layer,
             depth=self.depth,
             features=features,
@@ -533,6 +556,18 @@ class StagePolicy:
         text = f"{self.seed}/{call.units.ordinal[unit]}/".encode() + ids
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    # ---- merge stage
+
+    def _homes(self, call: Prefill, alive: torch.Tensor) -> torch.Tensor | None:
+        """(U, N) long: the place of the token that stands for each of those ``alive`` (B, N) behind the tower, -1 for
+        none; None if nothing has merged."""
+        if not any(record.merged is not None and record.merged.anything for record in call.records):
+            return None
+        units, (group, count) = call.units, self.tower.groups(call)
+        valid = units.gather(alive[..., None])[..., 0] & units.valid
+        here = torch.arange(group.shape[1], device=group.device)[:, None].expand(*group.shape, 1)
+        return middles(group, units.grid if units.has_grid else here, count, valid)
 
     # ---- pixel stage
 

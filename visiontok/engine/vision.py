@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .clock import Clock
 from .host import stops_host, upload
+from .merging import Merged
 from .pixels import PixelStage, Smaller
 
 Modality = Literal["image", "video"]
@@ -34,6 +35,7 @@ class Encoded:
         clock: when it began and ended.
         smaller: what the tower was given instead, at a pixel stage; ``inputs`` and ``output`` are then as if it had
             not been: the caller's pictures, and a feature for each of their tokens.
+        merged: what a merge stage did inside the tower; ``output`` then has for each token the feature of its group.
     """
 
     modality: Modality
@@ -43,6 +45,7 @@ class Encoded:
     encoder_features: torch.Tensor | None = None
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
+    merged: Merged | None = None
 
 
 class _Thread(threading.local):

@@ -11,7 +11,7 @@ from ..method import Card, Method
 
 _BUILT_IN = (
     "visiontok",
-    "random", "grid", "resize", "norm", "cls_topk", "divprune", "idpruner", "hiprune", "todre", "visionzip",
+    "random", "grid", "resize", "tome", "tinychart", "auroracap", "dymu", "norm", "cls_topk", "divprune", "idpruner", "hiprune", "todre", "visionzip",
     "prumerge", "prumerge_plus", "vispruner", "vscan", "zoo_prune", "scope", "cdpruner", "mmtok", "eadp", "dart",
     "holov", "globalcom2", "prunesid", "agile", "aim_merge", "m3_pool", "textmonkey", "kmeans", "erase", "sieve",
     "fastv", "feather", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "hidrop", "aim", "fitprune", "transprune",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Two unit vectors whose float32 cosine comes this close to 1 count as equal: rounding must not tell duplicates apart.
@@ -670,7 +671,7 @@ def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, coun
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Twin of :func:`visiontok.kernels.ops.segment_mean`."""
+    """Twin of :func:`visiontok.kernels.ops.segment_mean`; reads every row once."""
     b, n, d = x.shape
     inside = group >= 0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -680,11 +681,12 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
     order = flat.flatten().sort(dim=0, stable=True).indices
     lengths = torch.zeros(b * (count + 1), dtype=torch.long, device=x.device)
     lengths.scatter_add_(0, flat.flatten(), torch.ones_like(order))
-    rows = torch.cat([torch.where(inside[..., None], x, 0.0) * weight[..., None], weight[..., None]], -1)
-    sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
-    sums = sums.reshape(b, count + 1, d + 1)[:, :count]
-    size = sums[..., d].clone()
-    return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size
+    ranked = weight.flatten()[order]
+    size = torch.segment_reduce(ranked, "sum", lengths=lengths, axis=0, unsafe=True)
+    share = ranked / torch.where(size > 0, size, 1.0)[flat.flatten()[order]]
+    begin = lengths.cumsum(0) - lengths
+    means = F.embedding_bag(order, x.reshape(b * n, d), begin, mode="sum", per_sample_weights=share)
+    return means.view(b, count + 1, d)[:, :count], size.view(b, count + 1)[:, :count].clone()
 
 
 # ---------------------------------------------------------------------------------------------------- compaction

@@ -44,6 +44,7 @@ LAYERS = {
     "visiontok.weights": "weights",
     "visiontok.overlay": "overlay",
     "visiontok.api": "api",
+    "visiontok.encoder": "api",
     "visiontok.rollout": "api",
     "visiontok.named": "named",
     "visiontok.run": "run",

@@ -642,6 +642,21 @@ def _projector(config: Any, width: int, lengths: Sequence[int], inputs: VisionIn
     return _linear(tokens, stacked, out, out)
 
 
+def encoder_flops(costs: tuple[int, int, int], tokens: Sequence[int], pictures: int = 1) -> list[int]:
+    """FLOPs of the blocks of an encoder in which tokens merge between attention and MLP.
+
+    Args:
+        costs: Of one block: per token in the attention, per pair of tokens, and per token in the MLP.
+        tokens: Per picture, on the input of each block and behind the last.
+        pictures: Of one run.
+
+    Returns:
+        One integer per block.
+    """
+    projected, pair, inner = costs
+    return [pictures * (projected * n + pair * n * n + inner * m) for n, m in pairwise(tokens)]
+
+
 # -------------------------------------------------------------------------------------- time to first token, account
 
 

@@ -8,7 +8,7 @@ outside ``valid`` are never kept.
 from .allocators import apportion, layer_average
 from .kernels import Picks
 from .mergers.absorb import absorb
-from .mergers.bipartite import bipartite, bipartite_rounds
+from .mergers.bipartite import bipartite, bipartite_rounds, pair_cosines
 from .mergers.cells import cells
 from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
@@ -101,6 +101,7 @@ __all__ = [
     "nearest_kept",
     "neighbours",
     "norm",
+    "pair_cosines",
     "pixel_entropy",
     "product",
     "quota",

@@ -7,7 +7,7 @@ that happens is a :class:`Stage`, and a list of stages is a :class:`visiontok.Re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -216,12 +216,14 @@ class Merging:
         thresholds: the cosine above which each layer merges every pair.
         rounds: whether a layer that is to merge away more than half of its tokens matches several times.
         proportional: whether log(size) is added to the attention logits of merged tokens.
+        observe: called with each layer, and (B, n) the cosines of its pairs, -inf where there is none.
     """
 
     r: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
     rounds: bool = True
     proportional: bool = True
+    observe: Callable[[int, torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,14 @@ from .collapse import EntropyCollapse
 from .decay import MassDecay
 from .fit import FitBisect
 from .freeze import LayerKL
+from .merging import MergeThresholds, merge_thresholds
 from .similarity import InterLayerSimilarity
 from .withdraw import ExitKL
 from .work import calibrate
 
-__all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate"]
+__all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate", "merge_thresholds"]
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
-    one.method: one for one in (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay)
+    one.method: one for one in (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay, MergeThresholds)
 }
 """By the method that they are for."""

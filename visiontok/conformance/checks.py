@@ -94,7 +94,7 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether the number of kept tokens is fixed by the budget, not only bounded."""
-        fixed = all(contract(m).count_from_grid and m.card.stage != "pixel" for m in self.selecting)
+        fixed = all(contract(m).count_from_grid and m.card.stage not in ("pixel", "merge") for m in self.selecting)
         return self.recipe.fidelity == "fixed" and fixed
 
     @functools.cached_property
@@ -143,7 +143,7 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "prompt", "cut", "cache")]
+    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "merge", "prompt", "cut", "cache")]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -237,6 +237,8 @@ def something_dropped(case: Case) -> None:
         budgets = [case.asking.average, *(s.keep for s in case.asking.stages)]
         if any(b is not None for b in budgets) and all(b is None or b == Budget.ratio(1.0) for b in budgets):
             raise NotApplicable("its own budget is everything")
+        if any(method.card.stage == "merge" and not method.card.budget for method in case.selecting):
+            raise NotApplicable("it merges what is similar enough, which here is nothing")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
         raise Failed(f"{asked} it silently keeps and computes every visual token in every layer")
 
@@ -403,7 +405,7 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
-    pixels = any(stage.kind == "pixel" for stage in recipe.stages)
+    pixels = any(stage.kind in ("pixel", "merge") for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
         with encodings(base_model(model)) if pixels else nullcontext() as features:
             out = generate(model, inputs, banned)

@@ -9,7 +9,7 @@ import torch
 
 from ..api import Callback
 from ..context import Attention, Context
-from ..method import Card, Contract, Method, Needs, Selection, Tower
+from ..method import Card, Contract, Merging, Method, Needs, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
@@ -71,6 +71,10 @@ class Spy(Method):
     def picture(self, shape: tuple[int, int], count: int) -> tuple[int, int]:
         """The method's."""
         return self.method.picture(shape, count)
+
+    def merging(self, tokens: int, count: int | None, **tower: Any) -> Merging:
+        """The method's."""
+        return self.method.merging(tokens, count, **tower)
 
     def select(self, ctx: Context) -> Selection:
         """Ask the method, and see what it does besides answering."""

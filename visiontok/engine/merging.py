@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UnsupportedError
-from ..functional import bipartite, bipartite_rounds
+from ..functional import bipartite, bipartite_rounds, pair_cosines
 from ..kernels import segment_mean
 from ..method import Merging
 
@@ -38,10 +38,10 @@ class Merged:
         tokens: N.
         widths: slots per picture on the input of each layer, and behind the last that ran.
         source: (B, N) long, the place of every token in the present list.
-        size: (B, n) float, tokens that each slot stands for, 0 for padding; None where nothing has merged.
         entered: ``source`` on the input of each layer.
-        lengths: tokens of each picture, where the host knows them.
-        pairs: cosines that were taken.
+        lengths: tokens of each picture in the present list.
+        size: (B, n) float, tokens that each slot stands for, 0 for padding; None where nothing has merged.
+        flops: of the cosines.
         metric: of the layer that is running.
         group: (B, n) long, where its tokens went; None if it merges nothing.
         count: slots behind it.
@@ -52,10 +52,10 @@ class Merged:
     tokens: int
     widths: list[int]
     source: torch.Tensor
+    entered: list[torch.Tensor]
+    lengths: list[int]
     size: torch.Tensor | None = None
-    entered: list[torch.Tensor] = field(default_factory=list)
-    lengths: list[int] | None = None
-    pairs: int = 0
+    flops: int = 0
     metric: torch.Tensor | None = None
     group: torch.Tensor | None = None
     count: int = 0
@@ -66,28 +66,29 @@ class Merged:
 
     def match(self, layer: int) -> None:
         """Decide which tokens of ``layer`` go together."""
-        metric, lengths, prefix = self.metric, self.lengths, self.prefix
+        metric, before, prefix = self.metric, self.lengths, self.prefix
         self.metric = None
         if metric is None:
             raise RuntimeError("the block's keys were not seen before its second norm")
-        b, n = metric.shape[:2]
-        whole = self.size is None or (lengths is not None and min(lengths) == n)
-        valid = None if whole else self.size > 0  # type: ignore[operator]
-        self.pairs += b * (n // 2) * (n - n // 2)
+        b, n, width = metric.shape
+        valid = None if self.size is None or min(before) == n else self.size > 0
+        self.flops += 2 * b * (n // 2) * (n - n // 2) * width
         first = self.plans[0]
+        if first.observe is not None:
+            first.observe(layer, pair_cosines(metric, prefix=prefix, valid=valid))
         if first.thresholds:
-            self.group = bipartite(metric, threshold=first.thresholds[layer], prefix=prefix, valid=valid)
-            self.lengths, self.count = None, int(self.group.max()) + 1
-            return
-        lengths = [n] * b if lengths is None else lengths
-        most = [n - prefix - 1 if first.rounds else (n - prefix) // 2 for n in lengths]
-        rates = [min(plan.r[layer], limit) for plan, limit in zip(self.plans, most, strict=True)]
-        if first.rounds:
-            self.group = bipartite_rounds(metric, rates, size=self.size, prefix=prefix, valid=valid)
+            group = bipartite(metric, threshold=first.thresholds[layer], prefix=prefix, valid=valid)
+            after = (group.amax(1) + 1).tolist()
         else:
-            self.group = bipartite(metric, torch.tensor(rates, device=metric.device), prefix=prefix, valid=valid)
-        self.lengths = [n - r for n, r in zip(lengths, rates, strict=True)]
-        self.count = max(self.lengths)
+            most = [n - prefix - 1 if first.rounds else (n - prefix) // 2 for n in before]
+            rates = [min(plan.r[layer], limit) for plan, limit in zip(self.plans, most, strict=True)]
+            if first.rounds:
+                group = bipartite_rounds(metric, rates, size=self.size, prefix=prefix, valid=valid)
+            else:
+                group = bipartite(metric, torch.tensor(rates, device=metric.device), prefix=prefix, valid=valid)
+            after = [n - r for n, r in zip(before, rates, strict=True)]
+        self.lengths, self.count = after, max(after)
+        self.group = None if after == before else group
 
     def merge(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, n, D) → means of the groups (B, m, D), and their sizes (B, m)."""
@@ -102,8 +103,9 @@ class Merged:
 
     def spread(self, x: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
         """(B, n, …) values of merged tokens → (B, N, …), each token's that of its group."""
-        at = self.source if source is None else source
-        return x[torch.arange(len(x), device=x.device)[:, None], at.to(x.device)]
+        at = (self.source if source is None else source).to(x.device)
+        first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (at + first).flatten()).unflatten(0, at.shape)
 
     def spread_patches(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """(B, n, …) values of what stands behind the prefix in ``layer`` → (B, patches, …)."""
@@ -197,8 +199,9 @@ class MergeHooks:
                 f"{type(self.encoder.model).__name__}: gradient checkpointing runs blocks again without the others, so "
                 "what they merged is not known; switch it off in this encoder"
             )
-        here = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        _thread.running[id(self)] = Merged(plans, self.encoder.prefix, x.shape[1], [x.shape[1]], here, entered=[here])
+        b, n = x.shape[:2]
+        here = torch.arange(n, device=x.device).expand(b, -1)
+        _thread.running[id(self)] = Merged(plans, self.encoder.prefix, n, [n], here, [here], [n] * b)
 
     @torch.compiler.disable
     def _mask(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -230,10 +233,7 @@ class MergeHooks:
             return None
         with torch.no_grad():
             run.match(layer)
-        if run.count == args[0].shape[1]:
-            run.group = None
-            return None
-        return (run.merge(args[0])[0], *args[1:])
+        return None if run.group is None else (run.merge(args[0])[0], *args[1:])
 
     @torch.compiler.disable
     def _unmerge(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:

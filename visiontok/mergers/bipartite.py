@@ -50,16 +50,12 @@ def bipartite(
     even_ok, odd_ok = ok[:, ::2], ok[:, 1::2]
     if not odd_ok.shape[1]:
         return unrow(torch.where(ok, 0, -1), metric, 2)
-    evens, odds = (prefix + 1) // 2, prefix // 2  # of the prefix
-    takes = odd_ok.clone()
-    takes[:, :odds] = False
-    similarity, partner = nearest(x[:, ::2], x[:, 1::2], takes[:, None])
-    similarity[:, :evens] = -torch.inf
+    similarity, partner = _pairs(x, prefix, ok)
     if threshold is not None:
         merged = torch.minimum(merged, (even_ok & (similarity > threshold)).sum(-1))
     place = rank(similarity, even_ok)
     stays = even_ok & (place >= merged[:, None])
-    number = stays.cumsum(-1) - 1 + odds if raster or prefix else place - merged[:, None]
+    number = stays.cumsum(-1) - 1 + prefix // 2 if raster or prefix else place - merged[:, None]
     odd = stays.sum(-1, keepdim=True) + odd_ok.cumsum(-1) - 1
 
     group = torch.full(ok.shape, -1, dtype=torch.long, device=x.device)
@@ -69,6 +65,30 @@ def bipartite(
     group[:, :prefix] = untouched[:prefix]
     group = torch.where((merged > 0)[:, None], group, untouched)
     return unrow(torch.where(ok, group, -1), metric, 2)
+
+
+def pair_cosines(metric: Tensor, *, prefix: int = 0, valid: Tensor | None = None) -> Tensor:
+    """The cosines by which :func:`bipartite` chooses.
+
+    Args:
+        metric: (B, N, D), at least two tokens.
+        prefix: as above.
+        valid: (B, N) bool, as above.
+
+    Returns:
+        (B, ⌈N/2⌉) float32: of each even token to its nearest odd token; -inf for those of the prefix, or not valid.
+    """
+    ok = mask(valid, metric)
+    return torch.where(ok[:, ::2], _pairs(metric, prefix, ok)[0], -torch.inf)
+
+
+def _pairs(x: Tensor, prefix: int, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, ⌈N/2⌉) cosine of each even token to its nearest odd token, and which that is."""
+    takes = ok[:, 1::2].clone()
+    takes[:, : prefix // 2] = False
+    similarity, partner = nearest(x[:, ::2], x[:, 1::2], takes[:, None])
+    similarity[:, : (prefix + 1) // 2] = -torch.inf
+    return similarity, partner
 
 
 def bipartite_rounds(

@@ -44,6 +44,8 @@ class DyMU(MergeMethod):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.thresholds, list):  # from JSON
+            object.__setattr__(self, "thresholds", tuple(self.thresholds))
         each = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
         if not each:
             raise ConfigError("thresholds=(): give one cosine, or one for each layer")

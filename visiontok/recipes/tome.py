@@ -46,8 +46,8 @@ class ToMe(MergeMethod):
         "heads become their mean by size; log(size) is added to the attention logits",
         stage="merge",
         needs="a CLIP or SigLIP tower, or a ViT of timm or open_clip",
-        official="A rate r per layer, or r and an inflection, rounded down layer by layer, at most half of the tokens; "
-        "the order that matching leaves. Fewer than K remain where rates are rounded, or another number.",
+        official="A rate r per layer, or r and an inflection, at most half of the tokens, so that another number than "
+        "K remain; the order that matching leaves.",
         departures="With a budget, rates are solved for exactly as many tokens, and a layer that is to merge more than "
         "half of them matches in rounds (fidelity='official': at most half). In a prompt, a group stands where its "
         "member nearest the middle of it stood; tokens of no patch, such as image_newline, are dropped. Of a tiled "
@@ -56,6 +56,14 @@ class ToMe(MergeMethod):
         cost="O(N²d/4) per layer, d the width of a head; saves attention, MLP and projector",
         contract=Contract(count_from_grid=False, sync_free=False),
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, list):  # from JSON
+            object.__setattr__(self, "r", tuple(self.r))
+        for rate in self.r if isinstance(self.r, tuple) else (self.r or 0,):
+            if rate < 0:
+                raise ConfigError(f"r={self.r}: a layer merges no fewer than 0 tokens away")
+        merge_rates(0, 1, self.inflect)
 
     def merging(self, tokens: int, count: int | None, *, depth: int, layers: int, official: bool) -> Merging:
         if self.r is None:

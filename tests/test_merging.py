@@ -431,3 +431,194 @@ def test_calibrated_thresholds_keep_the_share_that_was_asked_for() -> None:
             kept += compression.report.kept
     assert len(set(kept)) > 1
     assert sum(kept) / len(kept) == pytest.approx(0.6 * PATCHES, abs=1)
+
+
+# ---- in the vision tower of a vision-language model
+
+ONE_PATCH_EACH = ("llava", "llava_next", "llava_onevision", "paligemma")
+
+
+def tower_written_out(tower: Any, pixels: Tensor, rates: list[list[int]], depth: int) -> list[tuple[Tensor, list[int]]]:
+    """Per picture the states behind ``depth`` layers of a CLIP or SigLIP tower with ToMe, and the group of each token."""
+    prefix, found = int("CLIP" in type(tower).__name__), []
+    for picture, rate in zip(pixels, rates, strict=True):
+        x = tower.embeddings(picture[None])
+        x = tower.pre_layrnorm(x) if prefix else x
+        size, whole = np.ones(x.shape[1]), list(range(x.shape[1]))
+        for layer, r in zip(tower.encoder.layers[:depth], rate, strict=True):
+            h, attention = layer.layer_norm1(x), layer.self_attn
+            q, k, v = (
+                p(h).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            weights = (q @ k.mT * attention.scale + torch.tensor(np.log(size))).softmax(-1)
+            x = x + attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+            group = tome_naive(k.mean(1)[0].numpy(), r, prefix, size)
+            members = [[i for i, j in enumerate(group) if j == g] for g in range(max(group) + 1)]
+            weight = torch.tensor(size)
+            x = torch.stack([(x[0, m] * weight[m, None]).sum(0) / weight[m].sum() for m in members])[None]
+            size, whole = np.array([size[m].sum() for m in members]), [group[g] for g in whole]
+            x = x + layer.mlp(layer.layer_norm2(x))
+        found.append((x[0], whole))
+    return found
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+@torch.no_grad()
+def test_the_prompt_holds_what_the_tower_written_out_makes(name: str) -> None:
+    model = build(name)
+    inputs, base = batch(name, model), model.model
+    tower = base.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    keep, depth = 6, base.config.vision_config.num_hidden_layers - (name == "llava")
+    seen: list[Tensor] = []
+    watch = base.language_model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
+    )
+    with visiontok.compress(model, "tome", keep=keep) as compression:
+        model(**inputs)
+        ledger = compression.ledger
+    watch.remove()
+    pixels = inputs["pixel_values"]
+    written = tower_written_out(tower, pixels, [merge_rates(16 - keep, depth)] * len(pixels), depth)
+    sources, prefix = ledger.sources(), int(name == "llava")
+    for u, (states, groups) in enumerate(written):
+        states = states if prefix else tower.post_layernorm(states)
+        row, slots = int(ledger.units.row[u]), ledger.units.slots[u]
+        home = sources[row, slots]
+        for i, slot in enumerate(slots.tolist()):
+            together = [j for j in range(16) if groups[j + prefix] == groups[i + prefix]]
+            assert int(home[i]) in slots[together].tolist()
+            assert bool(ledger.alive(0)[row, slot]) == (int(home[i]) == slot)
+        assert sum(int(home[i]) == int(slots[i]) for i in range(16)) == keep
+        expected = base.multi_modal_projector(states[None])[0]
+        torch.testing.assert_close(seen[0][row, slots], expected[groups[prefix:]], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ONE_PATCH_EACH)
+@torch.no_grad()
+def test_the_work_of_the_tower_falls_as_reported(name: str) -> None:
+    model = build(name)
+    inputs = batch(name, model)
+    given = {k: v for k, v in inputs.items() if k.startswith(("pixel", "image"))}
+
+    def counted() -> int:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+            model.model.get_image_features(**given)
+        return int(counter.get_total_flops())
+
+    stock = counted()
+    with visiontok.compress(model, "tome", keep=0.4, inflect=0.5) as compression:
+        merged = counted()
+        model(**inputs)
+        account = compression.report.account
+    assert account.vision is not None
+    assert account.vision_stock is not None
+    before, after = (part.tower + part.projector for part in (account.vision_stock, account.vision))
+    assert (stock, merged) == (before, after)
+    assert after < before
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_with_a_prompt_and_a_decoder_stage_under_one_budget() -> None:
+    model = build("llava")
+    inputs = batch("llava", model)
+    recipe = Recipe(
+        stages=(
+            Stage(kind="merge", method=find("tome")(), keep=Budget.tokens(10)),
+            Stage(kind="prompt", method=find("cls_topk")(), keep=Budget.tokens(7)),
+            Stage(kind="cut", method=find("fastv")(), layer=2, keep=Budget.tokens(3)),
+        )
+    )
+    with visiontok.compress(model, recipe) as compression:
+        model(**inputs)
+        report, ledger = compression.report, compression.ledger
+    assert {image.kept for image in report.images} == {(7, 7, 3, 3)}
+    stands = (ledger.sources() == torch.arange(ledger.visual.shape[1])) & ledger.visual
+    assert (ledger.alive(0) & ledger.visual <= stands).all()
+    assert stands.sum() == 10 * len(report.images)
+    average = visiontok.recipe("tome") + visiontok.recipe("fastv", layer=2)
+    with visiontok.compress(model, average, keep=0.5) as compression:
+        model(**inputs)
+    assert all(image.average <= 8 for image in compression.report.images)
+    assert all(image.kept[0] < 16 for image in compression.report.images)
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_mass_attention_counts_the_members_of_a_group() -> None:
+    model = build("llava")
+    inputs = batch("llava", model)
+    with visiontok.compress(model, "dymu", thresholds=0.4, mass=Mass(beta=1.0, merge=0.0)) as compression:
+        weighed = model(**inputs).logits
+        ledger = compression.ledger
+    sources, mass = ledger.sources(), ledger.mass(0)
+    for row in range(len(sources)):
+        for place in torch.nonzero(ledger.visual[row])[:, 0].tolist():
+            assert mass[row, place] == (sources[row] == place).sum()
+    with visiontok.compress(model, "dymu", thresholds=0.4):
+        assert not torch.allclose(model(**inputs).logits, weighed)
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_shorter_inputs_say_the_same() -> None:
+    model = build("llava_next")
+    inputs = batch("llava_next", model)
+    with visiontok.compress(model, "tome", keep=0.4) as compression:
+        inside, kept = model(**inputs).logits[:, -1], [i.kept[0] for i in compression.report.images]
+    short = visiontok.compress_inputs(model, inputs, "tome", keep=0.4)
+    torch.testing.assert_close(model(**short).logits[:, -1], inside, rtol=1e-5, atol=1e-5)
+    assert [i.kept[0] for i in short.report.images] == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("vipllava", "several layers"), ("qwen2_5_vl", "merged in its vision tower"), ("idefics3", "'aim_merge'")],
+)
+def test_towers_that_need_their_grid_are_refused(name: str, match: str) -> None:
+    with pytest.raises(UnsupportedError, match=match):
+        visiontok.compress(build(name), "tome", keep=0.5)
+
+
+def test_videos_and_budgets_below_the_number_of_tiles_are_refused() -> None:
+    model = build("llava_next")
+    with visiontok.compress(model, "tome", keep=3), pytest.raises(UnsupportedError, match="each of the 5 tiles"):
+        model(**batch("llava_next", model))
+
+
+@pytest.mark.engine
+def test_the_calibration_of_a_language_model(tmp_path: Path) -> None:
+    from visiontok.calibration import CALIBRATORS, calibrate
+
+    model = build("llava")
+    samples = [functools.partial(batch, "llava", model, pad=0, only=row) for row in range(2)]
+    kind: Any = CALIBRATORS["dymu"]
+    options: dict[str, Any] = {"name": "tiny", "data": {"hash": "0"}}
+    whole = calibrate(kind(keep=0.5), model, samples, **options)
+    thresholds = whole.recommended["thresholds"]  # type: ignore[index]
+    assert len(thresholds) == 2
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def interrupt(stage: str, done: int, of: int) -> None:
+        if stage.startswith("layer 1") and done == 1:
+            raise Stop
+
+    partial = tmp_path / "dymu.partial"
+    with pytest.raises(Stop):
+        calibrate(kind(keep=0.5), model, samples, **options, partial=partial, progress=interrupt)
+    assert calibrate(kind(keep=0.5), model, samples, **options, partial=partial).to_dict() == whole.to_dict()
+    path = tmp_path / "dymu.json"
+    whole.save(path)
+    with torch.no_grad(), visiontok.compress(model, path) as compression:
+        kept = []
+        for make in samples:
+            model(**make())
+            kept += [image.kept[0] for image in compression.report.images]
+    assert sum(kept) / len(kept) == pytest.approx(8, abs=1)
+    assert "vision layer" in (tmp_path / "dymu.svg").read_text()

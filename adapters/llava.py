@@ -42,7 +42,7 @@ class LlavaAdapter(Adapter):
         config = self.base.config
         name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
         if not isinstance(layers := getattr(config, name, -1), int):
-            return f"its features are those of several layers, {name}={list(layers)}, which would have other tokens each"
+            return f"its features come from several layers, {name}={list(layers)}, each with tokens of its own"
         return self.fixed_pictures.replace("interpolate positions", "merge")
 
     def encoder(self) -> Encoder:

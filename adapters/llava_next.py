@@ -48,8 +48,8 @@ class LlavaNextAdapter(Adapter):
     def tiles(self, record: Record) -> list[tuple[int, int]]:
         if record.modality == "video":
             raise UnsupportedError(
-                f"{self.base.config.model_type}: the patches of a video frame are pooled behind the vision tower, which "
-                "needs all of them; use a method that merges or drops tokens behind it, such as 'aim_merge'"
+                f"{self.base.config.model_type}: the patches of a video frame are pooled behind the vision tower, so "
+                "that all of them are needed; use a method that merges or drops tokens behind it, such as 'aim_merge'"
             )
         return [(len(grid), n) for grid, n in zip(self.grids(record), self._crops(record), strict=True)]
 

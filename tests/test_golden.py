@@ -395,7 +395,8 @@ def call_dymu_merge(
 
 
 def call_dymu_calibrate(metric: Tensor, r: int, class_token: bool) -> Outputs:
-    return {"batch_threshold": torch.tensor([merge_threshold(F.pair_cosines(metric, prefix=int(class_token)).tolist(), r)])}
+    cosines = F.pair_cosines(metric, prefix=int(class_token)).tolist()
+    return {"batch_threshold": torch.tensor([merge_threshold(cosines, r)])}
 
 
 def call_aim_merge(frames: Tensor, rounds: list[int]) -> Outputs:

@@ -94,8 +94,8 @@ class EncoderCompression(Compression):
         if others or method is None or stage.kind != "merge":
             kinds = ", ".join(s.kind for s in recipe.stages)
             raise ConfigError(
-                f"recipe={recipe.label!r} ({kinds}): {type(model).__name__} has no language model, so only tokens inside "
-                "it can merge; use one merge stage, such as 'tome'"
+                f"recipe={recipe.label!r} ({kinds}): {type(model).__name__} has no language model, so tokens can only "
+                "merge inside it; use one merge stage, such as 'tome'"
             )
         if stage.mass is not None:
             raise ConfigError(f"mass={stage.mass}: there is no language model whose attention could be weighed")
@@ -107,10 +107,10 @@ class EncoderCompression(Compression):
             raise UnsupportedError(
                 f"{type(model).__name__}: a compiled model does not see hooks that come later; compress, then compile"
             )
-        if MARK in encoder.model.__dict__:
+        if (other := encoder.model.__dict__.get(MARK)) is not None:
             raise ConfigError(
-                f"model={type(model).__name__}: it is already compressed with {encoder.model.__dict__[MARK].recipe.label}"
-                "; call .remove() on that Compression, which is visiontok.attached(model) (or leave its with-block) first"
+                f"model={type(model).__name__}: it is already compressed with {other.recipe.label}; call .remove() on "
+                "that Compression, which is visiontok.attached(model) (or leave its with-block) first"
             )
         method.check()
         self.model, self.recipe, self._encoder, self._label = model, recipe, encoder, recipe.label

@@ -98,8 +98,8 @@ class TokenLedger:
         return alive if mass is None else torch.where(self.visual, self.units.scatter(mass) * alive, alive)
 
     def sources(self) -> torch.Tensor:
-        """(B, N) long: the prompt position of the token into which each visual token merged inside the vision tower, its
-        own where it stands for itself; -1 for text, and for tokens without a patch that were left out."""
+        """(B, N) long: the prompt position of the token that each visual token merged into inside the vision tower; its
+        own where it stands for itself, -1 for text and for tokens without a patch, which are left out."""
         here = torch.arange(self.visual.shape[1], device=self.visual.device).expand_as(self.visual)
         if self.merged is None:
             return torch.where(self.visual, here, -1)

@@ -302,15 +302,16 @@ class Stage:
     """One event on the way through the model.
 
     Attributes:
-        kind: ``pixel`` gives the vision tower less; ``merge`` merges tokens in its layers; ``prompt`` selects before the language model; ``cut`` selects on
-            the input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
-            ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
-            out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
-            through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
-            the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
-            comes behind the prompt.
-        layer: decoder layer (index or fraction of the depth); None for ``pixel``, ``merge`` and ``prompt``. A ``cache`` stage acts
-            in every layer from it on, by default in all; with a layer, its method may read what a cut there may.
+        kind: ``pixel`` gives the vision tower less; ``merge`` merges tokens in its layers; ``prompt`` selects before
+            the language model; ``cut`` selects on the input of decoder layer ``layer``; ``inject`` keeps visual tokens
+            out of the layers below ``layer``; ``exit`` keeps them out from ``layer`` on. In each of the layers
+            ``layer … until-1``, ``skip`` keeps them out, ``freeze`` lets them pass as they are, attended to but not
+            computed, ``narrow`` gives those that go through the MLP the first of its inner channels only, and
+            ``route`` chooses anew who goes through the layer; the others pass it by. ``cache`` selects which of the
+            keys and values that a layer has stored stay for what comes behind the prompt.
+        layer: decoder layer (index or fraction of the depth); None for ``pixel``, ``merge`` and ``prompt``. A ``cache``
+            stage acts in every layer from it on, by default in all; with a layer, its method may read what a cut there
+            may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
         method: who selects, for ``pixel``, ``merge``, ``prompt``, ``cut``, ``route`` and ``cache``.

@@ -444,7 +444,8 @@ def _run(loaded: Loaded, picture: Image, question: str, longest: int, compressio
     loaded.synchronize()
     end = time.perf_counter()
     selection = 0.0
-    if compression is not None and any(stage.kind in ("pixel", "merge", "prompt") for stage in compression.recipe.stages):
+    stages = () if compression is None else compression.recipe.stages
+    if compression is not None and any(stage.kind in ("pixel", "merge", "prompt") for stage in stages):
         selection = compression.report.seconds["selection"] or 0.0
     vision, prefill = watch.between("vision", "seen"), watch.between("prefill", "prefilled") - selection
     whole = watch.first_token - start

@@ -19,7 +19,6 @@ from .work import calibrate
 
 __all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate", "merge_thresholds"]
 
-CALIBRATORS: dict[str, type[Calibrator]] = {
-    one.method: one for one in (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay, MergeThresholds)
-}
+_ALL = (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay, MergeThresholds)
+CALIBRATORS: dict[str, type[Calibrator]] = {one.method: one for one in _ALL}
 """By the method that they are for."""

@@ -247,7 +247,8 @@ class StagePolicy:
             if answer.features is not None:
                 embeds = call.units.put(embeds, answer.features, answer.keep)
             if stage.mass is not None:
-                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into if into is None else into)(embeds)
+                homes = answer.into if into is None else into
+                embeds = self._weigh(call, stage.mass, embeds, before, alive, homes)(embeds)
         return alive, embeds
 
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:

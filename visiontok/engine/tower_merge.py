@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import UnsupportedError
 from ..method import Merging, Stage
 from .merging import Merged, MergeHooks

@@ -31,7 +31,7 @@ class AuroraCap(MergeMethod):
         needs="as tome",
         official="The rate is rounded down, and that of the last layer, whose output is not read, is counted too: more "
         "than K remain. The first frame of a video is not merged.",
-        departures="Exactly as many tokens as the budget says (fidelity='official': the published rate). Pictures only.",
+        departures="As many tokens as the budget says (fidelity='official': the published rate). Pictures only.",
         defaults="ρ = 0.8; the authors advise 0.2 to 0.4 for captions and above 0.5 for questions.",
         cost="as tome",
         contract=Contract(count_from_grid=False, sync_free=False),

@@ -42,8 +42,8 @@ class ToMe(MergeMethod):
         title="in every layer of the vision tower, the most similar pairs of tokens merge",
         paper="arXiv 2210.09461",
         venue="ICLR 2023",
-        formula="per layer, between attention and MLP: the r pairs (even, odd) of largest cosine of the keys' mean over "
-        "heads become their mean by size; log(size) is added to the attention logits",
+        formula="per layer, between attention and MLP: the r pairs (even, odd) of largest cosine of the keys' mean "
+        "over heads become their mean by size; log(size) is added to the attention logits",
         stage="merge",
         needs="a CLIP or SigLIP tower, or a ViT of timm or open_clip",
         official="A rate r per layer, or r and an inflection, at most half of the tokens, so that another number than "

@@ -445,8 +445,8 @@ def cells(
 
 
 def prompt_methods() -> list[str]:
-    """Names of all registered methods that choose before the language model."""
-    return [card.name for card in recipes.methods() if card.stage != "decoder"]
+    """Names of all registered methods that choose before the language model, and as many tokens as they are told."""
+    return [card.name for card in recipes.methods() if card.stage != "decoder" and card.budget]
 
 
 def weights_digest(folder: Path) -> str:

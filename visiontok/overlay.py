@@ -103,8 +103,15 @@ def overlay(
         note += f"; {tokens - int(shown.sum())} tokens that lie on other crops or are no patches are not shown"
     if layer < ledger.depth - 1:
         note += f"; none from layer {layer + 1} on"
+    home = None
+    if ledger.merged is not None:
+        position = torch.nonzero(mine).flatten()
+        among = torch.full_like(mine, -1, dtype=torch.long).scatter(0, position[shown], torch.arange(int(shown.sum())))
+        source = ledger.sources()[0].cpu()[position[shown]]
+        home = torch.where(source >= 0, among[source], -1)
+        note += "; patches that merged are in the mean colour of those that are one token"
     caption = f"{title}: {kept} of {tokens} visual tokens kept in decoder layer {layer}{note}"
-    image = draw(picture, rectangles[shown], alive[shown], caption)
+    image = draw(picture, rectangles[shown], alive[shown], caption, home)
     return Overlay(image, caption, layer, int(shown.sum()), int(alive[shown].sum()))
 
 
@@ -211,7 +218,9 @@ def boxes(place: torch.Tensor, frame: Box) -> torch.Tensor:
     return cells
 
 
-def draw(picture: Image.Image, cells: torch.Tensor, kept: torch.Tensor, caption: str) -> Image.Image:
+def draw(
+    picture: Image.Image, cells: torch.Tensor, kept: torch.Tensor, caption: str, home: torch.Tensor | None = None
+) -> Image.Image:
     """The picture with its kept cells bright and framed, the others dark, the rest darker, and a caption below.
 
     Args:
@@ -219,6 +228,8 @@ def draw(picture: Image.Image, cells: torch.Tensor, kept: torch.Tensor, caption:
         cells: (n, 4), (left, top, right, bottom) on the picture.
         kept: (n,) bool.
         caption: text.
+        home: (n,) long, the cell whose token a cell merged into, -1 for none; cells of one token are in their mean
+            colour, if it is kept.
 
     Returns:
         an RGB image; the picture's part is ``enlargement(picture.size)`` times as large as the picture.
@@ -237,9 +248,25 @@ def draw(picture: Image.Image, cells: torch.Tensor, kept: torch.Tensor, caption:
                 strong.rectangle(area, outline=255)
     dark = Image.composite(grey, Image.new("RGB", bright.size), light)
     picture = Image.composite(bright, dark, light.point(lambda value: 255 if value == 255 else 0))
+    if home is not None:
+        _blend(picture, bright, (cells * factor).round().int(), kept, home)
     picture.paste("white", mask=lines)
     picture.paste(KEPT_FRAME, mask=frames)
     return _with_caption(picture, caption)
+
+
+def _blend(
+    picture: Image.Image, bright: Image.Image, cells: torch.Tensor, kept: torch.Tensor, home: torch.Tensor
+) -> None:
+    """Paint the cells of every kept token that others merged into in the mean colour that they have in ``bright``."""
+    pen = ImageDraw.Draw(picture)
+    for head in torch.nonzero(kept).flatten().tolist():
+        areas = [tuple(cells[i].tolist()) for i in torch.nonzero(home == head).flatten().tolist()]
+        if len(areas) > 1:
+            colours = [bright.resize((1, 1), Image.Resampling.BOX, box=area).getpixel((0, 0)) for area in areas]
+            mean = tuple(round(sum(channel) / len(areas)) for channel in zip(*colours, strict=True))
+            for left, top, right, bottom in areas:
+                pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=mean)
 
 
 def enlargement(size: tuple[int, int]) -> int:

@@ -60,9 +60,9 @@ class ToMe(MergeMethod):
     def __post_init__(self) -> None:
         if isinstance(self.r, list):  # from JSON
             object.__setattr__(self, "r", tuple(self.r))
-        for rate in self.r if isinstance(self.r, tuple) else (self.r or 0,):
-            if rate < 0:
-                raise ConfigError(f"r={self.r}: a layer merges no fewer than 0 tokens away")
+        rates = self.r if isinstance(self.r, tuple) else (self.r or 0,)
+        if not rates or min(rates) < 0:
+            raise ConfigError(f"r={self.r}: give one number of at least 0, or one for each layer of the tower")
         merge_rates(0, 1, self.inflect)
 
     def merging(self, tokens: int, count: int | None, *, depth: int, layers: int, official: bool) -> Merging:

@@ -118,7 +118,7 @@ class Adapter:
     join_adjacent: ClassVar[bool] = False
     cross_attention: ClassVar[bool] = False
     fixed_pictures: ClassVar[str] = "no way to give its vision tower smaller pictures is known"
-    unmergeable: ClassVar[str] = "its tokens are not known to come from one patch each of a CLIP or SigLIP tower"
+    unmergeable: ClassVar[str] = "its tokens are not known to be one patch each of a CLIP or SigLIP tower"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:

@@ -15,6 +15,7 @@ class Gemma3Adapter(Adapter):
     model_types = ("gemma3", "shieldgemma2")
     own_mask = True
     fixed_pictures = "its patches are pooled to a fixed number of tokens, however many they are"
+    unmergeable = "its patches are pooled to a fixed number of tokens"
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

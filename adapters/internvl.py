@@ -14,6 +14,7 @@ class InternVLAdapter(Adapter):
 
     model_types = ("internvl",)
     fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
+    unmergeable = "its pixel shuffle makes one token of several patches"
     cls_token = True
     join_adjacent = True
     pixel_statistics = IMAGENET_STATISTICS

@@ -19,6 +19,7 @@ class QwenVLAdapter(Adapter):
     tower = "visual"
     projector = "visual.merger"
     fixed_pictures = ""
+    unmergeable = "its patch merger makes one token of several patches"
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]

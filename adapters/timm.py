@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 
 from visiontok import _torchvision as _torchvision
 
@@ -41,10 +40,6 @@ def timm_encoder(model: Any) -> TimmEncoder:
         if not hasattr(block.attn, "k_norm"):
             raise refusal(model, "its attention does not show its keys; update timm")
     mean = functools.partial(torch.mean, dim=1)
-    blocks = [Block(b, b.attn, b.mlp, b.norm2, b.attn.k_norm, mean) for b in model.blocks]
-    return TimmEncoder(model, blocks, prefix=model.num_prefix_tokens, end=_norm(model), holder=model)
-
-
-def _norm(model: Any) -> nn.Module:
-    norm: nn.Module = model.norm
-    return norm
+    stack: Any = model.blocks
+    blocks = [Block(b, b.attn, b.mlp, b.norm2, b.attn.k_norm, mean) for b in stack]
+    return TimmEncoder(model, blocks, prefix=model.num_prefix_tokens, end=model.norm, holder=model)

@@ -21,6 +21,7 @@ import transformers as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import tome_naive
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -32,6 +33,7 @@ from visiontok.conformance.zoo import batch, build
 from visiontok.encoder import EncoderCompression
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Mass, Stage
+from visiontok.overlay import draw
 from visiontok.recipes import find
 from visiontok.schedules import merge_rates
 
@@ -550,6 +552,18 @@ def test_with_a_prompt_and_a_decoder_stage_under_one_budget() -> None:
         model(**inputs)
     assert all(image.average <= 8 for image in compression.report.images)
     assert all(image.kept[0] < 16 for image in compression.report.images)
+
+
+def test_merged_patches_are_drawn_in_their_mean_colour() -> None:
+    picture = Image.new("RGB", (600, 600), (10, 20, 30))
+    picture.paste((110, 220, 90), (300, 0, 600, 300))  # the second of four cells
+    cells = torch.tensor([[0.0, 0, 300, 300], [300, 0, 600, 300], [0, 300, 300, 600], [300, 300, 600, 600]])
+    kept, home = torch.tensor([True, False, False, False]), torch.tensor([0, 0, -1, 3])
+    drawn = draw(picture, cells, kept, "", home)
+    assert [drawn.getpixel(at) for at in ((150, 150), (450, 150))] == [(60, 120, 60)] * 2
+    plain = draw(picture, cells, kept, "")
+    assert plain.getpixel((150, 150)) == (10, 20, 30)
+    assert [drawn.getpixel(at) == plain.getpixel(at) for at in ((150, 450), (450, 450))] == [True] * 2
 
 
 @pytest.mark.engine

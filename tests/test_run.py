@@ -59,6 +59,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 LAYERS = {
     **{card.name: [36] * 4 for card in visiontok.methods() if card.stage != "decoder"},
     **{card.name: [144] * 4 for card in visiontok.methods() if card.stage == "cache"},
+    "dymu": [49] * 4,  # what is alike in a picture as plain as this
     "erase": [57, 36, 36, 36],  # its own share for a picture as plain as this
     "sieve": [144, 144, 36, 36],
     "fastv": [144, 36, 36, 36],

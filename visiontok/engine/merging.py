@@ -93,7 +93,7 @@ class Merged:
     def merge(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, n, D) → means of the groups (B, m, D), and their sizes (B, m)."""
         size = torch.ones(x.shape[:2], device=x.device) if self.size is None else self.size
-        merged, mass = segment_mean(x, self.group, self.count, size)  # type: ignore[arg-type]
+        merged, mass = segment_mean(x, self.group, self.count, size)
         return merged.to(x.dtype), mass
 
     def settle(self, mass: torch.Tensor) -> None:

@@ -453,7 +453,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage=stage.kind if stage in (self.pixel, self.merging) else "prompt" if layer is None else "decoder",
+            stage=_place(stage, layer),
             layer=layer,
             depth=self.depth,
             features=features,
@@ -618,6 +618,13 @@ class StagePolicy:
                 )
             made[u, :size] = True if smaller is None or source is None else smaller.kept[source[1]]
         return None if made.sum(1).tolist() == units.sizes else made
+
+
+def _place(stage: Stage, layer: int | None) -> Literal["pixel", "merge", "prompt", "decoder"]:
+    """Where a method that is asked at ``layer`` acts, in the words of its context."""
+    if stage.kind == "pixel" or stage.kind == "merge":
+        return stage.kind
+    return "prompt" if layer is None else "decoder"
 
 
 def _in_entry(

@@ -603,10 +603,20 @@ def test_towers_that_need_their_grid_are_refused(name: str, match: str) -> None:
         visiontok.compress(build(name), "tome", keep=0.5)
 
 
-def test_videos_and_budgets_below_the_number_of_tiles_are_refused() -> None:
+@torch.no_grad()
+def test_budgets_below_the_number_of_tiles_and_features_for_pixels_are_refused() -> None:
     model = build("llava_next")
     with visiontok.compress(model, "tome", keep=3), pytest.raises(UnsupportedError, match="each of the 5 tiles"):
         model(**batch("llava_next", model))
+    model = build("llava")
+    inputs = batch("llava", model)
+    made = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    given = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": made}}
+    expected = model(**given).logits
+    with visiontok.compress(model, "tome", keep=3), pytest.raises(UnsupportedError, match="pass pixels"):
+        model(**given)
+    with visiontok.compress(model, "tome", keep=1.0):
+        assert torch.equal(model(**given).logits, expected)
 
 
 @pytest.mark.engine

@@ -225,7 +225,7 @@ class StagePolicy:
         for stage in self.prompt_stages:
             into = None
             if stage is self.merging:
-                into = self._homes(call, alive)
+                into = self._homes(call, stage, alive)
                 if into is None:
                     continue
                 stand = into == torch.arange(into.shape[1], device=into.device)
@@ -560,10 +560,17 @@ class StagePolicy:
 
     # ---- merge stage
 
-    def _homes(self, call: Prefill, alive: torch.Tensor) -> torch.Tensor | None:
+    def _homes(self, call: Prefill, stage: Stage, alive: torch.Tensor) -> torch.Tensor | None:
         """(U, N) long: the place of the token that stands for each of those ``alive`` (B, N) behind the tower, -1 for
         none; None if nothing has merged."""
-        if not any(record.merged is not None and record.merged.anything for record in call.records):
+        runs = [None if source is None else call.records[source[0]].merged for source in call.units.source]
+        whole = self._budgeted(stage) and self._counts(stage, call) == call.units.sizes
+        if any(run is None for run in runs) and not whole:
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} merges inside the vision tower, but the features of this call were made "
+                "without it; pass pixels"
+            )
+        if not any(run is not None and run.anything for run in runs):
             return None
         units, (group, count) = call.units, self.tower.groups(call)
         valid = units.gather(alive[..., None])[..., 0] & units.valid

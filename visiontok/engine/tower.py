@@ -146,13 +146,13 @@ class TowerReadings:
     def groups(self, call: Prefill) -> tuple[torch.Tensor, int]:
         """(U, N) long: which tokens share a feature since they merged inside the tower, -1 for those of no patch; and
         a number above all of them."""
-        most, values = 0, []
+        most = 0
+        values: list[list[torch.Tensor]] = []
         for record in call.records:
             run = record.merged
-            if run is None:
-                raise UnsupportedError(
-                    f"{self._model}: some features of this call were made without the merge stage; pass pixels"
-                )
+            if run is None:  # of no image of the prompt
+                values.append([])
+                continue
             pictures, n = run.source.shape
             first = torch.arange(pictures, device=run.source.device)[:, None] * n
             ids = (run.without_prefix(run.source) + first).double()[..., None]

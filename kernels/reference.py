@@ -676,17 +676,17 @@ def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[
     inside = group >= 0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = torch.where(inside, weight.to(x.dtype), 0.0)
-    # One spare group per row takes what is left out.
-    flat = torch.where(inside, group, count) + torch.arange(b, device=x.device)[:, None] * (count + 1)
-    order = flat.flatten().sort(dim=0, stable=True).indices
-    lengths = torch.zeros(b * (count + 1), dtype=torch.long, device=x.device)
-    lengths.scatter_add_(0, flat.flatten(), torch.ones_like(order))
+    groups = b * count  # and a spare one behind them for what is left out
+    flat = torch.where(inside, group + torch.arange(b, device=x.device)[:, None] * count, groups).flatten()
+    order = flat.sort(dim=0, stable=True).indices
+    lengths = torch.zeros(groups + 1, dtype=torch.long, device=x.device)
+    lengths.scatter_add_(0, flat, torch.ones_like(order))
     ranked = weight.flatten()[order]
     size = torch.segment_reduce(ranked, "sum", lengths=lengths, axis=0, unsafe=True)
-    share = ranked / torch.where(size > 0, size, 1.0)[flat.flatten()[order]]
+    share = ranked / torch.where(size > 0, size, 1.0)[flat[order]]
     begin = lengths.cumsum(0) - lengths
     means = F.embedding_bag(order, x.reshape(b * n, d), begin, mode="sum", per_sample_weights=share)
-    return means.view(b, count + 1, d)[:, :count], size.view(b, count + 1)[:, :count].clone()
+    return means[:groups].view(b, count, d), size[:groups].view(b, count)
 
 
 # ---------------------------------------------------------------------------------------------------- compaction

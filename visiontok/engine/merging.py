@@ -72,7 +72,6 @@ class Merged:
             raise RuntimeError("the block's keys were not seen before its second norm")
         b, n, width = metric.shape
         valid = None if self.size is None or min(before) == n else self.size > 0
-        self.flops += 2 * b * (n // 2) * (n - n // 2) * width
         first = self.plans[0]
         if first.observe is not None:
             first.observe(layer, pair_cosines(metric, prefix=prefix, valid=valid))
@@ -87,6 +86,8 @@ class Merged:
             else:
                 group = bipartite(metric, torch.tensor(rates, device=metric.device), prefix=prefix, valid=valid)
             after = [n - r for n, r in zip(before, rates, strict=True)]
+        rounds = max(a - k for a, k in zip(before, after, strict=True)) if first.rounds else 0
+        self.flops += 2 * b * width * _pairs(n, rounds, prefix)
         self.lengths, self.count = after, max(after)
         self.group = None if after == before else group
 
@@ -123,6 +124,13 @@ class Merged:
     def anything(self) -> bool:
         """Whether any tokens have merged."""
         return self.size is not None
+
+
+def _pairs(n: int, r: int, prefix: int) -> int:
+    """Cosines that are taken to merge ``r`` of ``n`` tokens away, in as many rounds as that needs."""
+    pairs = (n // 2) * (n - n // 2)
+    step = min(r, (n - prefix) // 2)
+    return pairs if step == r else pairs + _pairs(n - step, r - step, prefix)
 
 
 class _Thread(threading.local):

@@ -17,6 +17,7 @@ from torch import nn
 
 from visiontok.errors import ConfigError, UnsupportedError
 
+from .encoder import Encoder
 from .parts import Layers, Part, by_count
 
 # model_type → module that defines its adapter
@@ -109,6 +110,7 @@ class Adapter:
         fixed_layers: why no unit can leave its vision tower on the way; empty where it can, and then :meth:`shapes` and
             :meth:`layers` must fit it.
         no_rebuild: why such units cannot be reconstructed behind the tower; empty where they can.
+        unmergeable: why tokens cannot be merged in its vision tower; where they can, :meth:`encoder` says where.
         notes: what a user should know about budgets on this family.
     """
 
@@ -128,6 +130,7 @@ class Adapter:
     fixed_units: ClassVar[str] = "no way to give its vision tower some units of a picture is known"
     fixed_layers: ClassVar[str] = "no way to drop units inside its vision tower is known"
     no_rebuild: ClassVar[str] = "its projector does not read what a tower layer makes as it is"
+    unmergeable: ClassVar[str] = "its tokens are not known to be one patch each of a CLIP or SigLIP tower"
     notes: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module) -> None:
@@ -237,6 +240,21 @@ class Adapter:
         sizes = [t * h * w for t, h, w in self.shapes(record)]
         projector = self.base.get_submodule(self.projector or "")
         return Layers(blocks, [projector], ("layer_norm2", "mlp"), 1, int(self.cls_token), sizes, lambda _: None)
+
+    def encoder(self) -> Encoder:
+        """The blocks of the vision tower, for merging tokens between them.
+
+        Raises:
+            UnsupportedError: if tokens cannot be merged there.
+        """
+        raise UnsupportedError(
+            f"{self.base.config.model_type}: tokens cannot be merged in its vision tower, because {self.unmergeable}; "
+            "use a method that merges or drops them behind it, such as 'aim_merge'"
+        )
+
+    def tiles(self, record: Record) -> list[tuple[int, int]]:
+        """Of each item, its language-model tokens and the pictures that the tower makes them of; before it runs."""
+        return [(t * rows * columns, 1) for t, rows, columns in self.shapes(record)]
 
     def special_ids(self) -> set[int]:
         """Token ids that the config names, which are no words: begin, end, padding, images."""

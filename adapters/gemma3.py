@@ -16,6 +16,7 @@ class Gemma3Adapter(Adapter):
     own_mask = True
     fixed_pictures = "its patches are pooled to a fixed number of tokens, however many they are"
     inseparable = ""
+    unmergeable = "its patches are pooled to a fixed number of tokens"
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

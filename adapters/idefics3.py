@@ -17,6 +17,7 @@ class Idefics3Adapter(Adapter):
     model_types = ("idefics3", "smolvlm")
     fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     inseparable = ""
+    unmergeable = "its pixel shuffle makes one token of several patches"
     text = "text_model"
     tower = "vision_model"
     projector = "connector"

@@ -15,6 +15,7 @@ class InternVLAdapter(Adapter):
     model_types = ("internvl",)
     fixed_pictures = "its processor cuts pictures into tiles of a fixed size (let it cut fewer)"
     inseparable = ""
+    unmergeable = "its pixel shuffle makes one token of several patches"
     cls_token = True
     join_adjacent = True
     pixel_statistics = IMAGENET_STATISTICS

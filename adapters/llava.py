@@ -10,6 +10,8 @@ import torch
 from visiontok.errors import UnsupportedError
 
 from .base import Adapter, Record, raster, unpadded
+from .encoder import Encoder
+from .transformers_encoder import tower_encoder
 
 
 class LlavaAdapter(Adapter):
@@ -55,6 +57,19 @@ class LlavaAdapter(Adapter):
         layer = getattr(self.base.config, "vision_feature_layer", None)
         single = isinstance(layer, int) and layer not in (-1, self.base.config.vision_config.num_hidden_layers)
         return "" if single else Adapter.no_rebuild
+
+    @property
+    def unmergeable(self) -> str:  # type: ignore[override]
+        """Features come from one layer of a CLIP or SigLIP tower; nothing else has as many tokens."""
+        config = self.base.config
+        name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
+        if not isinstance(layers := getattr(config, name, -1), int):
+            return f"its features come from several layers, {name}={list(layers)}, each with tokens of its own"
+        return self.fixed_pictures.replace("interpolate positions", "merge")
+
+    def encoder(self) -> Encoder:
+        found = None if self.unmergeable else tower_encoder(self.base.vision_tower)
+        return super().encoder() if found is None else found
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of patches per image."""

@@ -15,6 +15,8 @@ from torch import nn
 from visiontok.errors import UnsupportedError
 
 from .base import Adapter, Record, raster, square
+from .encoder import Encoder
+from .transformers_encoder import tower_encoder
 
 
 class LlavaNextAdapter(Adapter):
@@ -37,6 +39,20 @@ class LlavaNextAdapter(Adapter):
     def cls_token(self) -> bool:  # type: ignore[override]
         """CLIP towers begin with a CLS token, SigLIP towers have none."""
         return self.base.config.vision_config.model_type.startswith("clip")
+
+    def encoder(self) -> Encoder:
+        found = None
+        if isinstance(self.base.config.vision_feature_layer, int):
+            found = tower_encoder(self.base.vision_tower)
+        return super().encoder() if found is None else found
+
+    def tiles(self, record: Record) -> list[tuple[int, int]]:
+        if record.modality == "video":
+            raise UnsupportedError(
+                f"{self.base.config.model_type}: the patches of a video frame are pooled behind the vision tower, so "
+                "that all of them are needed; use a method that merges or drops tokens behind it, such as 'aim_merge'"
+            )
+        return [(len(grid), n) for grid, n in zip(self.grids(record), self._crops(record), strict=True)]
 
     def _per_crop(self) -> int:
         vision = self.base.config.vision_config

@@ -18,6 +18,7 @@ class Mistral3Adapter(Adapter):
     model_types = ("mistral3",)
     fixed_pictures = ""
     inseparable = ""
+    unmergeable = "its patch merger makes one token of several patches"
 
     def _sizes(self, record: Record) -> list[tuple[int, int]]:
         """Rows and columns of language-model tokens per image."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .base import Adapter, Record, square
+from .encoder import Encoder
+from .transformers_encoder import tower_encoder
 
 
 class PaliGemmaAdapter(Adapter):
@@ -18,6 +20,10 @@ class PaliGemmaAdapter(Adapter):
     inseparable = ""
     fixed_units = ""
     fixed_layers = ""
+
+    def encoder(self) -> Encoder:
+        found = tower_encoder(self.base.vision_tower)
+        return super().encoder() if found is None else found
 
     def grids(self, record: Record) -> list[torch.Tensor]:
         return [square(len(item)) for item in record.output.pooler_output]

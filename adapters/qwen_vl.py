@@ -27,6 +27,7 @@ class QwenVLAdapter(Adapter):
     fixed_units = ""
     fixed_layers = ""
     no_rebuild = ""
+    unmergeable = "its patch merger makes one token of several patches"
 
     def _thw(self, record: Record) -> Any:
         return record.inputs[f"{record.modality}_grid_thw"]

@@ -445,7 +445,7 @@ def cells(
 
 
 def prompt_methods() -> list[str]:
-    """Names of all registered methods that choose before the language model, and take a budget."""
+    """Names of all registered methods that choose before the language model, and as many tokens as they are told."""
     return [card.name for card in recipes.methods() if card.stage != "decoder" and card.budget]
 
 

@@ -95,7 +95,8 @@ def inside(method: str) -> bool:
     if cell.card.stage == "decoder":
         return True
     stages = cell.recipe.stages
-    return any(s.kind not in ("pixel", "prompt") or (s.method and s.method.needs().decoder_ahead) for s in stages)
+    before = ("pixel", "merge", "prompt")
+    return any(s.kind not in before or (s.method and s.method.needs().decoder_ahead) for s in stages)
 
 
 def thins(method: str) -> bool:
@@ -148,7 +149,8 @@ def entries(
 def _level(method: str) -> bool:
     """Whether a method does nothing but keep so many tokens before the language model, or in the cache behind it."""
     cell = Cell(method)
-    return cell.card.stage != "decoder" and [s.kind for s in cell.recipe.stages] in (["prompt"], ["pixel"], ["cache"])
+    kinds = [s.kind for s in cell.recipe.stages]
+    return cell.card.stage != "decoder" and kinds in (["prompt"], ["pixel"], ["merge"], ["cache"])
 
 
 def _weighs(method: str) -> bool:
@@ -183,7 +185,7 @@ def blind_to_pixels(cell: Cell) -> bool:
         stages = cell.recipe.stages
         needs = [asdict(stage.method.needs()) for stage in stages if stage.method]
         reads = any(need[name] for need in needs for name in need if not name.startswith(("decoder", "question")))
-        return not reads and all(stage.kind not in ("pixel", "prompt") for stage in stages)
+        return not reads and all(stage.kind not in ("pixel", "merge", "prompt") for stage in stages)
     return False
 
 

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from visiontok.api import remember_vision
+from visiontok.api import as_recipe, remember_vision
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.named import Loaded, find_device, load_model, quiet
 from visiontok.recipes import find as find_method
@@ -108,10 +108,17 @@ class Sweep:
         found = []
         for method in self.methods:
             keeps: Sequence[str | None] = self.keeps
-            if method in (FULL, BLIND) or (method in method_names() and not find_method(method).card.budget):
+            if method in (FULL, BLIND) or not _takes_budget(method):
                 keeps = (None,)
             found += [Cell.named(method, keep, {}, self.seed) for keep in keeps]
         return found
+
+
+def _takes_budget(method: str) -> bool:
+    """Whether a method, or any in a recipe file, does."""
+    if method in method_names():
+        return find_method(method).card.budget
+    return any(stage.method is not None and stage.method.card.budget for stage in as_recipe(method).stages)
 
 
 def eval_job(sweep: Sweep, console: Console | None = None) -> list[dict[str, Any]]:

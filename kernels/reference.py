@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Two unit vectors whose float32 cosine comes this close to 1 count as equal: rounding must not tell duplicates apart.
@@ -670,21 +671,22 @@ def gather_nearest(x: Tensor, metric: Tensor, weight: Tensor, rows: Tensor, coun
 
 
 def segment_mean(x: Tensor, group: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Twin of :func:`visiontok.kernels.ops.segment_mean`."""
+    """Twin of :func:`visiontok.kernels.ops.segment_mean`; reads every row once."""
     b, n, d = x.shape
     inside = group >= 0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = torch.where(inside, weight.to(x.dtype), 0.0)
-    # One spare group per row takes what is left out.
-    flat = torch.where(inside, group, count) + torch.arange(b, device=x.device)[:, None] * (count + 1)
-    order = flat.flatten().sort(dim=0, stable=True).indices
-    lengths = torch.zeros(b * (count + 1), dtype=torch.long, device=x.device)
-    lengths.scatter_add_(0, flat.flatten(), torch.ones_like(order))
-    rows = torch.cat([torch.where(inside[..., None], x, 0.0) * weight[..., None], weight[..., None]], -1)
-    sums = torch.segment_reduce(rows.reshape(b * n, d + 1)[order], "sum", lengths=lengths, axis=0, unsafe=True)
-    sums = sums.reshape(b, count + 1, d + 1)[:, :count]
-    size = sums[..., d].clone()
-    return sums[..., :d] / torch.where(size > 0, size, 1.0)[..., None], size
+    groups = b * count  # and a spare one behind them for what is left out
+    flat = torch.where(inside, group + torch.arange(b, device=x.device)[:, None] * count, groups).flatten()
+    order = flat.sort(dim=0, stable=True).indices
+    lengths = torch.zeros(groups + 1, dtype=torch.long, device=x.device)
+    lengths.scatter_add_(0, flat, torch.ones_like(order))
+    ranked = weight.flatten()[order]
+    size = torch.segment_reduce(ranked, "sum", lengths=lengths, axis=0, unsafe=True)
+    share = ranked / torch.where(size > 0, size, 1.0)[flat[order]]
+    begin = lengths.cumsum(0) - lengths
+    means = F.embedding_bag(order, x.reshape(b * n, d), begin, mode="sum", per_sample_weights=share)
+    return means[:groups].view(b, count, d), size[:groups].view(b, count)
 
 
 # ---------------------------------------------------------------------------------------------------- compaction

@@ -279,3 +279,23 @@ def feather_naive(s: Array, places: list[tuple[int, int]], k: int, stride: int =
     grid = [i for i, (row, column) in enumerate(places) if row % step == 0 and column % step == 0]
     rest = sorted(set(range(len(s))) - set(grid), key=lambda i: (-s[i], i))
     return sorted(grid + rest[: k - len(grid)])
+
+
+def tome_naive(x: Array, r: int, prefix: int, size: Array) -> list[int]:
+    """The group of each token, in the published order: the prefix, even tokens that stay, odd tokens; in rounds."""
+    n, tokens, size = len(x), x.copy(), size.astype(float)
+    whole, left = list(range(n)), min(r, n - prefix - 1)
+    while left > 0:
+        places = range(prefix, len(tokens))
+        odd = [j for j in places if j % 2]
+        best = {i: max(odd, key=lambda j: (round(cos(tokens[i], tokens[j]), 12), -j)) for i in places if not i % 2}
+        ranked = sorted(best, key=lambda i: (-cos(tokens[i], tokens[best[i]]), i))
+        gone = ranked[: min(left, (len(tokens) - prefix) // 2)]
+        stay = [i for i in best if i not in gone] if prefix else ranked[len(gone) :]
+        order = [*range(prefix), *stay, *odd]
+        group = [order.index(best[i] if i in gone else i) for i in range(len(tokens))]
+        members = [[i for i in range(len(tokens)) if group[i] == g] for g in range(len(order))]
+        tokens = np.array([np.average(tokens[m], axis=0, weights=size[m]) for m in members])
+        size = np.array([size[m].sum() for m in members])
+        whole, left = [group[g] for g in whole], left - len(gone)
+    return whole

@@ -382,7 +382,7 @@ def test_inter_layer_similarity() -> None:
 
 
 def test_what_is_no_papers_code_is_called_a_reconstruction() -> None:
-    published = {"vtw", "shortv", "fitprune"}
+    published = {"vtw", "shortv", "fitprune", "dymu"}
     for method, kind in CALIBRATORS.items():
         assert kind.source.startswith("as published" if method in published else "a reconstruction")
 

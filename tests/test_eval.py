@@ -31,7 +31,7 @@ from visiontok.eval.records import PROTOCOL, TIMES, Records, differences, keep_p
 from visiontok.eval.runner import Block, Cell, answer, run
 from visiontok.eval.task import find
 
-from visiontok import Budget, compress
+from visiontok import Budget, compress, recipe
 from visiontok.api import as_recipe, remember_vision
 from visiontok.errors import ConfigError, ImageError, UnsupportedError
 from visiontok.named import Loaded, load_model
@@ -595,6 +595,14 @@ def test_marks_in_another_dialect_need_no_model(runs: Path) -> None:
     assert score(str(runs / "full"), None, "vlmevalkit")["dialect"] == "vlmevalkit"
     with pytest.raises(ConfigError, match="dialect='none' does not exist"):
         score(str(runs / "full"), None, "none")
+
+
+def test_a_recipe_file_without_a_budget_is_asked_once(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.json"
+    recipe("vtw").save(path)
+    assert len(Sweep(methods=(str(path),), keeps=("0.5", "12")).cells()) == 1
+    recipe("divprune").save(path)
+    assert len(Sweep(methods=(str(path),), keeps=("0.5", "12")).cells()) == 2
 
 
 def test_what_is_no_finished_run_is_said(runs: Path, tmp_path: Path) -> None:

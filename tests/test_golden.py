@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLa
 
 import visiontok
 import visiontok.functional as F
+from visiontok.calibration.merging import merge_threshold
 from visiontok.context import Attention, Context
 from visiontok.engine.policy import StagePolicy
 from visiontok.engine.probe import Tap, glance
@@ -377,11 +378,25 @@ def call_tome(
     sizes = torch.ones(len(x)) if size is None else size[:, 0]
     source = torch.arange(len(x))
     for merged_away in r:
-        group = F.bipartite(x if metric_is_x else metric, merged_away, class_token=class_token)
+        group = F.bipartite(x if metric_is_x else metric, merged_away, prefix=int(class_token))
         count = int(group.max()) + 1
         x, sizes = F.merge(x, group, count, sizes)
         source = group[source]
     return {"x": x, "size": sizes[:, None], "source": one_hot(source, len(x))}
+
+
+def call_dymu_merge(
+    x: Tensor, metric: Tensor, threshold: float, class_token: bool, max_r: int | None = None
+) -> Outputs:
+    group = F.bipartite(metric, max_r, threshold=threshold, prefix=int(class_token))
+    count = int(group.max()) + 1
+    merged, sizes = F.merge(x, group, count)
+    return {"x": merged, "size": sizes[:, None], "pos_tracking": one_hot(group, count)}
+
+
+def call_dymu_calibrate(metric: Tensor, r: int, class_token: bool) -> Outputs:
+    cosines = F.pair_cosines(metric, prefix=int(class_token)).tolist()
+    return {"batch_threshold": torch.tensor([merge_threshold(cosines, r)])}
 
 
 def call_aim_merge(frames: Tensor, rounds: list[int]) -> Outputs:

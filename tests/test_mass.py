@@ -393,6 +393,8 @@ SPEAKING = [c.name for c in visiontok.methods() if c.budget and c.contract.keeps
 @pytest.mark.parametrize("method", SPEAKING)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_the_masses_of_every_method_add_up_to_all_tokens(name, method):
+    if visiontok.recipes.find(method).card.stage == "merge" and name != "llava":
+        pytest.skip("its vision tower needs every patch")
     model = build(name, dtype=torch.float32)
     inputs = batch(name, model)
     with visiontok.compress(model, method, keep=0.4, mass=True) as compression, torch.no_grad():

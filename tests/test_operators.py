@@ -481,14 +481,14 @@ def test_attention_rows_equal_the_dense_softmax() -> None:
 # ------------------------------------------------------------------------------------------------------------ merging
 
 
-@given(st.integers(1, 24), st.integers(-2, 30), st.booleans(), st.booleans(), st.integers(0, 5))
+@given(st.integers(1, 24), st.integers(-2, 30), st.integers(0, 3), st.booleans(), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_bipartite_groups_are_complete_and_mass_is_conserved(
-    n: int, r: int, class_token: bool, raster: bool, seed: int
+    n: int, r: int, prefix: int, raster: bool, seed: int
 ) -> None:
     x, size = random_case(n, seed=seed)
-    group = F.bipartite(x, r, class_token=class_token, raster=raster)
-    count = n - max(0, min(r, (n - class_token) // 2))
+    group = F.bipartite(x, r, prefix=prefix, raster=raster)
+    count = n - max(0, min(r, (n - prefix) // 2))
     assert group.unique().tolist() == list(range(count))
     merged, mass = F.merge(x, group, count, size)
     torch.testing.assert_close((merged * mass[:, None]).sum(0), (x * size[:, None]).sum(0), rtol=1e-4, atol=1e-5)
@@ -497,8 +497,8 @@ def test_bipartite_groups_are_complete_and_mass_is_conserved(
     torch.testing.assert_close(back, torch.stack([merged[i] for i in group.tolist()]))
     if r <= 0:
         torch.testing.assert_close(merged, x)
-    if class_token:
-        assert (group == group[0]).sum() == 1 or count == 1
+    assert group[:prefix].tolist() == list(range(min(prefix, n)))
+    assert torch.equal(group[:prefix].sort().values, group[group < prefix].sort().values)
 
 
 def test_bipartite_merges_the_most_similar_pairs() -> None:

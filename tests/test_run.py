@@ -61,6 +61,7 @@ LAYERS = {
     **{card.name: [144] * 4 for card in visiontok.methods() if card.stage == "cache"},
     # the noise of the scenes is in every patch; what leaves the tower with ipcv is back behind it
     **dict.fromkeys(("pixelprune", "background", "temporal", "trim", "ipcv"), [144] * 4),
+    "dymu": [49] * 4,  # what is alike in a picture as plain as this
     "erase": [57, 36, 36, 36],  # its own share for a picture as plain as this
     "sieve": [144, 144, 36, 36],
     "fastv": [144, 36, 36, 36],

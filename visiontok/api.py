@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from visiontok.adapters.base import RECURRENT, find, is_supported, layer_kinds
+from visiontok.adapters.encoders import find_encoder
 from visiontok.adapters.refused import reason
 
 from . import _torchvision as _torchvision
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from visiontok.adapters.base import Adapter
 
 _MARK = "_visiontok_compressions"  # attribute of a base model: what is attached, oldest first
-_BEFORE = ("pixel", "encoder", "prompt")  # stages before the language model
+ENCODER_MARK = "_visiontok_encoder"  # attribute of an encoder alone: what is attached
+_BEFORE = ("pixel", "encoder", "merge", "prompt")  # stages before the language model
 _lock = threading.RLock()  # over attaching and detaching; calls never take it
 
 
@@ -201,7 +203,8 @@ def attached(model: nn.Module) -> Compression | None:
     Raises:
         UnsupportedError: for a model that visiontok cannot attach to.
     """
-    return _serving(base_model(model))
+    encoder = find_encoder(_unwrapped(model)) if isinstance(model, nn.Module) else None
+    return _serving(base_model(model)) if encoder is None else encoder.model.__dict__.get(ENCODER_MARK)
 
 
 def _serving(base: nn.Module) -> Compression | None:
@@ -327,7 +330,8 @@ def compress(
 
     Args:
         model: a Hugging Face vision-language model, possibly wrapped by PEFT; for training, the one that is called with
-            labels, since what is around it is not seen.
+            labels, since what is around it is not seen. For methods that merge in the vision tower, also a vision
+            transformer of timm or open_clip, or a CLIP or SigLIP model of transformers.
         recipe: name of a method, a :class:`Recipe`, a :class:`Method`, a path to a JSON or YAML recipe,
             ``"file.py:name"`` of a Python file that defines one of these, or a function from a
             :class:`~visiontok.Context` to a (U, N) bool keep mask or a :class:`~visiontok.Selection`. By default our
@@ -345,15 +349,20 @@ def compress(
         **options: options of the method; only with a name.
 
     Returns:
-        the attached :class:`Compression`; use it in a with-statement or call ``remove()``.
+        the attached :class:`Compression`; use it in a with-statement or call ``remove()``. On a model without a
+        language model, an :class:`~visiontok.encoder.EncoderCompression`.
 
     Raises:
         ConfigError: for an unknown recipe, option or budget, a layer outside the model, or a model already compressed.
         UnsupportedError: for a model visiontok cannot attach to; says what is missing.
     """
-    return Compression(
-        model, _settled(recipe, keep, mass, reserve, options, seed=seed, fidelity=fidelity, positions=positions)
-    )
+    made = _settled(recipe, keep, mass, reserve, options, seed=seed, fidelity=fidelity, positions=positions)
+    encoder = find_encoder(_unwrapped(model)) if isinstance(model, nn.Module) else None
+    if encoder is None:
+        return Compression(model, made)
+    from .encoder import EncoderCompression
+
+    return EncoderCompression(model, encoder, made)
 
 
 def compress_inputs(

@@ -25,9 +25,9 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """Where a method acts: ``pixel``, ``encoder``, ``prompt``, ``decoder`` or ``cache``, or several of them."""
+    """Where a method acts, at one or several of ``pixel``, ``encoder``, ``merge``, ``prompt``, ``decoder``, ``cache``."""
     kinds = (stage.kind for stage in recipes.find(name)().stages())
-    outside = ("pixel", "encoder", "prompt", "cache")
+    outside = ("pixel", "encoder", "merge", "prompt", "cache")
     return list(dict.fromkeys(kind if kind in outside else "decoder" for kind in kinds))
 
 

@@ -145,10 +145,11 @@ class Context:
 
     Rows shorter than N are padded; ``valid`` tells. At a cut, ``valid`` marks the tokens still alive and ``features``
     are hidden states on the cut layer's input; before the model they are the projected features. At a pixel stage a
-    smaller picture's tokens are ``valid``, and the others have the features of the token that covers them.
+    smaller picture's tokens are ``valid``, and the others have the features of the token that covers them; at a merge
+    stage one token of each group is, and the others of the group have its features.
 
     Attributes:
-        stage: ``pixel``, ``encoder``, ``prompt``, ``decoder`` or ``cache``.
+        stage: ``pixel``, ``encoder``, ``merge``, ``prompt``, ``decoder`` or ``cache``.
         layer: decoder layer of the cut or the route, or whose cache is chosen from; None at the others.
         depth: decoder layers of the model.
         features: (U, N, D).
@@ -185,7 +186,7 @@ class Context:
         note: takes what :meth:`scored` is given; None if nobody looks.
     """
 
-    stage: Literal["pixel", "encoder", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "encoder", "merge", "prompt", "decoder", "cache"]
     layer: int | None
     depth: int = 0
     features: torch.Tensor

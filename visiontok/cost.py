@@ -108,6 +108,10 @@ class _Block:
         projections = 2 * self.width * (self.query_width * (queries + out) + 2 * self.kv_width * keys)
         return projections + out * self.mlp + 4 * self.query_width * queries * keys
 
+    def merge_flops(self, tokens: int, pairs: int, behind: int) -> int:
+        """The same for ``tokens`` of which ``behind`` are left between attention and feed-forward part."""
+        return self.flops(tokens, pairs) - (tokens - behind) * self.mlp
+
     def cross_flops(self, text: int, new: int, keys: int) -> int:
         """FLOPs for `text` tokens that attend to `keys` visual ones, `new` of them not cached; without any: skipped."""
         if not keys:
@@ -547,7 +551,13 @@ def knows(config: Any) -> bool:
     return config.model_type in _PROJECTORS | _CROSS_PROJECTORS
 
 
-def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequence[int]] | None = None) -> VisionFlops:
+def vision_flops(
+    config: Any,
+    inputs: VisionInputs,
+    *,
+    lengths: Sequence[Sequence[int]] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
+) -> VisionFlops:
     """FLOPs of vision tower and projector.
 
     A tower layer of width d and MLP width f over sequences of n_i tokens, n in all, costs
@@ -559,6 +569,7 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         inputs: What enters the tower.
         lengths: Sequence lengths per tower layer where an encoder-stage recipe shortens them, class tokens included;
             what leaves the last layer is what the projector gets. Defaults to `attention_lengths(config, inputs)`.
+        behind: The same between attention and MLP of each layer, where tokens merge there. Defaults to `lengths`.
 
     Raises:
         UnsupportedError: Tower or projector is not in the cost model.
@@ -584,14 +595,15 @@ def vision_flops(config: Any, inputs: VisionInputs, *, lengths: Sequence[Sequenc
         lengths = attention_lengths(config, inputs)
     elif len(lengths) != depth:
         raise ConfigError(f"lengths has {len(lengths)} entries for {depth} tower layers; give one list per layer")
+    left = lengths if behind is None else behind
     return VisionFlops(
         embedding=_linear(inputs.computed, _patch_width(vision), block.width),
         layers=tuple(
-            block.flops(sum(layer), sum(n * n for n in layer)) - (sum(layer) - rows) * block.mlp
-            for layer, rows in zip(lengths, inputs.mlp or map(sum, lengths), strict=True)
+            block.merge_flops(sum(layer), sum(n * n for n in layer), rows)
+            for layer, rows in zip(lengths, inputs.mlp or map(sum, left), strict=True)
         ),
-        head=_pooling_head(vision, block, lengths[-1]),
-        projector=_projector(config, block.width, inputs.projected or lengths[-1], inputs),
+        head=_pooling_head(vision, block, left[-1]),
+        projector=_projector(config, block.width, inputs.projected or left[-1], inputs),
     )
 
 
@@ -642,6 +654,21 @@ def _projector(config: Any, width: int, lengths: Sequence[int], inputs: VisionIn
         merged = sum(t * (h // side) * (w // side) for t, h, w in inputs.grids)
         return _linear(merged, width * side**2, width) + _linear(merged, stacked, out, out)
     return _linear(tokens, stacked, out, out)
+
+
+def encoder_flops(costs: tuple[int, int, int], tokens: Sequence[int], pictures: int = 1) -> list[int]:
+    """FLOPs of the blocks of an encoder in which tokens merge between attention and MLP.
+
+    Args:
+        costs: Of one block: per token in the attention, per pair of tokens, and per token in the MLP.
+        tokens: Per picture, on the input of each block and behind the last.
+        pictures: Of one run.
+
+    Returns:
+        One integer per block.
+    """
+    projected, pair, inner = costs
+    return [pictures * (projected * n + pair * n * n + inner * m) for n, m in pairwise(tokens)]
 
 
 # -------------------------------------------------------------------------------------- time to first token, account
@@ -802,6 +829,7 @@ def account(
     dtype_bytes: int = 2,
     ran: VisionInputs | None = None,
     lengths: Sequence[Sequence[int]] | None = None,
+    behind: Sequence[Sequence[int]] | None = None,
     ahead: Sequence[int] = (),
     computed: Sequence[int] | None = None,
     narrow: Mapping[int, tuple[int, int]] | None = None,
@@ -819,6 +847,7 @@ def account(
         dtype_bytes: Bytes per element of the cache.
         ran: What entered the tower as run, if a pixel-stage recipe made it less.
         lengths: Sequence lengths per tower layer as run, if an encoder-stage recipe shortens them.
+        behind: The same between attention and MLP of each layer, if tokens merge there.
         ahead: Decoder layers, up to the queries, keys and values of which the stock tokens ran before.
         computed: Of `kept`, the tokens that are not frozen: these have keys and values, and nothing else. All by
             default.
@@ -831,7 +860,7 @@ def account(
     vision_stock = vision = None
     try:
         vision_stock = vision_flops(config, inputs)
-        vision = vision_flops(config, ran or inputs, lengths=lengths)
+        vision = vision_flops(config, ran or inputs, lengths=lengths, behind=behind)
     except UnsupportedError as error:
         reasons.append(str(error))
     layers: list[tuple[int, ...] | None] = [None, None, None]

@@ -8,10 +8,11 @@ outside ``valid`` are never kept.
 from .allocators import apportion, layer_average
 from .kernels import Picks
 from .mergers.absorb import absorb
-from .mergers.bipartite import bipartite
+from .mergers.bipartite import bipartite, bipartite_rounds, pair_cosines
 from .mergers.cells import cells
 from .mergers.clusters import clusters
 from .mergers.merge import merge, unmerge
+from .mergers.middles import middles
 from .mergers.nearest import nearest_kept
 from .mergers.neighbours import neighbours
 from .mergers.peaks import density_peaks
@@ -76,6 +77,7 @@ __all__ = [
     "attention_share",
     "background",
     "bipartite",
+    "bipartite_rounds",
     "blur",
     "cells",
     "centred",
@@ -97,11 +99,13 @@ __all__ = [
     "maxmin",
     "maxsum",
     "merge",
+    "middles",
     "minmax",
     "mmr",
     "nearest_kept",
     "neighbours",
     "norm",
+    "pair_cosines",
     "pixel_entropy",
     "predictive",
     "product",

@@ -66,6 +66,7 @@ class TokenLedger:
         self._frozen: Mapping[int, int] = {}
         self._cached: Mapping[int, tuple[torch.Tensor, int]] = {}
         self._narrow: Mapping[int, tuple[int, int]] = {}
+        self.merged: torch.Tensor | None = None  # (U, N) long, by a merge stage
 
     def fill(
         self,
@@ -128,6 +129,16 @@ class TokenLedger:
         """
         alive, mass = self.alive(layer).float(), self._masses[layer]
         return alive if mass is None else torch.where(self.visual, self.units.scatter(mass) * alive, alive)
+
+    def sources(self) -> torch.Tensor:
+        """(B, N) long: the prompt position of the token that each visual token merged into inside the vision tower; its
+        own where it stands for itself, -1 for text and for tokens without a patch, which are left out."""
+        here = torch.arange(self.visual.shape[1], device=self.visual.device).expand_as(self.visual)
+        if self.merged is None:
+            return torch.where(self.visual, here, -1)
+        units = self.units
+        places = units.slots.gather(1, self.merged.clamp_min(0).to(units.slots.device)).to(self.merged.device)
+        return units.scatter(torch.where(self.merged >= 0, places, -1) + 1) - 1
 
     @property
     def dropped(self) -> bool:

@@ -7,7 +7,7 @@ that happens is a :class:`Stage`, and a list of stages is a :class:`visiontok.Re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .context import Context
 
 Layer = int | float
-StageKind = Literal["pixel", "encoder", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"]
+StageKind = Literal[
+    "pixel", "encoder", "merge", "prompt", "cut", "inject", "exit", "skip", "freeze", "narrow", "route", "cache"
+]
 
 
 def labelled(name: str, *notes: str) -> str:
@@ -102,7 +104,7 @@ class Card:
         venue: where it appeared.
         formula: one line of mathematics: x tokens before and z behind the projector M, a attention, q the question's
             tokens, S what is kept so far, N tokens of which K stay.
-        stage: ``"pixel"``, ``"encoder"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
+        stage: ``"pixel"``, ``"encoder"``, ``"merge"``, ``"prompt"``, ``"decoder"`` or ``"cache"``.
         needs: what the method reads, in words.
         official: what the published code does.
         bugs: its known bugs; fixed here unless ``departures`` says otherwise.
@@ -121,7 +123,7 @@ class Card:
     paper: str
     venue: str
     formula: str = "-"
-    stage: Literal["pixel", "encoder", "prompt", "decoder", "cache"]
+    stage: Literal["pixel", "encoder", "merge", "prompt", "decoder", "cache"]
     needs: str
     official: str = "-"
     bugs: str = "none known"
@@ -207,6 +209,25 @@ class Tower:
     feature_layer: int
     full_attention: tuple[int, ...]
     thumbnail: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging:
+    """What a method merges of one picture in the layers of a vision tower; one of the two is given.
+
+    Attributes:
+        r: tokens that each layer merges away.
+        thresholds: the cosine above which each layer merges every pair.
+        rounds: whether a layer that is to merge away more than half of its tokens matches several times.
+        proportional: whether log(size) is added to the attention logits of merged tokens.
+        observe: called with each layer, and (B, n) the cosines of its pairs, -inf where there is none.
+    """
+
+    r: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    rounds: bool = True
+    proportional: bool = True
+    observe: Callable[[int, torch.Tensor], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,22 +377,23 @@ class Stage:
 
     Attributes:
         kind: ``pixel`` gives the vision tower less, smaller pictures or some units of them; ``encoder`` selects on the
-            input of layer ``layer`` of the tower; ``prompt`` selects before the language model; ``cut`` selects on the
-            input of decoder layer ``layer``; ``inject`` keeps visual tokens out of the layers below ``layer``;
-            ``exit`` keeps them out from ``layer`` on. In each of the layers ``layer … until-1``, ``skip`` keeps them
-            out, ``freeze`` lets them pass as they are, attended to but not computed, ``narrow`` gives those that go
-            through the MLP the first of its inner channels only, and ``route`` chooses anew who goes through the layer;
-            the others pass it by. ``cache`` selects which of the keys and values that a layer has stored stay for what
-            comes behind the prompt.
-        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel`` and ``prompt``. A
-            ``cache`` stage acts in every layer from it on, by default in all; with a layer, its method may read what a
-            cut there may.
+            input of layer ``layer`` of the tower; ``merge`` merges tokens in its layers; ``prompt`` selects before the
+            language model; ``cut`` selects on the input of decoder layer ``layer``; ``inject`` keeps visual tokens out
+            of the layers below ``layer``; ``exit`` keeps them out from ``layer`` on. In each of the layers
+            ``layer … until-1``, ``skip`` keeps them out, ``freeze`` lets them pass as they are, attended to but not
+            computed, ``narrow`` gives those that go through the MLP the first of its inner channels only, and
+            ``route`` chooses anew who goes through the layer; the others pass it by. ``cache`` selects which of the
+            keys and values that a layer has stored stay for what comes behind the prompt.
+        layer: decoder layer, or tower layer (index or fraction of the depth); None for ``pixel``, ``merge`` and
+            ``prompt``. A ``cache`` stage acts in every layer from it on, by default in all; with a layer, its method
+            may read what a cut there may.
         until: first layer after a ``skip``, a ``freeze``, a ``narrow`` or a ``route``; the last three are of one layer
             without. 1.0 is the end.
-        method: who selects, for ``pixel``, ``encoder``, ``prompt``, ``cut``, ``route`` and ``cache``.
+        method: who selects, for ``pixel``, ``encoder``, ``merge``, ``prompt``, ``cut``, ``route`` and ``cache``.
         keep: how many of the *original* visual tokens of an image are left afterwards, for these but ``route``; at most
-            as many for ``pixel``.
-        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``encoder``, ``prompt`` and ``cut``.
+            as many for ``pixel`` and ``merge``.
+        mass: whether kept tokens speak for the dropped ones, for ``pixel``, ``encoder``, ``merge``, ``prompt`` and
+            ``cut``.
         reserve: share of the budget that goes, before the method is asked for the rest, to the tokens of largest mean
             cosine under the language model's rotary positions, and once more to those of largest mean sine (IVC-Prune,
             arXiv 2602.03060), which tell it where things are; below 1/2, for ``prompt`` and ``cut``. The paper keeps
@@ -390,7 +412,7 @@ class Stage:
     shrink: float | None = None
 
     def __post_init__(self) -> None:
-        before = self.kind in ("pixel", "encoder", "prompt")
+        before = self.kind in ("pixel", "encoder", "merge", "prompt")
         speaks = before or self.kind == "cut"
         selects = speaks or self.kind in ("route", "cache")
         if self.kind not in get_args(StageKind):
@@ -405,6 +427,12 @@ class Stage:
             raise ConfigError(
                 f"method={self.method.card.name!r}: it acts {acts} the vision tower, which is no place for a "
                 f"{self.kind} stage"
+            )
+        if self.method is not None and (self.kind == "merge") != (self.method.card.stage == "merge"):
+            raise ConfigError(
+                f"method={self.method.card.name!r}: it "
+                + ("merges nothing" if self.kind == "merge" else "merges tokens")
+                + f" inside the vision tower, which is no place for a {self.kind} stage"
             )
         if before and self.method is not None and not self.method.card.contract.keeps_some:
             raise ConfigError(
@@ -464,7 +492,8 @@ class Method:
 
     A subclass sets ``card`` and implements :meth:`select`; decoder methods also override :meth:`stages`, pixel methods
     also implement :meth:`picture` or :meth:`units`, encoder methods :meth:`stay`; their candidates are the tokens that
-    the tower made of what it got. A cache method is asked once per decoder layer, and may answer for each head.
+    the tower made of what it got. Merge methods also implement :meth:`merging`; their candidates are one token for each
+    that the tower was left with. A cache method is asked once per decoder layer, and may answer for each head.
     """
 
     card: ClassVar[Card]
@@ -492,7 +521,7 @@ class Method:
     def stages(self) -> tuple[Stage, ...]:
         """Where in the model the method acts when it is used by name; budgets come later."""
         acts = self.card.stage
-        return (Stage(kind=acts if acts == "pixel" or acts == "cache" else "prompt", method=self),)
+        return (Stage(kind="prompt" if acts == "decoder" else acts, method=self),)
 
     def select(self, ctx: Context) -> torch.Tensor | Selection:
         """(U, N) bool keep mask over the visual tokens of each image, or a :class:`Selection` when tokens change."""
@@ -549,6 +578,21 @@ class Method:
         """Encoder methods: (n,) bool, which units of an image or video stay in the vision tower.
 
         At least one, and ``encoding.count`` of them if the contract says ``count_from_grid``.
+        """
+        raise NotImplementedError
+
+    def merging(self, tokens: int, count: int | None, *, depth: int, layers: int, official: bool) -> Merging:
+        """Merge methods: what each layer of a vision tower merges of one picture.
+
+        Args:
+            tokens: patches of the picture.
+            count: those to be left, at least 1; None where there is no budget.
+            depth: layers up to the one whose output becomes the features; those behind it merge nothing.
+            layers: all layers of the tower.
+            official: with the behaviour of the published code.
+
+        Raises:
+            ConfigError: if an option does not fit the tower.
         """
         raise NotImplementedError
 

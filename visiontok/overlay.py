@@ -106,12 +106,15 @@ def overlay(
     crops = [crop for crop in find_places(adapter, ledger.units, pictures, processed) if crop.picture == 0]
     layer = last_layer(ledger)
     alive = living(ledger, layer)
-    drawing = draw_kept(pictures[0], crops, alive)
+    drawing = draw_kept(pictures[0], crops, alive, merged=ledger.merged)
     bright = int(alive[tuple(drawing.tokens.T)].sum())
     tokens, kept = int(ledger.visual[0].sum()), int(alive.sum())
     note = f"; {tokens - len(drawing.tokens)} tokens that are none of its patches are not shown"
     caption = f"{title}: {kept} of {tokens} visual tokens kept in decoder layer {layer}"
     caption += note if len(drawing.tokens) < tokens else ""
+    caption += (
+        "" if ledger.merged is None else "; patches that merged are in the mean colour of those that are one token"
+    )
     caption += f"; none from layer {layer + 1} on" if layer < ledger.depth - 1 else ""
     return Overlay(drawing.image, _with_caption(drawing.image, caption), caption, layer, len(drawing.tokens), bright)
 
@@ -129,7 +132,11 @@ def living(ledger: TokenLedger, layer: int) -> torch.Tensor:
 
 
 def draw_kept(
-    picture: Image.Image, crops: Sequence[Crop], kept: torch.Tensor, picked: Sequence[tuple[int, int]] = ()
+    picture: Image.Image,
+    crops: Sequence[Crop],
+    kept: torch.Tensor,
+    picked: Sequence[tuple[int, int]] = (),
+    merged: torch.Tensor | None = None,
 ) -> Drawing:
     """The picture with its kept patches bright and framed, the others dark; no frames where all are kept.
 
@@ -138,6 +145,8 @@ def draw_kept(
         crops: where its tokens lie.
         kept: (U, N) bool.
         picked: tokens to be framed, (unit, token) each.
+        merged: (U, N) long, the token of its unit that each merged into inside the tower, -1 for none; patches of one
+            token are in their mean colour, if it is kept.
     """
     drawing = _canvas(picture, crops)
     shown = kept[tuple(drawing.tokens.T)]
@@ -154,9 +163,25 @@ def draw_kept(
                 strong.rectangle(area, outline=255)
     dark = Image.composite(grey, Image.new("RGB", grey.size), light)
     image = Image.composite(drawing.image, dark, light.point(lambda value: 255 if value == 255 else 0))
+    if merged is not None:
+        _blend(image, drawing, kept, merged.cpu())
     image.paste("white", mask=lines)
     image.paste(KEPT_FRAME, mask=frames)
     return _framed(Drawing(image, drawing.tokens, drawing.cells), picked)
+
+
+def _blend(image: Image.Image, drawing: Drawing, kept: torch.Tensor, merged: torch.Tensor) -> None:
+    """Paint the cells of every kept token that others merged into in the mean colour that they have on the canvas."""
+    pen = ImageDraw.Draw(image)
+    units, tokens = drawing.tokens.T
+    home = torch.stack([units, merged[units, tokens]], 1)
+    for head in drawing.tokens[kept[units, tokens]]:
+        areas = drawing.cells[(home == head).all(1)].tolist()
+        if len(areas) > 1:
+            colours = [drawing.image.resize((1, 1), Image.Resampling.BOX, box=area).getpixel((0, 0)) for area in areas]
+            mean = tuple(round(sum(channel) / len(areas)) for channel in zip(*colours, strict=True))  # type: ignore[arg-type]
+            for left, top, right, bottom in areas:
+                pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=mean)
 
 
 def draw_heat(

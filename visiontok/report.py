@@ -113,6 +113,7 @@ class Report:
             config,
             _joined(config, [given for given, _ in known]),
             ran=_joined(config, [ran for _, ran in known]),
+            **_merged_lengths(config, trace),
             stock=ledger.stock,
             kept=ledger.tokens(),
             computed=ledger.computed(),
@@ -272,6 +273,22 @@ def _joined(config: Any, runs: list[VisionInputs]) -> VisionInputs:
         ),
         projected=tuple(itertools.chain(*(run.projected or mine[-1] for run, mine in zip(runs, lengths, strict=True)))),
     )
+
+
+def _merged_lengths(config: Any, trace: Trace) -> dict[str, list[list[int]]]:
+    """Tokens of each picture in the attention and in the MLP of each tower layer; nothing if none merged."""
+    if all(inputs is None for inputs in trace.inputs) or not any(run is not None for run in trace.merged):
+        return {}
+    lengths: dict[str, list[list[int]]] = {}
+    for inputs, run in zip(trace.inputs, trace.merged, strict=True):
+        if inputs is None:
+            continue
+        for name, first in (("lengths", 0), ("behind", 1)):
+            stock = attention_lengths(config, inputs[1])
+            mine = stock if run is None else [[n] * len(run.source) for n in run.widths[first:][: len(stock)]]
+            known = lengths.setdefault(name, [[] for _ in stock])
+            lengths[name] = [a + b for a, b in zip(known, mine, strict=True)]
+    return lengths
 
 
 def _bytes(n: int) -> str:

@@ -472,6 +472,8 @@ def _notes(
         notes.append(f"the vision tower gets {gets}, which saves more than the cap knows of")
     elif any(stage.kind == "encoder" for stage in recipe.stages):
         notes.append("units leave the vision tower, which saves more than the cap knows of")
+    elif any(stage.kind == "merge" for stage in recipe.stages):
+        notes.append("tokens merge inside the vision tower, which saves more than the cap knows of")
     elif speed_up.time_to_first_token > speed_up.cap:
         notes.append("the measured speed-up lies above its cap: the difference is noise of the measurement")
     if bool((text_ids == loaded.processor.tokenizer.unk_token_id).any()):

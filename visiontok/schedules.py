@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from .allocators import room_behind
 from .errors import ConfigError
@@ -144,3 +145,30 @@ def shifted_cosine(depth: int, *, shift: float = 0.5, most: float = 0.85, least:
     """
     shares = [math.cos(math.pi * layer / max(depth - 1, 1)) / 2 + shift for layer in range(depth)]
     return [1.0 if share > most else max(share, least) for share in shares]
+
+
+def merge_rates(total: int, depth: int, inflect: float = 0.0) -> list[int]:
+    """Tokens that each layer of a vision tower merges away, ``total`` in all.
+
+    The rates lie on a straight line from 1 - ``inflect`` to 1 + ``inflect`` times their mean, each sum of the first of
+    them rounded.
+
+    Args:
+        total: tokens to merge away.
+        depth: layers.
+        inflect: 0 for as many in each layer, 1 for ever more from none, -1 for ever fewer down to none.
+
+    Returns:
+        One count per layer.
+
+    Raises:
+        ConfigError: if ``inflect`` lies outside -1 … 1.
+
+    Reference:
+        ToMe, arXiv 2210.09461, appendix; its code rounds each rate down, so that other totals come out.
+    """
+    if not -1 <= inflect <= 1:
+        raise ConfigError(f"inflect={inflect}: must lie in [-1, 1]; 0 merges as many tokens in each layer")
+    weights = [1 + inflect * (2 * layer / (depth - 1) - 1 if depth > 1 else 0.0) for layer in range(depth)]
+    sums = [round(total * sum(weights[: layer + 1]) / sum(weights)) for layer in range(depth)]
+    return [sums[0], *(b - a for a, b in pairwise(sums))]

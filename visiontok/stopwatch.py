@@ -176,7 +176,7 @@ def timed(
     recipe = shorten if compression is None else compression.recipe
     vision, selection, prefill = watch.between("vision", "seen"), 0.0, watch.between("prefill", "prefilled")
     if report is not None and recipe is not None:
-        if any(stage.kind in ("pixel", "encoder", "prompt") for stage in recipe.stages):
+        if any(stage.kind in ("pixel", "encoder", "merge", "prompt") for stage in recipe.stages):
             selection = report.seconds["selection"] or 0.0
         if report.plane == "hooks":
             prefill -= selection  # there it runs inside the language model's forward

@@ -12,13 +12,13 @@ from .collapse import EntropyCollapse
 from .decay import MassDecay
 from .fit import FitBisect
 from .freeze import LayerKL
+from .merging import MergeThresholds, merge_thresholds
 from .similarity import InterLayerSimilarity
 from .withdraw import ExitKL
 from .work import calibrate
 
-__all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate"]
+__all__ = ["CALIBRATORS", "Artefact", "Calibrator", "calibrate", "merge_thresholds"]
 
-CALIBRATORS: dict[str, type[Calibrator]] = {
-    one.method: one for one in (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay)
-}
+_ALL = (ExitKL, LayerKL, FitBisect, EntropyCollapse, InterLayerSimilarity, MassDecay, MergeThresholds)
+CALIBRATORS: dict[str, type[Calibrator]] = {one.method: one for one in _ALL}
 """By the method that they are for."""

@@ -28,6 +28,7 @@ class Artefact:
         recommended: options of the method; None if nothing suits.
         curves: [layer, number] pairs, mean over samples.
         notes: what a reader must know.
+        axis: what the curves are drawn over.
     """
 
     calibration: str
@@ -39,10 +40,11 @@ class Artefact:
     recommended: Mapping[str, Any] | None
     curves: Mapping[str, Sequence[tuple[int, float]]]
     notes: Sequence[str]
+    axis: str = "decoder layer"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON, without the axis, which follows from the method."""
+        return {name: value for name, value in asdict(self).items() if name != "axis"}
 
     def save(self, path: Path) -> Path:
         """Write the document, and the drawing beside it.
@@ -57,11 +59,14 @@ class Artefact:
 
     def svg(self) -> str:
         """One panel for each curve, with the recommended layers as dashed lines."""
-        depth = max(int(self.model["layers"]) - 1, 1)
+        drawn = (layer for points in self.curves.values() for layer, _ in points)
+        depth = max(int(self.model["layers"]) - 1 if self.axis == "decoder layer" else max(drawn, default=1), 1)
         panels = [
             part
             for number, (name, points) in enumerate(self.curves.items())
-            for part in _panel(_TOP + (_HEIGHT + 60) * number, name, points, depth, self.layers(), _INK[number % 4])
+            for part in _panel(
+                _TOP + (_HEIGHT + 60) * number, f"{name} by {self.axis}", points, depth, self.layers(), _INK[number % 4]
+            )
         ]
         title = f"{self.calibration}, {self.model['name']}: {self.title}"
         size = f"{_LEFT + _WIDTH + 20} {_TOP + (_HEIGHT + 60) * len(self.curves)}"
@@ -99,5 +104,5 @@ def _panel(
     out += [f'<path d="M{x:.1f} {top}v{_HEIGHT}" stroke="#888" stroke-dasharray="4 3"/>' for x in places]
     line = " ".join(f"{_LEFT + _WIDTH * x / depth:.1f},{bottom - _HEIGHT * (y - low) / span:.1f}" for x, y in points)
     out.append(f'<polyline points="{line}" fill="none" stroke="{ink}" stroke-width="2"/>')
-    middle, label = f"{_LEFT + _WIDTH / 2:g}", f"{escape(name)} by decoder layer"
+    middle, label = f"{_LEFT + _WIDTH / 2:g}", escape(name)
     return [*out, f'<text x="{middle}" y="{bottom + 32}" text-anchor="middle" fill="{ink}" {_TEXT}>{label}</text>']

@@ -39,6 +39,8 @@ class Calibrator:
     title: ClassVar[str]
     source: ClassVar[str]
     """As published, or a reconstruction, and of what."""
+    axis: ClassVar[str] = "decoder layer"
+    """What the curves are drawn over."""
 
     def find(self, measure: Measure, config: Any) -> Outcome:
         """Measure, and conclude; ``config`` is the model's."""

@@ -75,6 +75,7 @@ def calibrate(
         recommended=found.recommended,
         curves={curve: list(points.items()) for curve, points in found.curves.items()},
         notes=found.notes,
+        axis=calibrator.axis,
     )
 
 

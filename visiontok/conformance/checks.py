@@ -100,7 +100,7 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether the number of kept tokens is fixed by the budget, not only bounded."""
-        fixed = all(contract(m).count_from_grid and m.card.stage != "pixel" for m in self.selecting)
+        fixed = all(contract(m).count_from_grid and m.card.stage not in ("pixel", "merge") for m in self.selecting)
         return self.recipe.fidelity == "fixed" and fixed
 
     @functools.cached_property
@@ -149,7 +149,9 @@ class Case:
 def identity(case: Case) -> None:
     """At keep=100 % the model computes what the stock model does, bit for bit."""
     recipe = case.need_budget(Budget.ratio(1.0))
-    hiding = [s.kind for s in case.recipe.stages if s.kind not in ("pixel", "encoder", "prompt", "cut", "cache")]
+    hiding = [
+        s.kind for s in case.recipe.stages if s.kind not in ("pixel", "encoder", "merge", "prompt", "cut", "cache")
+    ]
     if hiding:
         raise NotApplicable(f"its {hiding[0]} stage hides tokens at any budget")
     stock, where = _stock(case.architecture), case.inputs["attention_mask"].bool()
@@ -252,6 +254,8 @@ def something_dropped(case: Case) -> None:
         by_pixels = [m for m in case.selecting if m.card.gives == "units" and not m.card.budget]
         if any(not bool(method.units(still).keep.all()) for method in by_pixels):
             raise NotApplicable("it drops units of a video that stands still, but none of these images")
+        if any(method.card.stage == "merge" and not method.card.budget for method in case.selecting):
+            raise NotApplicable("it merges what is similar enough, which here is nothing")
         asked = next((f"asked for keep={b}" for b in budgets if b is not None), "run without a budget")
         raise Failed(f"{asked} it silently keeps and computes every visual token in every layer")
 
@@ -418,7 +422,7 @@ def against_oracle(
         Failed: if anything differs.
     """
     log: list[Asked] = []
-    pixels = any(stage.kind in ("pixel", "encoder") for stage in recipe.stages)
+    pixels = any(stage.kind in ("pixel", "encoder", "merge") for stage in recipe.stages)
     with Compression(model, spied(recipe, log), adapter=adapter) as compression:
         with encodings(base_model(model)) if pixels else nullcontext() as features:
             out = generate(model, inputs, banned)

@@ -9,7 +9,7 @@ import torch
 
 from ..api import Callback
 from ..context import Attention, Context
-from ..method import Card, Contract, Encoding, Kept, Method, Needs, Picture, Rebuild, Selection, Tower
+from ..method import Card, Contract, Encoding, Kept, Merging, Method, Needs, Picture, Rebuild, Selection, Tower
 from ..recipe import Recipe
 
 # Fields of a context with one entry per image, and those of them with one per visual token.
@@ -84,6 +84,10 @@ class Spy(Method):
     def stay(self, encoding: Encoding) -> torch.Tensor:
         """The method's."""
         return self.method.stay(encoding)
+
+    def merging(self, tokens: int, count: int | None, **tower: Any) -> Merging:
+        """The method's."""
+        return self.method.merging(tokens, count, **tower)
 
     def select(self, ctx: Context) -> Selection:
         """Ask the method, and see what it does besides answering."""

@@ -28,8 +28,8 @@ class PixelStage(Protocol):
     """Who decides how small pictures become; see :class:`visiontok.engine.policy.StagePolicy`."""
 
     @property
-    def by_unit(self) -> bool:
-        """Whether some units of a picture go into the tower, or leave it on the way."""
+    def alters_tower(self) -> bool:
+        """Whether units are missing in the tower's run, or its tokens merge."""
         ...
 
     def serves(self) -> bool:

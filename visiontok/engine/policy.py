@@ -19,7 +19,7 @@ from ..budget import Budget
 from ..context import Attention, Context
 from ..cost import Load, decoder_flops, load_flops, narrow_flops
 from ..errors import ConfigError, UnsupportedError
-from ..functional import absorb, coordinates, nearest_kept
+from ..functional import absorb, coordinates, middles, nearest_kept
 from ..ledger import Choice
 from ..method import Kept, Mass, Picture, Selection, Stage, resolve_layer
 from .answer import answered
@@ -34,6 +34,7 @@ from .readings import DecoderReadings, Host, attention_of, earliest_cut, needs_o
 from .rotary import rotary_tables
 from .route import scale_branch
 from .tower import TowerReadings, describe_tower
+from .tower_merge import TowerMerge
 from .vision import BeforeTower
 
 if TYPE_CHECKING:
@@ -73,20 +74,26 @@ class StagePolicy:
             raise ConfigError(f"stages: {' and '.join(s.label for s in pixels)} both act on the pixels; keep one")
         self.pixel = next(iter(pixels), None)
         for stage in stages:
-            if stage.kind in ("pixel", "encoder") and stage.keep is not None and stage.keep.kind == "flops":
+            if stage.kind in ("pixel", "encoder", "merge") and stage.keep is not None and stage.keep.kind == "flops":
                 raise ConfigError(
                     f"keep={stage.keep}: {stage.label} acts before the prompt is read, on whose length FLOPs depend; "
                     "give tokens or a ratio"
                 )
-        encoders = [s for s in stages if s.kind == "encoder"]
-        if len(encoders) > 1:
-            raise ConfigError(f"stages: {' and '.join(s.label for s in encoders)} both act in the tower; keep one")
-        self.encoder = next(iter(encoders), None)
+        inside = [s for s in stages if s.kind in ("encoder", "merge")]
+        if len(inside) > 1:
+            raise ConfigError(f"stages: {' and '.join(s.label for s in inside)} both act in the tower; keep one")
+        self.encoder = next((s for s in inside if s.kind == "encoder"), None)
+        self.merging = next((s for s in inside if s.kind == "merge"), None)
+        if self.merging is not None and self._gives_units:
+            raise ConfigError(
+                f"stages: {self.pixel.label} gives the tower some units of a picture, in which {self.merging.label} "  # type: ignore[union-attr]
+                "cannot merge; keep one, or resize"
+            )
         caches = [s for s in stages if s.kind == "cache"]
         if len(caches) > 1:
             raise ConfigError(f"stages: {' and '.join(s.label for s in caches)} both act on the cache; keep one")
         self.cache_stage = next(iter(caches), None)
-        self.prompt_stages = pixels + encoders + [s for s in stages if s.kind == "prompt"]
+        self.prompt_stages = pixels + inside + [s for s in stages if s.kind == "prompt"]
         self.cuts: dict[int, Stage] = {}
         hidden = [False] * depth
         for stage in stages:
@@ -193,8 +200,11 @@ class StagePolicy:
                 )
         if self.encoder is not None:
             self._layer_in_tower = self._find_layer(self.encoder)
-        if self.pixel is not None or self.encoder is not None:
+        if self.pixel is not None or self.alters_tower:
             attachment.add(BeforeTower(self.adapter.base, self))
+        if self.merging is not None:
+            allowed = functools.partial(self._allowed, self.merging) if self._budgeted(self.merging) else None
+            TowerMerge(attachment, self.merging, allowed, official=self.fidelity == "official")
         self.decoder.tap(attachment)
         for layer in sorted(self.thinned):
             attachment.add(Tap(attention_of(attachment, layer), functools.partial(thin, self, layer)))
@@ -270,7 +280,17 @@ class StagePolicy:
             return None, embeds
         alive = call.visual
         for stage in self.prompt_stages:
-            if self._in_tower(stage):
+            into = None
+            if stage is self.merging:
+                into = self._homes(call, stage, alive)
+                if into is None:
+                    continue
+                stand = into == torch.arange(into.shape[1], device=into.device)
+                there = alive & call.units.scatter(stand)
+                answer = self._ask(call, stage, None, embeds, there, self._counts(stage, call))
+                if call.trace.ledger is not None:
+                    call.trace.ledger.merged = into
+            elif self._in_tower(stage):
                 encoded = self._encoded(call, stage)
                 if encoded is None:
                     continue
@@ -284,7 +304,8 @@ class StagePolicy:
             if answer.features is not None:
                 embeds = call.units.put(embeds, answer.features, answer.keep)
             if stage.mass is not None:
-                embeds = self._weigh(call, stage.mass, embeds, before, alive, answer.into)(embeds)
+                homes = answer.into if into is None else into
+                embeds = self._weigh(call, stage.mass, embeds, before, alive, homes)(embeds)
         return alive, embeds
 
     def visible(self, call: Prefill, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -498,7 +519,7 @@ class StagePolicy:
             asked_ids = None if call.ids is None else call.ids.gather(1, at)
             asked = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         return Context(
-            stage=stage.kind if self._in_tower(stage) else "prompt" if layer is None else "decoder",  # type: ignore[arg-type]
+            stage=_place(stage, layer),
             layer=layer,
             depth=self.depth,
             features=features,
@@ -605,6 +626,25 @@ class StagePolicy:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
+    # ---- merge stage
+
+    def _homes(self, call: Prefill, stage: Stage, alive: torch.Tensor) -> torch.Tensor | None:
+        """(U, N) long: the place of the token that stands for each of those ``alive`` (B, N) behind the tower, -1 for
+        none; None if nothing has merged."""
+        runs = [None if source is None else call.records[source[0]].merged for source in call.units.source]
+        whole = self._budgeted(stage) and self._counts(stage, call) == call.units.sizes
+        if any(run is None for run in runs) and not whole:
+            raise UnsupportedError(
+                f"{self._model}: {stage.label} merges inside the vision tower, but the features of this call were made "
+                "without it; pass pixels"
+            )
+        if not any(run is not None and run.anything for run in runs):
+            return None
+        units, (group, count) = call.units, self.tower.groups(call)
+        valid = units.gather(alive[..., None])[..., 0] & units.valid
+        here = torch.arange(group.shape[1], device=group.device)[:, None].expand(*group.shape, 1)
+        return middles(group, units.grid if units.has_grid else here, count, valid)
+
     # ---- pixel stage
 
     def serves(self) -> bool:
@@ -612,9 +652,9 @@ class StagePolicy:
         return self._serves()
 
     @property
-    def by_unit(self) -> bool:
-        """Whether some units of a picture go into the tower, or leave it on the way."""
-        return self._gives_units or self.encoder is not None
+    def alters_tower(self) -> bool:
+        """Whether units are missing in the tower's run, or its tokens merge."""
+        return self._gives_units or self.encoder is not None or self.merging is not None
 
     def smaller(self, record: Record) -> Smaller | None:
         """The pictures that the tower gets instead; see :class:`visiontok.engine.pixels.PixelStage`."""
@@ -729,6 +769,13 @@ def _answer(stage: Stage, picture: Picture) -> Kept:
     if source is not None and (source.shape != keep.shape or not bool(keep.flatten()[source].all())):
         raise ConfigError(f"{name}: Kept.source names a unit that is not kept; give the places of kept units")
     return answer
+
+
+def _place(stage: Stage, layer: int | None) -> Literal["pixel", "encoder", "merge", "prompt", "decoder"]:
+    """Where a method that is asked at ``layer`` acts, in the words of its context."""
+    if stage.kind == "pixel" or stage.kind == "encoder" or stage.kind == "merge":
+        return stage.kind
+    return "prompt" if layer is None else "decoder"
 
 
 def _in_entry(

@@ -64,6 +64,7 @@ def run_prompt_stages(
     trace.remembered = any(record.remembered for record in records)
     config: Any = adapter.base.config
     trace.inputs = [_vision_inputs(config, record) if knows(config) else None for record in records]
+    trace.merged = [record.merged for record in records]
     trace.clock.mark("selection")
     keep, embeds = policy.prompt(call, embeds)
     trace.clock.mark("selected")

@@ -136,6 +136,8 @@ class TowerReadings:
                 raise ConfigError(f"attention.{stat}({layer}): declare it in needs() of the method")
             if record.inside is not None:
                 calls = record.inside.spread(calls)
+            if record.merged is not None:
+                calls = [record.merged.spread_patches(c, index) for c in calls]
             patches = [c.reshape(*c.shape[:2], -1) for c in calls]
             groups = _placed(record, functools.partial(self.adapter.group, patches=patches))
             values.append([g.mean(1).unflatten(-1, calls[0].shape[2:] or (1,)) for g in groups])
@@ -149,8 +151,28 @@ class TowerReadings:
             if not record.encoder_features:
                 raise UnsupportedError(f"{self._model}: the projector's input was not seen; pass pixels, not features")
             patches = [x if x.ndim == 3 else x[None] for x in record.encoder_features]
+            if record.merged is not None:
+                patches = [record.merged.spread_features(x) for x in patches]
             values.append(_placed(record, functools.partial(self.adapter.group, patches=patches)))
         return self._by_unit(call, values, missing=0.0)
+
+    def groups(self, call: Prefill) -> tuple[torch.Tensor, int]:
+        """(U, N) long: which tokens share a feature since they merged inside the tower, -1 for those of no patch; and
+        a number above all of them."""
+        most = 0
+        values: list[list[torch.Tensor]] = []
+        for record in call.records:
+            run = record.merged
+            if run is None:  # of no image of the prompt
+                values.append([])
+                continue
+            pictures, n = run.source.shape
+            first = torch.arange(pictures, device=run.source.device)[:, None] * n
+            ids = (run.without_prefix(run.source) + first).double()[..., None]
+            groups = _placed(record, functools.partial(self.adapter.group, patches=[ids]))
+            values.append([g[:, 0] for g in groups])
+            most = max(most, pictures * n)
+        return self._by_unit(call, values, missing=-1.0)[..., 0].long(), most
 
     def pixels(self, call: Prefill) -> torch.Tensor:
         """(U, N, …) what the picture shows at each token, not normalised."""

@@ -12,6 +12,7 @@ from ..cost import VisionInputs
 from ..ledger import TokenLedger
 from .clock import Clock
 from .host import Promises
+from .merging import Merged
 
 
 class Trace:
@@ -24,6 +25,7 @@ class Trace:
         remembered: whether a vision memory answered in the tower's place; how long the tower takes is not known then.
         inputs: what the caller gave the tower in each run, and what it got of that at a pixel stage; None for a family
             outside the cost model.
+        merged: what a merge stage did inside the tower in each run; None where there was none.
         plane: ``hooks`` if tokens were dropped inside the forward, ``inputs`` if the model was given shorter inputs.
         ahead: decoder layers that were looked ahead at.
         explained: whether the language model ran forward and backward before, for what its next token rests on.
@@ -41,6 +43,7 @@ class Trace:
         self.encoders: list[Clock] = []
         self.remembered = False
         self.inputs: list[tuple[VisionInputs, VisionInputs] | None] = []
+        self.merged: list[Merged | None] = []
         self.plane: Literal["hooks", "inputs"] = "hooks"
         self.ahead: list[int] = []
         self.explained = False

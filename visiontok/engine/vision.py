@@ -19,6 +19,7 @@ from ..errors import UnsupportedError
 from .clock import Clock
 from .host import stops_host, upload
 from .inside import Inside
+from .merging import Merged
 from .pixels import PixelStage, Smaller
 
 Modality = Literal["image", "video"]
@@ -40,6 +41,7 @@ class Encoded:
             not been: the caller's pictures, and a feature for each of their tokens.
         memory: which this is a run for, of one picture, and whose taps alone may write here; None for any other run.
         remembered: whether a memory answered in the place of the tower.
+        merged: what a merge stage did inside the tower; ``output`` then has for each token the feature of its group.
     """
 
     modality: Modality
@@ -50,6 +52,7 @@ class Encoded:
     clock: Clock = field(default_factory=Clock)
     smaller: Smaller | None = None
     inside: Inside | None = None
+    merged: Merged | None = None
     memory: Any = None
     remembered: bool = False
 
@@ -114,7 +117,7 @@ class FeatureRecorder:
         inputs = {name: x.cpu() if _is_sizes(x) and stops_host(x.device) else x for name, x in inputs.items()}
         record = Encoded(self.modality, inputs)
         stage = next((stage for stage in self.pictures if stage.serves()), None)
-        memory = None if stage is not None and stage.by_unit else self.memory  # which takes whole pictures alone
+        memory = None if stage is not None and stage.alters_tower else self.memory  # which serves the stock tower
         if memory is None:
             record.clock.mark("start")
         else:  # what a stage makes of a picture is its own, and not kept

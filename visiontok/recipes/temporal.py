@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
 from ..functional import runs
 from ..method import Card, Contract, Kept, Picture, UnitMethod
+from ._tau import check_tau
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Temporal(UnitMethod):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < 1:
-            raise ConfigError(f"tau={self.tau!r}: a difference of pixel values lies in [0, 1)")
+        check_tau(self.tau)
 
     def units(self, picture: Picture) -> Kept:
         frames, rows, columns = picture.shape

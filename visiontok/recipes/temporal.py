@@ -35,6 +35,7 @@ class Temporal(UnitMethod):
         official="RLT adds a learned embedding of the length of a run and fine-tunes; it compares with the frame "
         "before. VideoLLaMA3's processor does so, too, and cuts behind the tower; a frame of which nothing is left "
         "keeps its first unit.",
+        trained="an embedding of the length of a run, learned in fine-tuning (RLT)",
         bugs="Without anchors a slow change is never seen.",
         departures="Training-free, without the embedding of lengths. Anchored, unless anchored=False: then, with "
         "tau=0.1/510 and frames that the tower does not merge, what stays is VideoLLaMA3's mask. Frames that the tower "

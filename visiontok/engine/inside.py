@@ -229,9 +229,9 @@ class Inside:
             first = torch.arange(prefix, device=x.device).expand(len(rows), -1)
             self._rows = torch.cat([first, rows + prefix], 1)
         if self._rebuild is not None:
-            item = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-            item = (item if order is None else item[order.cpu()]).repeat_interleave(area).to(x.device)
-            self._known = _Known(x, mask, prefix, item if x.ndim == 2 else None, self._rebuild.neighbours)
+            owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+            owner = (owner if order is None else owner[order.cpu()]).repeat_interleave(area).to(x.device)
+            self._known = _Known(x, mask, prefix, owner if x.ndim == 2 else None, self._rebuild.neighbours)
 
     def _received(self, sizes: list[int], order: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         seen = self._record.attention.get(("received", self._layer - 1), [])[self._seen :]

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..functional import background
-from ..method import Card, Contract, Kept, Picture, UnitMethod
+from ..method import Card, Contract, Kept, Picture, UnitMethod, labelled
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Background(UnitMethod):
     card: ClassVar[Card] = Card(
         name="background",
         title="units of the page's commonest grey are dropped before the tower",
-        paper="arXiv 2604.22281",
+        paper="arXiv 2604.22281 (stage 1)",
         venue="CVPR 2026",
         formula="keep a unit if R_i ≤ share for one of its patches, R_i = share of pixels with |g - m| < near, m the "
         "commonest grey",
@@ -43,6 +43,10 @@ class Background(UnitMethod):
         budget=False,
         contract=Contract(count_from_grid=False, sync_free=False),
     )
+
+    @property
+    def label(self) -> str:
+        return labelled("background", "own thresholds")
 
     def __post_init__(self) -> None:
         for name, value in (("near", self.near), ("share", self.share)):

@@ -16,8 +16,8 @@ class PixelEntropy(UnitMethod):
     card: ClassVar[Card] = Card(
         name="pixel_entropy",
         title="top-k by the entropy of a unit's grey levels, before the tower",
-        paper="arXiv 2605.09982",
-        venue="preprint",
+        paper="arXiv 2605.09982 (its scorer)",
+        venue="baseline",
         formula="top-K of h_i = -Σ_g p_ig·ln p_ig over grey levels g",
         stage="pixel",
         needs="a vision tower that takes some units of a picture",

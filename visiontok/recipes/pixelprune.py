@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError
 from ..functional import predictive
 from ..method import Card, Contract, Kept, Picture, UnitMethod
+from ._tau import check_tau
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class PixelPrune(UnitMethod):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < 1:
-            raise ConfigError(f"tau={self.tau!r}: a difference of pixel values lies in [0, 1)")
+        check_tau(self.tau)
 
     def units(self, picture: Picture) -> Kept:
         keep, source = predictive(picture.pixels.flatten(3), self.tau)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
 from ..functional import runs
 from ..method import Card, Contract, Kept, Picture, UnitMethod
+from ._tau import check_tau
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Temporal(UnitMethod):
         official="RLT adds a learned embedding of the length of a run and fine-tunes; it compares with the frame "
         "before. VideoLLaMA3's processor does so, too, and cuts behind the tower; a frame of which nothing is left "
         "keeps its first unit.",
+        trained="an embedding of the length of a run, learned in fine-tuning (RLT)",
         bugs="Without anchors a slow change is never seen.",
         departures="Training-free, without the embedding of lengths. Anchored, unless anchored=False: then, with "
         "tau=0.1/510 and frames that the tower does not merge, what stays is VideoLLaMA3's mask. Frames that the tower "
@@ -47,8 +48,7 @@ class Temporal(UnitMethod):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < 1:
-            raise ConfigError(f"tau={self.tau!r}: a difference of pixel values lies in [0, 1)")
+        check_tau(self.tau)
 
     def units(self, picture: Picture) -> Kept:
         frames, rows, columns = picture.shape

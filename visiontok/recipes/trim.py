@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
 from ..method import Card, Contract, Kept, Picture, UnitMethod
+from ._tau import check_tau
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Trim(UnitMethod):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < 1:
-            raise ConfigError(f"tau={self.tau!r}: a difference of pixel values lies in [0, 1)")
+        check_tau(self.tau)
 
     def units(self, picture: Picture) -> Kept:
         pixels = picture.pixels.flatten(4)  # (t, rows, columns, 3, pixels)

@@ -68,7 +68,7 @@ class View:
             scores = answer.fate.scores()
             nothing = answer.fate.valid.float().fill_(float("nan"))
             return draw_heat(self.picture, answer.crops, nothing if scores is None else scores, picked)
-        return draw_kept(self.picture, answer.crops, answer.fate.alive(layer), picked)
+        return draw_kept(self.picture, answer.crops, answer.fate.alive(layer), picked, answer.fate.merged)
 
 
 class Demo:

@@ -53,6 +53,7 @@ class Fate:
         self.layers = [living(ledger, layer) for layer in range(ledger.depth)]
         self.masses = [units.gather(ledger.mass(i)[..., None])[..., 0].cpu() for i in range(ledger.depth)]
         self.choices = [_on_host(choice) for choice in ledger.choices]
+        self.merged = None if ledger.merged is None else ledger.merged.cpu()
         before = [choice.kept for choice in self.choices if choice.layer is None]
         self.prompt = before[-1] if before else self.valid
 
@@ -85,6 +86,8 @@ class Fate:
         heir: Token | None = None
         if about and about[-1].into is not None and not bool(about[-1].kept[token]):
             heir = (unit, int(about[-1].into[token]))
+        elif self.merged is not None and int(self.merged[token]) != index:  # inside the vision tower
+            heir = (unit, int(self.merged[token]))
         mass = self.masses[max(layer, 0)][token] if bool(self.alive(layer)[token]) else 0.0
         t, row, column = self.grid[token].tolist()
         return Facts(

@@ -33,7 +33,8 @@ from visiontok.conformance.zoo import batch, build
 from visiontok.encoder import EncoderCompression
 from visiontok.errors import ConfigError, UnsupportedError
 from visiontok.method import Mass, Stage
-from visiontok.overlay import draw
+from visiontok.overlay import draw_kept
+from visiontok.places import Crop
 from visiontok.recipes import find
 from visiontok.schedules import merge_rates
 
@@ -559,9 +560,10 @@ def test_merged_patches_are_drawn_in_their_mean_colour() -> None:
     picture.paste((110, 220, 90), (300, 0, 600, 300))  # the second of four cells
     cells = torch.tensor([[0.0, 0, 300, 300], [300, 0, 600, 300], [0, 300, 300, 600], [300, 300, 600, 600]])
     kept, home = torch.tensor([True, False, False, False]), torch.tensor([0, 0, -1, 3])
-    drawn = draw(picture, cells, kept, "", home)
+    crops = [Crop(0, 0, torch.arange(4), cells)]
+    drawn = draw_kept(picture, crops, kept[None], merged=home[None]).image
     assert [drawn.getpixel(at) for at in ((150, 150), (450, 150))] == [(60, 120, 60)] * 2
-    plain = draw(picture, cells, kept, "")
+    plain = draw_kept(picture, crops, kept[None]).image
     assert plain.getpixel((150, 150)) == (10, 20, 30)
     assert [drawn.getpixel(at) == plain.getpixel(at) for at in ((150, 450), (450, 450))] == [True] * 2
 

@@ -25,7 +25,7 @@ def labels(name: str) -> list[str]:
 
 
 def stages(name: str) -> list[str]:
-    """Where a method acts: ``pixel``, ``encoder``, ``merge``, ``prompt``, ``decoder``, ``cache``, or several of them."""
+    """Where a method acts: ``pixel``, ``encoder``, ``merge``, ``prompt``, ``decoder``, ``cache``, or several."""
     kinds = (stage.kind for stage in recipes.find(name)().stages())
     outside = ("pixel", "encoder", "merge", "prompt", "cache")
     return list(dict.fromkeys(kind if kind in outside else "decoder" for kind in kinds))

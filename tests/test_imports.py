@@ -56,6 +56,7 @@ LAYERS = {
     "visiontok.eval": "eval",
     "visiontok.eval.scoring": "scoring",
     "visiontok.demo": "demo",
+    "visiontok.demo.examples": "examples",
 }
 
 OPERATORS = {"errors", "kernels", "operators"}
@@ -110,6 +111,7 @@ MAY_IMPORT = {
     "statistics": {"errors", "statistics"},
     "eval": API | {"package", "conventions", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "named", "options", "calibration", "statistics", "demo"},
+    "examples": API | {"package", "named", "conformance", "eval"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -186,7 +188,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "named", "run", "cli", "eval", "demo"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo", "examples"}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ Asked = tuple[Any, str, str]  # picture, question, answer
 
 def questions(split: str, limit: int) -> list[Asked]:
     items = Scenes(split, 320).items("{question}", limit)
-    return [(item.images[0].open(), item.prompt, item.target["answers"][0]) for item in items]
+    return [(item.images[0].open(), str(item.prompt), item.target["answers"][0]) for item in items]
 
 
 def labelled(loaded: Loaded, asked: Sequence[Asked]) -> Any:

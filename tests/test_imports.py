@@ -65,6 +65,7 @@ LAYERS = {
     "visiontok.demo.page": "app",
     "visiontok.demo.picture": "app",
     "visiontok.demo.session": "app",
+    "visiontok.demo.examples": "examples",
 }
 
 OPERATORS = {"errors", "kernels", "operators"}
@@ -121,6 +122,7 @@ MAY_IMPORT = {
     "eval": API | {"package", "conventions", "named", "overlay", "scoring", "statistics", "weights", "eval", "demo"},
     "demo": API | {"package", "named", "options", "calibration", "statistics", "demo"},
     "app": API | {"package", "named", "overlay", "run", "demo", "app"},
+    "examples": API | {"package", "named", "conformance", "eval"},
 }
 # Third-party packages; the layers not named here may use any dependency.
 MAY_USE = {
@@ -197,7 +199,7 @@ def test_directions(module: str) -> None:
 def test_nothing_but_the_commands_imports_eval_or_demo() -> None:
     for target in ("eval", "demo"):
         users = {here for here, may in MAY_IMPORT.items() if target in may}
-        assert users <= {"package", "named", "run", "cli", "eval", "demo", "app"}
+        assert users <= {"package", "named", "run", "cli", "eval", "demo", "app", "examples"}
 
 
 @pytest.mark.parametrize(

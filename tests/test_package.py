@@ -78,7 +78,7 @@ def test_wheel_holds_every_file(prefix: Path) -> None:
     for name in FOLDERS:
         expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / name).rglob("*.py")}
     for data in ("demo/weights", "demo/examples", "eval/tasks"):
-        files = (path for path in (ROOT / data).rglob("*") if path.is_file())
+        files = (path for path in (ROOT / data).rglob("*") if path.is_file() and path.suffix != ".pyc")
         expected |= {f"visiontok/{path.relative_to(ROOT).as_posix()}" for path in files}
     expected |= {"visiontok/py.typed"}
     assert expected - installed == set()

@@ -16,8 +16,8 @@ _BUILT_IN = (
     "visionzip", "prumerge", "prumerge_plus", "vispruner", "vscan", "zoo_prune", "scope", "cdpruner", "mmtok", "eadp",
     "dart", "holov", "globalcom2", "prunesid", "agile", "aim_merge", "m3_pool", "textmonkey", "kmeans", "erase",
     "sieve", "fastv", "feather", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "hidrop", "aim", "fitprune",
-    "transprune", "v2drop", "entropyprune", "gemfilter", "explain", "urag", "vtw", "todre_exit", "shortv", "pmod", "yopo", "snapkv",
-    "h2o", "dycoke_cache",
+    "transprune", "v2drop", "entropyprune", "gemfilter", "explain", "urag", "vtw", "todre_exit", "shortv", "pmod",
+    "yopo", "snapkv", "h2o", "dycoke_cache",
 )  # fmt: skip
 
 

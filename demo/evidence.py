@@ -1,7 +1,8 @@
 """Write evidence.json, what `visiontok recommend` goes by: `python -m visiontok.demo.evidence`.
 
 Every row is a cell that was measured on an embedded model: what a method at a budget loses against all tokens, on the
-questions that stand for a workload. Times and cache are those of bench/results/methods.jsonl. The splits in workloads.jsonl come from
+questions that stand for a workload. Times and cache are those of bench/results/methods.jsonl. Two of the splits, detail
+and pairs, are in workloads.jsonl:
 
     python -m visiontok.demo.curves weights/llava weights/llava-seed1 weights/qwen3_vl --split SPLIT --questions 500
         --methods visiontok random resize divprune hiprune kmeans vispruner scope --keeps 0.5 0.25 0.11 0.05 --seeds 0

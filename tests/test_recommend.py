@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_every_answer_has_its_evidence(workload, goal, model):
         assert all(line in EVIDENCE["rows"] for line in one["measured"])
     if found["chosen"]:
         recipes.find(found["chosen"]["method"].split()[0])
+
+
+def test_the_readme_names_what_is_recommended():
+    text = (Path(__file__).parent.parent / "README.md").read_text().split("## Which one should I use?")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.split("## ")[0].splitlines() if line.startswith("| ")][2:]
+    named = {name.split(" (")[0]: found for name, *found in rows}
+    assert {"several images" if name == "multi-image" else name for name in module.workloads()} == set(named)
+    for name, found in named.items():
+        for model, cell in zip(("llava", "qwen3_vl"), found, strict=True):
+            chosen = recommend(model, "multi-image" if name == "several images" else name).chosen
+            wanted = (
+                "nothing is safe: use none" if chosen is None else f"`{chosen.method}`, keep {100 * chosen.keep:g} %"
+            )
+            assert cell == wanted
 
 
 def test_the_evidence_is_what_was_measured():

@@ -179,7 +179,7 @@ def _blend(image: Image.Image, drawing: Drawing, kept: torch.Tensor, merged: tor
         areas = drawing.cells[(home == head).all(1)].tolist()
         if len(areas) > 1:
             colours = [drawing.image.resize((1, 1), Image.Resampling.BOX, box=area).getpixel((0, 0)) for area in areas]
-            mean = tuple(round(sum(channel) / len(areas)) for channel in zip(*colours, strict=True))  # type: ignore[arg-type]
+            mean = tuple(round(sum(channel) / len(areas)) for channel in zip(*colours, strict=True))
             for left, top, right, bottom in areas:
                 pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=mean)
 

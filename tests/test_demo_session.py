@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -219,7 +221,15 @@ def test_the_command_that_reproduces_a_view(setting: Setting, tmp_path: Path) ->
     _, answer = answered(setting)
     (tmp_path / "picture.png").write_bytes(Path(PICTURE).read_bytes())
     command = setting.in_shell("tiny", QUESTION).replace("    # its column 'stock'", "") + " --json"
-    done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found = json.loads(done.stdout)["stock" if setting.method == "none" else "compressed"]
     assert found["answer"] == answer.text
     assert found["visual_tokens"] == list(answer.kept)

@@ -7,6 +7,7 @@ of all recipes that are to come listen in that one run.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _FEATURES = ("pooler_output", "deepstack_features")
 """What the language model reads of the tower's output."""
+_NOT_OF_IT = ("return_dict", "use_cache")
+"""Arguments that change nothing about a feature; transformers 5.16 hands the second to the tower."""
 
 
 class VisionMemory:
@@ -136,9 +139,9 @@ class VisionMemory:
                 record.attention.setdefault(place, []).extend(calls)
         outputs = [run.output for run in runs]
         features: dict[str, Any] = {"pooler_output": _joined([output.pooler_output for output in outputs])}
-        if (levels := [output.get("deepstack_features") for output in outputs])[0] is not None:
+        if (levels := [getattr(output, "deepstack_features", None) for output in outputs])[0] is not None:
             features["deepstack_features"] = [_joined(level) for level in zip(*levels, strict=True)]
-        return type(outputs[0])(**features)
+        return _named(outputs[0], features)
 
     def _run(self, method: Callable[..., Any], base: nn.Module, alone: dict[str, Any], keep: bool) -> Encoded:
         """The tower's run for one picture, if need be from memory."""
@@ -153,7 +156,8 @@ class VisionMemory:
         run.clock.mark("end")
         if not isinstance(output, ModelOutput):
             raise UnsupportedError(f"{type(base).__name__}: a vision memory needs features by name; set return_dict")
-        run.output = type(output)(**{name: output[name] for name in _FEATURES if name in output})
+        found = {name: getattr(output, name, None) for name in _FEATURES}
+        run.output = _named(output, {name: value for name, value in found.items() if value is not None})
         self._clocks.append(run.clock)
         self.runs += 1
         if keep:
@@ -188,9 +192,19 @@ def _key(inputs: dict[str, Any], config: Any) -> bytes:
         if torch.is_tensor(value):
             found.update(repr((name, value.dtype, tuple(value.shape))).encode())
             found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif value is not None and name != "return_dict" and value != getattr(config, name, None):
+        elif value is not None and name not in _NOT_OF_IT and value != getattr(config, name, None):
             found.update(repr((name, value)).encode())
     return found.digest()
+
+
+def _named(like: ModelOutput, features: dict[str, Any]) -> ModelOutput:
+    """Features in an output of the kind of ``like``; what its class has no field for is an attribute, as up to
+    transformers 5.17."""
+    known = {field.name for field in dataclasses.fields(like)}  # type: ignore[arg-type]
+    made = type(like)(**{name: value for name, value in features.items() if name in known})
+    for name in features.keys() - known:
+        setattr(made, name, features[name])
+    return made
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -203,13 +217,14 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 def _size(run: Encoded) -> int:
     """Bytes."""
-    tensors = [*_tensors(run.output), *run.encoder_features, *(x for calls in run.attention.values() for x in calls)]
-    return sum(x.nbytes for x in tensors)
+    features = [getattr(run.output, name, None) for name in _FEATURES]
+    read = [x for calls in run.attention.values() for x in calls]
+    return sum(x.nbytes for x in _tensors([features, run.encoder_features, read]))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if torch.is_tensor(value):
         yield value
-    else:
-        for part in value.values() if isinstance(value, dict) else value:
+    elif value is not None:
+        for part in value:
             yield from _tensors(part)

@@ -60,6 +60,18 @@ def test_no_method_is_the_plain_model() -> None:
     assert bool(answer.fate.alive(PROMPT).all())
 
 
+@pytest.mark.parametrize(("method", "left"), [("pixel_entropy", 36), ("tower_cut", 36), ("ipcv", 144), ("tome", 36)])
+def test_stages_before_and_inside_the_tower(method: str, left: int) -> None:
+    _, answer = answered(Setting(method, 0.25))
+    assert answer.kept == (left,) * 4
+    assert int(answer.fate.alive(PROMPT).sum()) == left
+    gone = next((int(i) for i in torch.nonzero(~answer.fate.alive(PROMPT)[0])), None)
+    heir = None if gone is None else answer.fate.facts((0, gone), PROMPT).heir
+    assert (heir is not None) == (method == "tome")  # the others merge into nothing
+    drawing = draw_kept(read_picture(PICTURE)[0], answer.crops, answer.fate.alive(0), merged=answer.fate.merged)
+    assert len(drawing.cells) == 144
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-qwen"])
 @pytest.mark.parametrize(
     "setting", [Setting("visiontok", 0.25), Setting("fastv", 0.25, 2), Setting("divprune", 0.1, 1), Setting("vtw")]
